@@ -1,0 +1,3517 @@
+"""The latest state snapshot of every user, with a bounded history, in memory or on disk.
+
+A *state snapshot* holds some twenty axes such as warmth or cognitive_load, each from 0 to 1, with the
+time it was taken, its source and a confidence. The same contract holds for every store, synchronous
+(``MemoryStore``, ``QdrantStore``) and asynchronous (``AsyncMemoryStore``, ``AsyncQdrantStore``):
+
+>>> store = open_store("memory://")
+>>> store.upsert_latest(StateSnapshot("ada", {"warmth": 0.8, "urgency_sensitivity": 0.3}))
+>>> store.get_latest("ada").axis("warmth")
+0.8
+>>> store.patch("ada", {"warmth": 0.6}).axis("urgency_sensitivity")
+0.3
+>>> [snapshot.axis("warmth") for snapshot in store.get_history("ada")]
+[0.6, 0.8]
+>>> store.search_similar({"warmth": 0.9}, limit=1)[0].snapshot.user_id
+'ada'
+
+``open_store("some/directory")`` gives the same store on disk, through Qdrant embedded in the process.
+
+Every error is a ``StoreError``; its docstring shows the tree. Stores may be shared between threads, and
+the asynchronous ones between tasks, under asyncio and trio. What a read returned never changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import functools
+import heapq
+import html
+import inspect
+import itertools
+import json
+import math
+import numbers
+import operator
+import os
+import random
+import shutil
+import sqlite3
+import sys
+import threading
+import time
+import unicodedata
+import urllib.parse
+import urllib.request
+import uuid
+import weakref
+from abc import ABC, abstractmethod
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, TypedDict, TypeVar, Unpack, cast
+
+import attrs
+from cachetools import FIFOCache
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ANY",
+    "CANONICAL_AXES",
+    "AsyncMemoryStore",
+    "AsyncQdrantStore",
+    "AsyncStateStore",
+    "Axes",
+    "BackendError",
+    "BackendRejectedError",
+    "BackendTimeoutError",
+    "BackendUnavailableError",
+    "CircuitOpenError",
+    "ConflictError",
+    "Health",
+    "Match",
+    "MemoryOptions",
+    "MemoryStore",
+    "MemoryStoreConfig",
+    "MissingDependencyError",
+    "QdrantOptions",
+    "QdrantStore",
+    "QdrantStoreConfig",
+    "RateLimitedError",
+    "SchemaMismatchError",
+    "SnapshotError",
+    "SnapshotFields",
+    "Source",
+    "StateSnapshot",
+    "StateStore",
+    "StoreClosedError",
+    "StoreError",
+    "StoreLockedError",
+    "UnsupportedServerError",
+    "UserNotFoundError",
+    "ValidationError",
+
+    "open_async_store",
+    "open_store",
+]
+
+_T = TypeVar("_T")
+
+
+# -----------------------------------------------------------------------------
+# Errors
+# -----------------------------------------------------------------------------
+
+
+class StoreError(Exception):
+    """Base of every error that a store raises.
+
+    StoreError
+    ├── ValidationError (ValueError)
+    ├── UserNotFoundError (KeyError)
+    ├── ConflictError
+    ├── SchemaMismatchError
+    ├── StoreClosedError
+    ├── StoreLockedError
+    ├── MissingDependencyError (ImportError)
+    ├── UnsupportedServerError
+    ├── SnapshotError
+    └── BackendError
+        ├── BackendUnavailableError
+        ├── BackendTimeoutError
+        ├── RateLimitedError
+        ├── BackendRejectedError
+        └── CircuitOpenError
+
+    ``written`` is how many snapshots of an ``upsert_many`` had been written when it failed, else None.
+    """
+
+    written: int | None = None
+
+
+class ValidationError(StoreError, ValueError):
+    """A value breaks a rule; nothing was written. The message names field, rule and value."""
+
+
+class UserNotFoundError(StoreError, KeyError):
+    """The store holds nothing for this user."""
+
+    __str__ = Exception.__str__  # KeyError would show the repr of the message
+
+
+class ConflictError(StoreError):
+    """The latest snapshot is not the expected one; nothing was written.
+
+    With ``ambiguous`` the write may have happened and been overwritten since: read before trying again.
+    """
+
+    def __init__(self, message: str, *, ambiguous: bool = False) -> None:
+        super().__init__(message)
+        self.ambiguous = ambiguous
+
+
+class SchemaMismatchError(StoreError):
+    """The store on disk, or the one already open in this process, has another schema or setting."""
+
+
+class StoreClosedError(StoreError):
+    """The store was used after it had been closed."""
+
+
+class StoreLockedError(StoreError):
+    """Another process has the directory open."""
+
+
+class MissingDependencyError(StoreError, ImportError):
+    """An optional library is needed; the message says what to install."""
+
+
+class UnsupportedServerError(StoreError):
+    """The Qdrant server is too old."""
+
+
+class SnapshotError(StoreError):
+    """A backup is corrupt, incomplete, too new or unsafe."""
+
+
+class BackendError(StoreError):
+    """The engine beneath the store failed; ``from`` keeps its own error.
+
+    ``backend`` and ``operation`` say where, ``retryable`` whether the same call may succeed later.
+    """
+
+    def __init__(self, message: str, *, backend: str, operation: str, retryable: bool = False) -> None:
+        super().__init__(message)
+        self.backend = backend
+        self.operation = operation
+        self.retryable = retryable
+
+
+class BackendUnavailableError(BackendError):
+    """The backend refused or dropped the connection, or answered 5xx."""
+
+
+class BackendTimeoutError(BackendError):
+    """The backend did not answer in time."""
+
+
+class BackendRejectedError(BackendError):
+    """The backend rejected the request (4xx); it is never sent again."""
+
+
+class _WaitError(BackendError):
+    """A failure with a known time to wait."""
+
+    def __init__(self, message: str, *, retry_after_s: float, backend: str, operation: str) -> None:
+        super().__init__(message, backend=backend, operation=operation, retryable=True)
+        self.retry_after_s = retry_after_s
+
+
+class RateLimitedError(_WaitError):
+    """The backend asks to wait for ``retry_after_s`` seconds."""
+
+
+class CircuitOpenError(_WaitError):
+    """The circuit breaker is open; it lets a probe through after ``retry_after_s`` seconds."""
+
+
+# -----------------------------------------------------------------------------
+# Values
+# -----------------------------------------------------------------------------
+
+CANONICAL_AXES: Final = (
+    "cognitive_load",
+    "decision_fatigue",
+    "tolerance_for_complexity",
+    "urgency_sensitivity",
+    "emotional_openness",
+    "emotional_stability",
+    "anxiety_level",
+    "need_for_reassurance",
+    "warmth",
+    "formality",
+    "boundary_strength",
+    "assertiveness",
+    "reciprocity_expectation",
+    "ritual_need",
+    "transactional_preference",
+    "verbosity_preference",
+    "directness_preference",
+    "autonomy_preference",
+    "suggestion_tolerance",
+    "interruption_tolerance",
+    "reflection_vs_action_bias",
+    "stakes_awareness",
+    "privacy_sensitivity",
+)
+_CANONICAL_VECTOR_SIZE = len(CANONICAL_AXES) + 1  # a spare one: an axis more needs no rebuilding
+
+_NEUTRAL = 0.5
+_MAX_AXES = 1024
+_MAX_AXIS_NAME = 64
+_MAX_USER_ID_BYTES = 256
+_MAX_TIME_MS = 253_402_300_799_999  # the last millisecond of the year 9999, UTC
+_MAX_INTEGER = 2**63 - 1  # what Qdrant's payload integers hold
+_AXIS_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_")
+
+
+def _now_ms() -> int:
+    """Milliseconds since 1970, UTC. Every look at the wall clock comes through here."""
+    return time.time_ns() // 1_000_000
+
+
+def _shown(value: object) -> str:
+    """A value for an error message: its repr, cut to a readable length."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _short_id(user_id: str) -> str:
+    """At most the first four characters: ids are personal data and must not fill logs."""
+    return user_id if len(user_id) <= 4 else user_id[:4] + "…"
+
+
+class Source(enum.StrEnum):
+    """Where a snapshot comes from."""
+
+    SELF_REPORT = "self_report"
+    INFERRED = "inferred"
+    MIXED = "mixed"
+
+
+_SOURCES = {source.value: source for source in Source}
+
+
+class _Shape:
+    """The names of a set of axes, checked once and then shared by all snapshots that have them."""
+
+    __slots__ = ("index", "json_form", "names")
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self.index = {name: position for position, name in enumerate(names)}
+        self.json_form = "{" + ",".join(f'"{name}":%r' for name in names) + "}"
+
+
+_SHAPES: dict[tuple[str, ...], _Shape] = {}
+_MAX_SHAPES = 1024  # an application has a handful; the bound is for generated names
+
+
+def _shape_of(names: tuple[Any, ...]) -> _Shape:
+    shape = _SHAPES.get(names)
+    if shape is None:
+        if len(names) > _MAX_AXES:
+            raise ValidationError(f"axes: at most {_MAX_AXES} names, got {len(names)}")
+        for name in names:
+            _check_axis_name(name)
+        if len(_SHAPES) >= _MAX_SHAPES:
+            _SHAPES.clear()
+        shape = _SHAPES[names] = _Shape(tuple(str(name) for name in names))
+    return shape
+
+
+def _check_axis_name(name: object) -> None:
+    if (
+        not isinstance(name, str)
+        or not 1 <= len(name) <= _MAX_AXIS_NAME
+        or not _AXIS_CHARACTERS.issuperset(name)
+        or name[0] == "_"
+        or name[-1] == "_"
+    ):
+        raise ValidationError(
+            f"axes: a name is 1 to {_MAX_AXIS_NAME} of a-z, 0-9 and _, with no _ at either end; got {_shown(name)}"
+        )
+
+
+class Axes(Mapping[str, float]):
+    """The axes of a snapshot: an immutable, hashable, picklable mapping from name to value in [0, 1].
+
+    It keeps the order in which the axes were given and compares equal to any mapping with the same items.
+    Raises ValidationError for a bad name or value.
+    """
+
+    __slots__ = ("_shape", "_values")
+    _shape: _Shape
+    _values: tuple[float, ...]
+
+    def __new__(cls, axes: Mapping[str, float] | Iterable[tuple[str, float]] = ()) -> Axes:
+        if axes.__class__ is Axes:
+            return axes
+        given = axes if axes.__class__ is dict else _as_dict(axes)
+        self = object.__new__(cls)
+        object.__setattr__(self, "_shape", _shape_of(tuple(given)))
+        object.__setattr__(self, "_values", _unit_values(given))
+        return self
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("Axes are immutable; StateSnapshot.patched gives a changed copy")
+
+    __delattr__ = cast("Any", __setattr__)
+
+    def __getitem__(self, name: str) -> float:
+        return self._values[self._shape.index[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shape.names)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Axes) and other._shape is self._shape:
+            return self._values == other._values
+        return dict(self) == dict(other) if isinstance(other, Mapping) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.items()))
+
+    def __repr__(self) -> str:
+        return f"Axes({dict(self)})"
+
+    def __copy__(self) -> Axes:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Axes:
+        return self
+
+    def __reduce__(self) -> tuple[type[Axes], tuple[dict[str, float]]]:
+        return Axes, (dict(self),)  # the constructor, so that unpickling validates
+
+
+def _as_dict(axes: object) -> dict[Any, Any]:
+    try:
+        return dict(cast("Any", axes))
+    except (TypeError, ValueError):
+        raise ValidationError(
+            f"axes: a mapping from axis name to value is needed, got {_shown(axes)}"
+        ) from None
+
+
+def _unit_values(axes: Mapping[str, Any]) -> tuple[float, ...]:
+    values = tuple(axes.values())
+    for value in values:
+        if value.__class__ is not float or not 0.0 <= value <= 1.0:
+            return tuple(_unit(f"axes[{name!r}]", value) for name, value in axes.items())
+    return values
+
+
+def _unit(field: str, value: object) -> float:
+    """A real number in [0, 1] as a float."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= value <= 1:
+        return float(value)
+    raise ValidationError(f"{field}: a real number from 0 to 1 is needed, got {_shown(value)}")
+
+
+def _number(field: str, value: object) -> float:
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value):
+        return float(value)
+    raise ValidationError(f"{field}: a number is needed, got {_shown(value)}")
+
+
+def _integer(field: str, value: object, lowest: int, highest: int) -> int:
+    if not isinstance(value, bool):
+        try:
+            number = operator.index(cast("Any", value))
+        except TypeError:
+            pass  # not an integer: the error below says so
+        else:
+            if lowest <= number <= highest:
+                return number
+    raise ValidationError(f"{field}: an integer from {lowest} to {highest} is needed, got {_shown(value)}")
+
+
+def _user_id(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValidationError(f"user_id: a string is needed, got {_shown(value)}")
+    if value.__class__ is not str:
+        value = str.__str__(value)
+    if value.isascii() and value.isprintable() and 1 <= len(value) <= _MAX_USER_ID_BYTES:
+        return value
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError:
+        raise ValidationError(
+            f"user_id: a lone surrogate is not valid text, got {_shown(_short_id(value))}"
+        ) from None
+    if not 1 <= size <= _MAX_USER_ID_BYTES:
+        raise ValidationError(
+            f"user_id: 1 to {_MAX_USER_ID_BYTES} bytes of UTF-8 are needed, got {size} ({_shown(_short_id(value))})"
+        )
+    if any(unicodedata.category(character) == "Cc" for character in value):
+        raise ValidationError(f"user_id: no control characters, got {_shown(_short_id(value))}")
+    return value
+
+
+def _time_ms(value: object, field: str = "updated_at_unix_ms") -> int:
+    return _integer(field, value, 0, _MAX_TIME_MS)
+
+
+def _source(value: Source | str) -> Source:
+    if isinstance(value, Source):
+        return value
+    source = _SOURCES.get(value) if isinstance(value, str) else None  # callers need not be typed
+    if source is None:
+        raise ValidationError(f"source: one of {', '.join(_SOURCES)} is needed, got {_shown(value)}")
+    return source
+
+
+class SnapshotFields(TypedDict, total=False):
+    """The fields of a snapshot that ``patch`` and ``patched`` can set beside the axes."""
+
+    updated_at_unix_ms: int
+    source: Source | str
+    confidence: float
+    schema_version: int
+
+
+@attrs.frozen(repr=False)
+class StateSnapshot:
+    """The state of one user at one time; immutable, validated at construction, equal by value.
+
+    ``user_id`` is 1 to 256 bytes of UTF-8 without control characters; ``axes`` maps axis names to real
+    numbers in [0, 1]; ``updated_at_unix_ms`` is milliseconds since 1970, UTC (now unless given); ``source``
+    is a ``Source`` or its value; ``confidence`` is in [0, 1]; ``schema_version`` is at least 1. A
+    violation raises ValidationError, which names the field, the rule and the value.
+
+    >>> StateSnapshot("ada", {"warmth": 0.8}, updated_at_unix_ms=0).axis("formality")
+    0.5
+    """
+
+    user_id: str
+    axes: Axes = attrs.field(converter=Axes)
+    updated_at_unix_ms: int = attrs.field(factory=lambda: _now_ms())
+    source: Source = attrs.field(default=Source.SELF_REPORT, converter=_source)
+    confidence: float = 1.0
+    schema_version: int = 1
+
+    def __attrs_post_init__(self) -> None:
+        # One pass with a fast way for each usual case: a snapshot is built on every read from disk.
+        user_id, time_ms, confidence = self.user_id, self.updated_at_unix_ms, self.confidence
+        if not (
+            user_id.__class__ is str
+            and user_id.isascii()
+            and user_id.isprintable()
+            and 0 < len(user_id) <= 256
+        ):
+            object.__setattr__(self, "user_id", _user_id(user_id))
+        if time_ms.__class__ is not int or not 0 <= time_ms <= _MAX_TIME_MS:
+            object.__setattr__(self, "updated_at_unix_ms", _time_ms(time_ms))
+        if confidence.__class__ is not float or not 0.0 <= confidence <= 1.0:
+            object.__setattr__(self, "confidence", _unit("confidence", confidence))
+        if self.schema_version.__class__ is not int or not 0 < self.schema_version <= _MAX_INTEGER:
+            version = _integer("schema_version", self.schema_version, 1, _MAX_INTEGER)
+            object.__setattr__(self, "schema_version", version)
+
+    def __repr__(self) -> str:
+        return (
+            f"StateSnapshot({_short_id(self.user_id)!r}, {len(self.axes)} axes, "
+            f"updated_at_unix_ms={self.updated_at_unix_ms}, source={self.source.value!r}, "
+            f"confidence={self.confidence}, schema_version={self.schema_version})"
+        )
+
+    def __reduce__(self) -> tuple[type[StateSnapshot], tuple[Any, ...]]:
+        return StateSnapshot, attrs.astuple(self, recurse=False)
+
+    def __copy__(self) -> StateSnapshot:
+        return self
+
+    def __deepcopy__(self, memo: object) -> StateSnapshot:
+        return self
+
+    def axis(self, name: str) -> float:
+        """The value of an axis in [0, 1]; 0.5, which is neutral, where the snapshot does not have it."""
+        return self.axes.get(name, _NEUTRAL)
+
+    def patched(self, axes: Mapping[str, float], **fields: Unpack[SnapshotFields]) -> StateSnapshot:
+        """A new snapshot with these axes merged in and these fields set.
+
+        Its time, unless given, is now, and at least 1 ms after that of this snapshot. Raises ValidationError.
+        """
+        unknown = fields.keys() - SnapshotFields.__annotations__.keys()
+        if unknown:
+            raise ValidationError(f"patched: unknown field {_shown(min(unknown))}")
+        merged = {**self.axes, **Axes(axes)}
+        fields.setdefault("updated_at_unix_ms", max(_now_ms(), self.updated_at_unix_ms + 1))
+        return attrs.evolve(self, axes=merged, **fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON types, ``axes`` a dict; ``from_dict`` is the inverse."""
+        return {**attrs.asdict(self, recurse=False), "axes": dict(self.axes), "source": self.source.value}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> StateSnapshot:
+        """A snapshot from a mapping with the names of its fields. Raises ValidationError."""
+        names = {field.name for field in attrs.fields(cls)}
+        for name in fields:
+            if name not in names:
+                raise ValidationError(f"StateSnapshot: unknown field {_shown(name)}")
+        for name in ("user_id", "axes"):
+            if name not in fields:
+                raise ValidationError(f"{name}: missing")
+        return cls(**fields)
+
+
+@attrs.frozen
+class Match:
+    """A result of ``search_similar``: the snapshot and its cosine similarity, from -1 to 1."""
+
+    snapshot: StateSnapshot
+    score: float
+
+
+@attrs.frozen
+class Health:
+    """What ``health`` found.
+
+    ``status`` is healthy, degraded or unhealthy; ``backend`` memory, edge or local; ``latency_ms`` how long
+    the look took; ``users`` how many users there are and ``points`` how many snapshots the engine holds
+    (latest ones and history), None where unknown; ``location`` the directory.
+    """
+
+    status: Literal["healthy", "degraded", "unhealthy"]
+    backend: str
+    latency_ms: float
+    users: int | None = None
+    points: int | None = None
+    location: str | None = None
+    message: str = ""
+
+
+class _Any(enum.Enum):
+    ANY = "ANY"
+
+    def __repr__(self) -> str:
+        return "ANY"
+
+
+ANY: Final = _Any.ANY  # the default of expected=: whatever is there
+_Expected = StateSnapshot | None | Literal[_Any.ANY]
+
+
+# -----------------------------------------------------------------------------
+# Configuration
+# -----------------------------------------------------------------------------
+
+_TRUE = frozenset({"true", "1", "yes", "y", "on"})
+_FALSE = frozenset({"false", "0", "no", "n", "off"})
+
+
+def _axis_names(value: Iterable[str] | None) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        raise ValidationError(
+            f"axes: names are needed, such as a tuple of strings; got the string {_shown(value)}"
+        )
+    names = _shape_of(tuple(value)).names
+    if len(set(names)) != len(names):
+        raise ValidationError(f"axes: each name once, got {_shown(names)}")
+    if not names:
+        raise ValidationError("axes: at least one name, or None for those of the store")
+    return names
+
+
+def _choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValidationError(f"{field}: one of {', '.join(choices)} is needed, got {_shown(value)}")
+
+
+def _positive(field: str, value: object, *, zero: bool = False) -> None:
+    number = _number(field, value)
+    if not (0 <= number < math.inf) or (number == 0 and not zero):
+        raise ValidationError(
+            f"{field}: a finite number {'from' if zero else 'above'} 0 is needed, got {_shown(value)}"
+        )
+
+
+class MemoryOptions(TypedDict, total=False):
+    """The fields of MemoryStoreConfig, as options of the memory stores."""
+
+    axes: Iterable[str] | None
+    vector_size: int | None
+    enable_history: bool
+    max_history_per_user: int
+    history_retention_days: float | None
+
+
+class QdrantOptions(MemoryOptions, total=False):
+    """The fields of QdrantStoreConfig, as options of the Qdrant stores."""
+
+    path: str | os.PathLike[str] | None
+    url: str | None
+    api_key: str | None
+    collection_name: str
+    engine: Literal["auto", "edge", "local"]
+    durability: Literal["process", "power"]
+    lock_timeout: float
+    cache_size: int
+
+
+@attrs.frozen(kw_only=True)
+class MemoryStoreConfig:
+    """How a memory store keeps its snapshots; every field is also an option of the store.
+
+    ``axes`` names the schema (None: the canonical ones); ``vector_size`` the dimensions of its vectors (None:
+    one per axis, and a spare one with the canonical axes). History keeps the newest ``max_history_per_user``
+    of each user, and shows none older than ``history_retention_days``. Raises ValidationError.
+    """
+
+    axes: tuple[str, ...] | None = attrs.field(default=None, converter=_axis_names)
+    vector_size: int | None = None
+    enable_history: bool = True
+    max_history_per_user: int = 100
+    history_retention_days: float | None = None
+
+    def __attrs_post_init__(self) -> None:
+        least = len(self.axes or ()) or 1
+        if self.vector_size is not None:
+            _integer("vector_size", self.vector_size, least, 65_536)
+        if not isinstance(self.enable_history, bool):
+            raise ValidationError(
+                f"enable_history: True or False is needed, got {_shown(self.enable_history)}"
+            )
+        _integer("max_history_per_user", self.max_history_per_user, 0, _MAX_INTEGER)
+        if self.history_retention_days is not None:
+            _positive("history_retention_days", self.history_retention_days)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
+        """The configuration that the variables ATTUNED_STORE_<FIELD> describe, in capitals.
+
+        Lists are separated by commas. Raises ValidationError, which names the variable.
+        """
+        found: dict[str, Any] = {}
+        for field in attrs.fields(cls):
+            variable = _variable(field.name)
+            text = environ.get(variable, "").strip()
+            if text:
+                found[field.name] = _parsed(variable, text, str(field.type))
+        try:
+            return cls(**found)
+        except ValidationError as error:
+            field_name = str(error).partition(":")[0]
+            raise ValidationError(f"{_variable(field_name)}: {error}") from None
+
+
+@attrs.frozen(kw_only=True)
+class QdrantStoreConfig(MemoryStoreConfig):
+    """Where and how a Qdrant store keeps its snapshots; every field is also an option of the store.
+
+    ``path`` is a directory (made where absent) for embedded Qdrant, ``url`` a server; ``engine`` which
+    embedded form a new directory gets (auto: edge where qdrant-edge-py is installed, else local).
+    ``durability`` "process" survives the death of the process, "power" a power cut too, at the cost of a flush
+    per write. ``lock_timeout`` is how many seconds to wait for a directory that another process has open;
+    ``cache_size`` how many snapshots the read cache holds (0: none). Raises ValidationError.
+    """
+
+    path: str | None = attrs.field(default=None, converter=attrs.converters.optional(os.fspath))
+    url: str | None = None
+    api_key: str | None = attrs.field(default=None, repr=False)
+    collection_name: str = "attuned_state"
+    engine: Literal["auto", "edge", "local"] = "auto"
+    durability: Literal["process", "power"] = "process"
+    lock_timeout: float = 0.0
+    cache_size: int = 10_000
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        if self.path is not None and (not self.path or "\0" in self.path):
+            raise ValidationError(f"path: a directory is needed, got {_shown(self.path)}")
+        name = self.collection_name
+        usable = isinstance(name, str) and name.isprintable() and not set(name) & set('<>:"/\\|?*')
+        if not usable or not 1 <= len(name) <= 200 or name.startswith("."):
+            raise ValidationError(
+                f"collection_name: a plain name, fit for a file, is needed; got {_shown(name)}"
+            )
+        _choice("engine", self.engine, ("auto", "edge", "local"))
+        _choice("durability", self.durability, ("process", "power"))
+        _positive("lock_timeout", self.lock_timeout, zero=True)
+        _integer("cache_size", self.cache_size, 0, _MAX_INTEGER)
+
+
+def _variable(field: str) -> str:
+    shared = {"url": "QDRANT_URL", "api_key": "QDRANT_API_KEY", "collection_name": "QDRANT_COLLECTION"}
+    return shared.get(field) or f"ATTUNED_STORE_{field.upper()}"
+
+
+def _parsed(variable: str, text: str, kind: str) -> object:
+    try:
+        if kind.startswith("bool"):
+            return {**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)}[text.lower()]
+        if kind.startswith("int"):
+            return int(text)
+        if kind.startswith("float"):
+            return float(text)
+    except (ValueError, KeyError):
+        raise ValidationError(f"{variable}: {kind.partition(' ')[0]} is needed, got {_shown(text)}") from None
+    return tuple(name.strip() for name in text.split(",")) if kind.startswith("tuple") else text
+
+
+_Config = TypeVar("_Config", bound=MemoryStoreConfig)
+
+
+def _configured(kind: type[_Config], config: _Config | None, options: Mapping[str, Any]) -> _Config:
+    """The configuration with these options instead of its own."""
+    known = [field.name for field in attrs.fields(kind)]
+    for option in options:
+        if option not in known:
+            raise ValidationError(f"{option}: not an option here; there are {', '.join(known)}")
+    return attrs.evolve(config if config is not None else kind(), **options)
+
+
+# -----------------------------------------------------------------------------
+# Encoding
+# -----------------------------------------------------------------------------
+
+_FORMAT_VERSION = 1
+_NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "attuned_store")
+_MS_PER_DAY = 86_400_000
+
+
+def _point_id(user_id: str, suffix: str | int) -> str:
+    """The id of a user's point: UUIDv5 (RFC 9562) of "user::latest" or "user::<updated_at_unix_ms>"."""
+    return str(uuid.uuid5(_NAMESPACE, f"{user_id}::{suffix}"))
+
+
+class _Schema:
+    """The axes of a store and where each stands in its vectors."""
+
+    __slots__ = ("_positions", "axes", "vector_size")
+
+    def __init__(self, axes: tuple[str, ...], vector_size: int) -> None:
+        self.axes = axes
+        self.vector_size = vector_size
+        self._positions: dict[_Shape, tuple[int, ...]] = {}
+
+    @classmethod
+    def of(cls, config: MemoryStoreConfig) -> _Schema:
+        """The schema of a new store."""
+        default = _CANONICAL_VECTOR_SIZE if config.axes in (None, CANONICAL_AXES) else len(config.axes or ())
+        return cls(config.axes or CANONICAL_AXES, config.vector_size or default)
+
+    def check(self, axes: Axes) -> None:
+        """Raise ValidationError where an axis is not one of the store's."""
+        if axes._shape not in self._positions:
+            self._add(axes._shape)
+
+    def _add(self, shape: _Shape) -> None:
+        own = {name: position for position, name in enumerate(self.axes)}
+        for name in shape.names:
+            if name not in own:
+                raise ValidationError(f"axes: the store has no axis {name!r}; it has {', '.join(self.axes)}")
+        if len(self._positions) >= _MAX_SHAPES:
+            self._positions.clear()
+        self._positions[shape] = tuple(own[name] for name in shape.names)
+
+    def vector(self, axes: Axes) -> list[float]:
+        """Axis values around neutral, 0 for absent axes and spare dimensions."""
+        self.check(axes)
+        vector = [0.0] * self.vector_size
+        for position, value in zip(self._positions[axes._shape], axes._values, strict=True):
+            vector[position] = value - _NEUTRAL
+        return vector
+
+    def direction(self, axes: Axes) -> list[float]:
+        """The vector at length 1; the zero vector, which is like nothing, stays zero."""
+        vector = self.vector(axes)
+        length = math.hypot(*vector)
+        return [value / length for value in vector] if length else vector
+
+
+@attrs.frozen
+class _Retention:
+    """How much history is kept and shown."""
+
+    maximum: int
+    days: float | None
+
+    @classmethod
+    def of(cls, config: MemoryStoreConfig) -> _Retention:
+        return cls(config.max_history_per_user if config.enable_history else 0, config.history_retention_days)
+
+    def cutoff(self) -> int:
+        """The oldest time, in ms, that history still shows."""
+        return 0 if self.days is None else max(0, math.ceil(_now_ms() - self.days * _MS_PER_DAY))
+
+    def hidden(self, times: Sequence[int]) -> int:
+        """How many of these ascending times history does not show: the first so many."""
+        by_number = len(times) - min(self.maximum, len(times))
+        return by_number if self.days is None else max(by_number, bisect_left(times, self.cutoff()))
+
+    def removable(self, times: Sequence[int]) -> int:
+        """How many may be removed: those hidden, but the newest stays while there is history at all."""
+        return self.hidden(times) if self.maximum == 0 else min(self.hidden(times), max(0, len(times) - 1))
+
+
+class _Window(NamedTuple):
+    """What get_history was asked for: times in ms, inclusive."""
+
+    limit: int
+    since: int
+    until: int
+
+    @classmethod
+    def of(cls, limit: int, since: int | None, until: int | None) -> _Window:
+        return cls(
+            _integer("limit", limit, 0, _MAX_INTEGER),
+            0 if since is None else _time_ms(since, "since"),
+            _MAX_TIME_MS if until is None else _time_ms(until, "until"),
+        )
+
+
+@attrs.frozen
+class _Search:
+    """What search_similar was asked for, checked."""
+
+    axes: Axes
+    limit: int
+    score_threshold: float
+    user_id: str | None
+    exclude_user_id: str | None
+    source: Source | None
+    min_confidence: float | None
+    since: int | None
+    until: int | None
+    history: bool
+
+    @classmethod
+    def of(
+        cls,
+        query: StateSnapshot | Mapping[str, float],
+        limit: int,
+        score_threshold: float | None,
+        user_id: str | None,
+        exclude_user_id: str | None,
+        source: Source | str | None,
+        min_confidence: float | None,
+        since: int | None,
+        until: int | None,
+        history: bool,
+    ) -> _Search:
+        return cls(
+            axes=query.axes if isinstance(query, StateSnapshot) else Axes(query),
+            limit=_integer("limit", limit, 1, _MAX_INTEGER),
+            score_threshold=-math.inf
+            if score_threshold is None
+            else _number("score_threshold", score_threshold),
+            user_id=None if user_id is None else _user_id(user_id),
+            exclude_user_id=_user_id(exclude_user_id) if exclude_user_id else None,
+            source=None if source is None else _source(source),
+            min_confidence=None if min_confidence is None else _unit("min_confidence", min_confidence),
+            since=None if since is None else _time_ms(since, "since"),
+            until=None if until is None else _time_ms(until, "until"),
+            history=bool(history),
+        )
+
+    def admits(self, snapshot: StateSnapshot) -> bool:
+        """Whether a snapshot passes the filters."""
+        return (
+            (self.user_id is None or snapshot.user_id == self.user_id)
+            and snapshot.user_id != self.exclude_user_id
+            and (self.source is None or snapshot.source is self.source)
+            and (self.min_confidence is None or snapshot.confidence >= self.min_confidence)
+            and (self.since is None or snapshot.updated_at_unix_ms >= self.since)
+            and (self.until is None or snapshot.updated_at_unix_ms <= self.until)
+        )
+
+
+def _successor(user_id: str, latest: StateSnapshot | None, new: object) -> StateSnapshot | None:
+    """Check what the function of an ``update`` gave."""
+    if new is None:
+        return None
+    if not isinstance(new, StateSnapshot):
+        raise ValidationError(f"update: the function must return a StateSnapshot or None, got {_shown(new)}")
+    if new.user_id != user_id:
+        raise ValidationError("user_id: the function of an update must return a snapshot of the same user")
+    if latest is not None and new.updated_at_unix_ms <= latest.updated_at_unix_ms:
+        raise ValidationError(
+            f"updated_at_unix_ms: an update must be newer than {latest.updated_at_unix_ms}, "
+            f"got {new.updated_at_unix_ms}; StateSnapshot.patched sets it so"
+        )
+    return new
+
+
+def _a_snapshot(value: object) -> StateSnapshot:
+    if isinstance(value, StateSnapshot):
+        return value
+    raise ValidationError(f"snapshot: a StateSnapshot is needed, got {_shown(value)}")
+
+
+def _check_expected(expected: object) -> None:
+    if not (expected is ANY or expected is None or isinstance(expected, StateSnapshot)):
+        raise ValidationError(f"expected: a StateSnapshot, None or ANY is needed, got {_shown(expected)}")
+
+
+def _conflict(user_id: str, expected: StateSnapshot | None, found: StateSnapshot | None) -> ConflictError:
+    def at(snapshot: StateSnapshot | None) -> str:
+        return "none" if snapshot is None else f"one of {snapshot.updated_at_unix_ms}"
+
+    return ConflictError(
+        f"user {_short_id(user_id)!r}: expected {at(expected)} as the latest snapshot, found {at(found)}; "
+        "read it again and retry, or use update()"
+    )
+
+
+def _backoff(attempt: int, *, base: float = 0.001, cap: float = 0.1) -> float:
+    """Seconds to wait after a failed attempt, counted from 0: full jitter, none after the first.
+
+    Source: Marc Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
+    """
+    return random.uniform(0.0, min(cap, base * 2.0**attempt)) if attempt else 0.0
+
+
+# -----------------------------------------------------------------------------
+# Contracts
+# -----------------------------------------------------------------------------
+
+_BATCH = 64  # snapshots or users in one step of a long operation: about 5 ms on the slowest engine
+
+_Progress = Callable[[int, int | None], object]
+_Cursor = Any  # where the next page begins: known to the engine alone; None begins
+
+
+def _next_page(remaining: Iterator[str]) -> tuple[list[str], Iterator[str] | None]:
+    """A page of ids that are in memory, and the cursor to the next one."""
+    page = list(itertools.islice(remaining, _BATCH))
+    return page, remaining if len(page) == _BATCH else None
+
+
+def _batches(
+    snapshots: Iterable[StateSnapshot], check: Callable[[StateSnapshot], object]
+) -> Iterator[list[StateSnapshot]]:
+    """Cut into batches, checked before they are handed out: a list or tuple whole, others batch by batch."""
+    if isinstance(snapshots, StateSnapshot) or not isinstance(snapshots, Iterable):
+        raise ValidationError(f"snapshots: an iterable of StateSnapshot is needed, got {_shown(snapshots)}")
+    known = isinstance(snapshots, list | tuple)
+    if known:
+        for snapshot in snapshots:
+            check(snapshot)
+    remaining = iter(snapshots)
+    while batch := list(itertools.islice(remaining, _BATCH)):
+        if not known:
+            for snapshot in batch:
+                check(snapshot)
+        yield batch
+
+
+def _size(snapshots: Iterable[StateSnapshot]) -> int | None:
+    try:
+        return len(cast("Any", snapshots))
+    except TypeError:
+        return None
+
+
+def _id_batches(user_ids: Iterable[str]) -> Iterator[list[str]]:
+    if isinstance(user_ids, str) or not isinstance(user_ids, Iterable):
+        raise ValidationError(f"user_ids: an iterable of user ids is needed, got {_shown(user_ids)}")
+    checked = list(dict.fromkeys(_user_id(user_id) for user_id in user_ids))
+    return (checked[start : start + _BATCH] for start in range(0, len(checked), _BATCH))
+
+
+def _patch(
+    user_id: str, axes: Mapping[str, float], fields: SnapshotFields
+) -> Callable[[StateSnapshot | None], StateSnapshot]:
+    """The function of the update that a patch is."""
+    patch = StateSnapshot(user_id, {}, updated_at_unix_ms=0).patched(axes, **fields)  # raises before any read
+
+    def merge(latest: StateSnapshot | None) -> StateSnapshot:
+        return patch if latest is None else latest.patched(axes, **fields)
+
+    return merge
+
+
+def _gave_up(user_id: str, attempts: int) -> ConflictError:
+    return ConflictError(
+        f"user {_short_id(user_id)!r}: still in conflict after {attempts} attempts; try again later"
+    )
+
+
+class StateStore(ABC):
+    """The contract of every synchronous store.
+
+    A store keeps, for each user, the *latest* snapshot (the one with the greatest time written since the
+    user was last deleted; of two with the same time the later write replaces the other) and a *history* of
+    the newest ``max_history_per_user`` distinct times, the latest included. Bad input raises ValidationError
+    before anything is written; a write that returned is kept. It can be used from many threads, as a context
+    manager, and read like a mapping from user id to latest snapshot.
+    """
+
+    # What an engine adds: the primitives of the operations below.
+
+    @property
+    @abstractmethod
+    def axes(self) -> tuple[str, ...]:
+        """The names of the axes that this store keeps, in the order of its vectors."""
+
+    @property
+    @abstractmethod
+    def is_closed(self) -> bool:
+        """Whether the store has been closed."""
+
+    @abstractmethod
+    def upsert_latest(self, snapshot: StateSnapshot, *, expected: _Expected = ANY) -> None:
+        """Write a snapshot: into history, and as the latest if it is not older than the current one.
+
+        With ``expected``, the snapshot read before or None for "must not exist", only if that is still the
+        latest; otherwise ConflictError is raised and nothing changes. Raises ValidationError for an axis
+        that the store does not have, BackendError.
+        """
+
+    @abstractmethod
+    def get_latest(self, user_id: str) -> StateSnapshot | None:
+        """The latest snapshot of a user; None where there is none. Raises ValidationError, BackendError."""
+
+    @abstractmethod
+    def delete(self, user_id: str) -> bool:
+        """Remove the latest snapshot and the history of a user; True if there was anything.
+
+        No tombstone is left: an older state written afterwards recreates the user.
+        """
+
+    @abstractmethod
+    def health(self) -> Health:
+        """How the store is; never raises."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release everything; harmless when repeated. Afterwards every other call but health() raises."""
+
+    @abstractmethod
+    def _check(self, snapshot: StateSnapshot) -> None:
+        """Raise ValidationError unless this is a snapshot that the store can keep."""
+
+    @abstractmethod
+    def _write_batch(self, snapshots: Sequence[StateSnapshot]) -> None: ...
+
+    @abstractmethod
+    def _find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]: ...
+
+    @abstractmethod
+    def _history(self, user_id: str, window: _Window) -> list[StateSnapshot]: ...
+
+    @abstractmethod
+    def _search(self, search: _Search) -> list[Match]: ...
+
+    @abstractmethod
+    def _page_of_users(self, cursor: _Cursor) -> tuple[list[str], _Cursor]: ...
+
+    @abstractmethod
+    def _count_users(self) -> int: ...
+
+    @abstractmethod
+    def _count_page(self, cursor: _Cursor) -> tuple[int, _Cursor]: ...
+
+    @abstractmethod
+    def _prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]: ...
+
+    # What every engine shares.
+
+    def upsert_many(self, snapshots: Iterable[StateSnapshot], *, progress: _Progress | None = None) -> int:
+        """Write many snapshots in batches, each as ``upsert_latest`` would; returns how many were written.
+
+        A list or tuple is checked whole before the first write, any other iterable batch by batch; an error
+        carries in ``written`` how many had been written. ``progress(done, total)`` is called after each
+        batch, ``total`` None where it is unknown.
+        """
+        self._ensure_open()
+        total, written = _size(snapshots), 0
+        try:
+            for batch in _batches(snapshots, self._check):
+                self._write_batch(batch)
+                written += len(batch)
+                if progress is not None:
+                    progress(written, total)
+        except StoreError as error:
+            error.written = written
+            raise
+        return written
+
+    def patch(
+        self, user_id: str, axes: Mapping[str, float], **fields: Unpack[SnapshotFields]
+    ) -> StateSnapshot:
+        """Merge axes into a user's latest snapshot, creating it where absent; returns the new snapshot.
+
+        Fields are kept unless given; the time is now, and at least 1 ms after the one before. Raises
+        ValidationError, ConflictError when other writers never let it through, BackendError.
+        """
+        return cast("StateSnapshot", self.update(user_id, _patch(user_id, axes, fields)))
+
+    def update(
+        self,
+        user_id: str,
+        fn: Callable[[StateSnapshot | None], StateSnapshot | None],
+        *,
+        attempts: int = 32,
+    ) -> StateSnapshot | None:
+        """Read, change and write a user's latest snapshot without losing another writer's change.
+
+        ``fn`` gets the latest snapshot or None and returns the new one, of the same user and newer, or None
+        to leave things as they are. It runs without a lock, may use the store, and may run several times.
+        Returns the latest afterwards; raises ConflictError after ``attempts`` conflicts, ValidationError.
+        """
+        for attempt in range(_integer("attempts", attempts, 1, _MAX_INTEGER)):
+            latest = self.get_latest(user_id)
+            new = _successor(user_id, latest, fn(latest))
+            if new is None:
+                return latest
+            try:
+                self.upsert_latest(new, expected=latest)
+            except ConflictError as conflict:
+                if conflict.ambiguous:
+                    raise
+                time.sleep(_backoff(attempt))
+            else:
+                return new
+        raise _gave_up(user_id, attempts)
+
+    def get_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
+        """The latest snapshots of those of these users who have one, by user id."""
+        self._ensure_open()
+        found: dict[str, StateSnapshot] = {}
+        for batch in _id_batches(user_ids):
+            found.update(self._find(batch))
+        return found
+
+    def get_history(
+        self, user_id: str, limit: int = 100, *, since: int | None = None, until: int | None = None
+    ) -> list[StateSnapshot]:
+        """At most ``limit`` snapshots of a user, newest first; [] for an unknown user.
+
+        ``since`` and ``until`` are milliseconds since 1970, UTC, inclusive.
+        """
+        return self._history(_user_id(user_id), _Window.of(limit, since, until))
+
+    def search_similar(
+        self,
+        query: StateSnapshot | Mapping[str, float] | str,
+        *,
+        limit: int = 10,
+        score_threshold: float | None = None,
+        user_id: str | None = None,
+        exclude_user_id: str | None = None,
+        source: Source | str | None = None,
+        min_confidence: float | None = None,
+        since: int | None = None,
+        until: int | None = None,
+        history: bool = False,
+    ) -> list[Match]:
+        """The users whose latest states are most like the query, best first.
+
+        ``query`` is a snapshot, a mapping of axes, or the id of a user, who is then left out of the result
+        unless ``exclude_user_id=""``. The score is the cosine of the axes around neutral, from -1 to 1; a
+        neutral state scores 0. ``history=True`` searches all snapshots in history instead. Times are in
+        milliseconds, bounds inclusive. Raises UserNotFoundError for an unknown user, ValidationError.
+        """
+        if isinstance(query, str):
+            asked = self.get_latest(query)
+            if asked is None:
+                raise _unknown_user(query)
+            if exclude_user_id is None:
+                exclude_user_id = query
+            query = asked
+        search = _Search.of(
+            query,
+            limit,
+            score_threshold,
+            user_id,
+            exclude_user_id,
+            source,
+            min_confidence,
+            since,
+            until,
+            history,
+        )
+        return self._search(search)
+
+    def users(self) -> Iterator[str]:
+        """All user ids, read in pages while the iteration goes on; the order is unspecified."""
+        first = self._page_of_users(None)
+
+        def pages() -> Iterator[str]:
+            page, cursor = first
+            yield from page
+            while cursor is not None:
+                page, cursor = self._page_of_users(cursor)
+                yield from page
+
+        return pages()
+
+    def count(self, *, history: bool = False) -> int:
+        """How many users there are; with ``history`` how many snapshots get_history can return for all."""
+        return _total(self._count_page) if history else self._count_users()
+
+    def prune(self) -> int:
+        """Remove the history that the bounds hide already; returns how many snapshots were removed."""
+        return _total(self._prune_page)
+
+    def __getitem__(self, user_id: str) -> StateSnapshot:
+        latest = self.get_latest(user_id)
+        if latest is None:
+            raise _unknown_user(user_id)
+        return latest
+
+    def __contains__(self, user_id: object) -> bool:
+        self._ensure_open()
+        try:
+            return self.get_latest(cast("str", user_id)) is not None
+        except ValidationError:
+            return False  # what cannot be an id is not in the store
+
+    def __iter__(self) -> Iterator[str]:
+        return self.users()
+
+    def __len__(self) -> int:
+        return self.count()
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __enter__(self) -> Self:
+        self._ensure_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return _described(self)
+
+    def _repr_html_(self) -> str:
+        return _described_html(self, None if self.is_closed else self.health())
+
+    def _ensure_open(self) -> None:
+        if self.is_closed:
+            raise _closed()
+
+    def _place(self) -> str:
+        return ""
+
+
+def _total(page: Callable[[_Cursor], tuple[int, _Cursor]]) -> int:
+    total, cursor = page(None)
+    while cursor is not None:
+        more, cursor = page(cursor)
+        total += more
+    return total
+
+
+def _closed() -> StoreClosedError:
+    return StoreClosedError("the store is closed; open it again")
+
+
+def _unknown_user(user_id: str) -> UserNotFoundError:
+    return UserNotFoundError(f"no user {_short_id(user_id)!r} in the store")
+
+
+def _described(store: StateStore | AsyncStateStore) -> str:
+    state = "closed" if store.is_closed else "open"
+    return f"<{type(store).__name__} {' '.join(filter(None, (store._place(), state)))}>"
+
+
+def _described_html(store: StateStore | AsyncStateStore, health: Health | None) -> str:
+    facts = [store._place()]
+    if health is not None:
+        facts += [health.status, f"{health.users} users", f"{health.points} points"]
+    elif store.is_closed:
+        facts.append("closed")
+    return f"<b>{type(store).__name__}</b> {html.escape(', '.join(filter(None, facts)))}"
+
+
+async def _sleep(seconds: float) -> None:
+    """Let other tasks run; under trio this needs anyio."""
+    try:
+        import anyio
+    except ImportError:
+        await asyncio.sleep(seconds)
+    else:
+        await anyio.sleep(seconds)
+
+
+class _Users(AsyncIterator[str]):
+    """The pages of users as an asynchronous iterator.
+
+    Not an asynchronous generator, which would want closing when an iteration is left early.
+    """
+
+    def __init__(self, page: Callable[[_Cursor], Awaitable[tuple[list[str], _Cursor]]]) -> None:
+        self._page = page
+        self._ready: deque[str] = deque()
+        self._cursor: _Cursor = None
+        self._begun = False
+
+    async def __anext__(self) -> str:
+        while not self._ready:
+            if self._begun:
+                if self._cursor is None:
+                    raise StopAsyncIteration
+                await _sleep(0)
+            page, self._cursor = await self._page(self._cursor)
+            self._begun = True
+            self._ready.extend(page)
+        return self._ready.popleft()
+
+
+class AsyncStateStore(ABC):
+    """The contract of every asynchronous store: that of StateStore, to be awaited.
+
+    Cancelling a write leaves it done or not done, never half done. ``close`` is ``aclose``.
+    """
+
+    @property
+    @abstractmethod
+    def axes(self) -> tuple[str, ...]:
+        """See StateStore.axes; a store on disk knows them once it is open."""
+
+    @property
+    @abstractmethod
+    def is_closed(self) -> bool:
+        """See StateStore.is_closed."""
+
+    @abstractmethod
+    async def upsert_latest(self, snapshot: StateSnapshot, *, expected: _Expected = ANY) -> None:
+        """See StateStore.upsert_latest."""
+
+    @abstractmethod
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        """See StateStore.get_latest."""
+
+    @abstractmethod
+    async def delete(self, user_id: str) -> bool:
+        """See StateStore.delete."""
+
+    @abstractmethod
+    async def health(self) -> Health:
+        """See StateStore.health."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """See StateStore.close."""
+
+    @abstractmethod
+    async def _open(self) -> None: ...
+
+    @abstractmethod
+    def _check(self, snapshot: StateSnapshot) -> None: ...
+
+    @abstractmethod
+    async def _write_batch(self, snapshots: Sequence[StateSnapshot]) -> None: ...
+
+    @abstractmethod
+    async def _find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]: ...
+
+    @abstractmethod
+    async def _history(self, user_id: str, window: _Window) -> list[StateSnapshot]: ...
+
+    @abstractmethod
+    async def _search(self, search: _Search) -> list[Match]: ...
+
+    @abstractmethod
+    async def _page_of_users(self, cursor: _Cursor) -> tuple[list[str], _Cursor]: ...
+
+    @abstractmethod
+    async def _count_users(self) -> int: ...
+
+    @abstractmethod
+    async def _count_page(self, cursor: _Cursor) -> tuple[int, _Cursor]: ...
+
+    @abstractmethod
+    async def _prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]: ...
+
+    async def upsert_many(
+        self, snapshots: Iterable[StateSnapshot], *, progress: _Progress | None = None
+    ) -> int:
+        """See StateStore.upsert_many; other tasks run between batches."""
+        self._ensure_open()
+        await self._open()
+        total, written = _size(snapshots), 0
+        try:
+            for batch in _batches(snapshots, self._check):
+                await self._write_batch(batch)
+                written += len(batch)
+                if progress is not None:
+                    progress(written, total)
+                await _sleep(0)
+        except StoreError as error:
+            error.written = written
+            raise
+        return written
+
+    async def patch(
+        self, user_id: str, axes: Mapping[str, float], **fields: Unpack[SnapshotFields]
+    ) -> StateSnapshot:
+        """See StateStore.patch."""
+        return cast("StateSnapshot", await self.update(user_id, _patch(user_id, axes, fields)))
+
+    async def update(
+        self,
+        user_id: str,
+        fn: Callable[[StateSnapshot | None], StateSnapshot | None | Awaitable[StateSnapshot | None]],
+        *,
+        attempts: int = 32,
+    ) -> StateSnapshot | None:
+        """See StateStore.update; ``fn`` may be an ``async def``."""
+        for attempt in range(_integer("attempts", attempts, 1, _MAX_INTEGER)):
+            latest = await self.get_latest(user_id)
+            answer = fn(latest)
+            new = _successor(user_id, latest, await answer if inspect.isawaitable(answer) else answer)
+            if new is None:
+                return latest
+            try:
+                await self.upsert_latest(new, expected=latest)
+            except ConflictError as conflict:
+                if conflict.ambiguous:
+                    raise
+                await _sleep(_backoff(attempt))
+            else:
+                return new
+        raise _gave_up(user_id, attempts)
+
+    async def get_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
+        """See StateStore.get_many."""
+        self._ensure_open()
+        found: dict[str, StateSnapshot] = {}
+        for batch in _id_batches(user_ids):
+            if found:
+                await _sleep(0)
+            found.update(await self._find(batch))
+        return found
+
+    async def get_history(
+        self, user_id: str, limit: int = 100, *, since: int | None = None, until: int | None = None
+    ) -> list[StateSnapshot]:
+        """See StateStore.get_history."""
+        return await self._history(_user_id(user_id), _Window.of(limit, since, until))
+
+    async def search_similar(
+        self,
+        query: StateSnapshot | Mapping[str, float] | str,
+        *,
+        limit: int = 10,
+        score_threshold: float | None = None,
+        user_id: str | None = None,
+        exclude_user_id: str | None = None,
+        source: Source | str | None = None,
+        min_confidence: float | None = None,
+        since: int | None = None,
+        until: int | None = None,
+        history: bool = False,
+    ) -> list[Match]:
+        """See StateStore.search_similar."""
+        if isinstance(query, str):
+            asked = await self.get_latest(query)
+            if asked is None:
+                raise _unknown_user(query)
+            if exclude_user_id is None:
+                exclude_user_id = query
+            query = asked
+        search = _Search.of(
+            query,
+            limit,
+            score_threshold,
+            user_id,
+            exclude_user_id,
+            source,
+            min_confidence,
+            since,
+            until,
+            history,
+        )
+        return await self._search(search)
+
+    def users(self) -> AsyncIterator[str]:
+        """See StateStore.users."""
+        self._ensure_open()
+        return _Users(self._page_of_users)
+
+    async def count(self, *, history: bool = False) -> int:
+        """See StateStore.count."""
+        return await _async_total(self._count_page) if history else await self._count_users()
+
+    async def prune(self) -> int:
+        """See StateStore.prune."""
+        return await _async_total(self._prune_page)
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        return self.users()
+
+    async def __aenter__(self) -> Self:
+        self._ensure_open()
+        await self._open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        return _described(self)
+
+    def _repr_html_(self) -> str:
+        return _described_html(self, None)
+
+    def _ensure_open(self) -> None:
+        if self.is_closed:
+            raise _closed()
+
+    def _place(self) -> str:
+        return ""
+
+
+async def _async_total(page: Callable[[_Cursor], Awaitable[tuple[int, _Cursor]]]) -> int:
+    total, cursor = await page(None)
+    while cursor is not None:
+        await _sleep(0)
+        more, cursor = await page(cursor)
+        total += more
+    return total
+
+
+# -----------------------------------------------------------------------------
+# Memory
+# -----------------------------------------------------------------------------
+
+
+class _Vectors(Protocol):
+    """Unit vectors in numbered rows."""
+
+    def put(self, row: int, direction: Sequence[float]) -> None: ...
+
+    def scores(self, direction: Sequence[float], rows: int) -> Any: ...
+
+    def best(self, scores: Any, number: int) -> Iterable[int]:
+        """The rows of the best scores, best first, at least ``number`` of them or all."""
+        ...
+
+
+class _PlainVectors:
+    """Rows as lists, where numpy is absent."""
+
+    def __init__(self) -> None:
+        self._rows: list[Sequence[float]] = []
+
+    def put(self, row: int, direction: Sequence[float]) -> None:
+        self._rows[row : row + 1] = [direction]
+
+    def scores(self, direction: Sequence[float], rows: int) -> list[float]:
+        return [sum(map(operator.mul, direction, row)) for row in self._rows[:rows]]
+
+    def best(self, scores: list[float], number: int) -> Iterable[int]:
+        return sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
+
+
+class _NumpyVectors:
+    """Rows as a matrix."""
+
+    def __init__(self, vector_size: int) -> None:
+        import numpy
+
+        self._numpy = numpy
+        self._matrix = numpy.zeros((64, vector_size), dtype=numpy.float32)
+
+    def put(self, row: int, direction: Sequence[float]) -> None:
+        if row >= len(self._matrix):
+            self._matrix = self._numpy.concatenate([self._matrix, self._numpy.zeros_like(self._matrix)])
+        self._matrix[row] = direction
+
+    def scores(self, direction: Sequence[float], rows: int) -> Any:
+        return self._matrix[:rows] @ self._numpy.asarray(direction, dtype=self._numpy.float32)
+
+    def best(self, scores: Any, number: int) -> Iterable[int]:
+        if number < len(scores):
+            rows = self._numpy.argpartition(-scores, number)[:number]
+            rows = rows[self._numpy.argsort(-scores[rows])]
+        else:
+            rows = self._numpy.argsort(-scores)
+        return cast("list[int]", rows.tolist())
+
+
+def _make_vectors(vector_size: int) -> _Vectors:
+    try:
+        return _NumpyVectors(vector_size)
+    except ImportError:
+        return _PlainVectors()
+
+
+class _Similarity:
+    """The latest snapshots as unit vectors. It is told who was written, and catches up when asked."""
+
+    def __init__(self, schema: _Schema) -> None:
+        self.stale: set[str] = set()
+        self._schema = schema
+        self._vectors: _Vectors | None = None
+        self._rows: list[StateSnapshot | None] = []
+        self._row_of: dict[str, int] = {}
+        self._free: list[int] = []
+
+    def catch_up(self, latest: Callable[[str], StateSnapshot | None]) -> bool:
+        """Take in some of the users written since; whether all are taken in."""
+        for _ in range(min(4 * _BATCH, len(self.stale))):
+            user_id = self.stale.pop()
+            self._take(user_id, latest(user_id))
+        return not self.stale
+
+    def _take(self, user_id: str, snapshot: StateSnapshot | None) -> None:
+        if self._vectors is None:
+            self._vectors = _make_vectors(self._schema.vector_size)
+        row = self._row_of.get(user_id)
+        if snapshot is None:
+            if row is not None:
+                self._free.append(self._row_of.pop(user_id))
+                self._rows[row] = None
+            return
+        if row is None:
+            row = self._row_of[user_id] = self._free.pop() if self._free else len(self._rows)
+        self._rows[row : row + 1] = [snapshot]
+        self._vectors.put(row, self._schema.direction(snapshot.axes))
+
+    def search(self, search: _Search) -> list[Match]:
+        """The best matches among those taken in."""
+        if self._vectors is None:
+            return []
+        scores = self._vectors.scores(self._schema.direction(search.axes), len(self._rows))
+        for number in (4 * search.limit + _BATCH, len(scores)):
+            matches = self._matches(search, scores, self._vectors.best(scores, number))
+            if len(matches) == search.limit or number >= len(scores):
+                break
+        return matches
+
+    def _matches(self, search: _Search, scores: Any, rows: Iterable[int]) -> list[Match]:
+        matches: list[Match] = []
+        for row in rows:
+            snapshot, score = self._rows[row], _clamped(float(scores[row]))
+            if score < search.score_threshold or len(matches) == search.limit:
+                break
+            if snapshot is not None and search.admits(snapshot):
+                matches.append(Match(snapshot, score))
+        return matches
+
+
+def _clamped(score: float) -> float:
+    return max(-1.0, min(1.0, score))  # rounding may lead out of the range of a cosine
+
+
+class MemoryStore(StateStore):
+    """A store in this process's memory: nothing survives it, and nothing is faster.
+
+    Reads take no lock. Options are the fields of MemoryStoreConfig. It needs attrs and cachetools alone;
+    searching is faster with numpy.
+
+    >>> store = MemoryStore(axes=["warmth"], max_history_per_user=10)
+    >>> store.upsert_latest(StateSnapshot("ada", {"warmth": 1}))
+    >>> len(store), store["ada"].axes["warmth"]
+    (1, 1.0)
+    """
+
+    def __init__(self, config: MemoryStoreConfig | None = None, **options: Unpack[MemoryOptions]) -> None:
+        self.config = _configured(MemoryStoreConfig, config, options)
+        self._schema = _Schema.of(self.config)
+        self._retention = _Retention.of(self.config)
+        # One deque a user, ascending in time, the latest at its end: one append changes both at one moment.
+        self._timelines: dict[str, deque[StateSnapshot]] = {}
+        self._capacity = max(1, self._retention.maximum)
+        self._lock = threading.Lock()
+        self._similarity = _Similarity(self._schema)
+        self._closed = False
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """See StateStore.axes."""
+        return self._schema.axes
+
+    @property
+    def is_closed(self) -> bool:
+        """See StateStore.is_closed."""
+        return self._closed
+
+    def upsert_latest(self, snapshot: StateSnapshot, *, expected: _Expected = ANY) -> None:
+        """See StateStore.upsert_latest."""
+        self._check(snapshot)
+        if expected is not ANY:
+            _check_expected(expected)
+        with self._lock:
+            self._put(snapshot, expected)
+
+    def get_latest(self, user_id: str) -> StateSnapshot | None:
+        """See StateStore.get_latest."""
+        try:
+            return self._timelines[user_id][-1]
+        except (KeyError, TypeError):
+            self._ensure_open()
+            _user_id(user_id)
+            return None
+
+    def delete(self, user_id: str) -> bool:
+        """See StateStore.delete."""
+        _user_id(user_id)
+        with self._lock:
+            self._ensure_open()
+            self._similarity.stale.add(user_id)
+            return self._timelines.pop(user_id, None) is not None
+
+    def health(self) -> Health:
+        """See StateStore.health."""
+        started = time.perf_counter()
+        if self._closed:
+            return Health("unhealthy", "memory", 0.0, message="the store is closed")
+        timelines = list(self._timelines.values())
+        points = sum(map(len, timelines))
+        return Health("healthy", "memory", (time.perf_counter() - started) * 1000, len(timelines), points)
+
+    def close(self) -> None:
+        """Forget everything; harmless when repeated."""
+        with self._lock:
+            self._closed = True
+            self._timelines = {}
+            self._similarity = _Similarity(self._schema)
+
+    def _check(self, snapshot: StateSnapshot) -> None:
+        if snapshot.__class__ is not StateSnapshot:
+            _a_snapshot(snapshot)
+        self._schema.check(snapshot.axes)
+
+    def _put(self, snapshot: StateSnapshot, expected: _Expected = ANY) -> None:
+        if self._closed:
+            raise _closed()
+        user_id = snapshot.user_id
+        timeline = self._timelines.get(user_id)
+        if expected is not ANY:
+            latest = timeline[-1] if timeline else None
+            if latest != expected:
+                raise _conflict(user_id, expected, latest)
+        if timeline is None:
+            self._timelines[user_id] = deque((snapshot,), self._capacity)
+        elif snapshot.updated_at_unix_ms > timeline[-1].updated_at_unix_ms:
+            timeline.append(snapshot)
+            if self._retention.days is not None:
+                self._trim(timeline)
+        else:
+            self._timelines[user_id] = self._with_older(timeline, snapshot)
+        self._similarity.stale.add(user_id)
+
+    def _with_older(self, timeline: deque[StateSnapshot], snapshot: StateSnapshot) -> deque[StateSnapshot]:
+        others = [entry for entry in timeline if entry.updated_at_unix_ms != snapshot.updated_at_unix_ms]
+        return deque(sorted([*others, snapshot], key=_time_of), self._capacity)
+
+    def _trim(self, timeline: deque[StateSnapshot]) -> int:
+        removable = self._retention.removable([entry.updated_at_unix_ms for entry in timeline])
+        for _ in range(min(removable, len(timeline) - 1)):
+            timeline.popleft()
+        return removable
+
+    def _entries(self, user_id: str) -> list[StateSnapshot]:
+        """What history shows of a user, oldest first."""
+        timeline = self._timelines.get(user_id)
+        if timeline is None:
+            return []
+        entries = list(timeline.copy())  # a copy is made at one moment, an iteration is not
+        return entries[self._retention.hidden([entry.updated_at_unix_ms for entry in entries]) :]
+
+    def _write_batch(self, snapshots: Sequence[StateSnapshot]) -> None:
+        with self._lock:
+            for snapshot in snapshots:
+                self._put(snapshot)
+
+    def _find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
+        found = ((user_id, self.get_latest(user_id)) for user_id in user_ids)
+        return {user_id: latest for user_id, latest in found if latest is not None}
+
+    def _history(self, user_id: str, window: _Window) -> list[StateSnapshot]:
+        self._ensure_open()
+        newest_first = reversed(self._entries(user_id))
+        chosen = (entry for entry in newest_first if window.since <= entry.updated_at_unix_ms <= window.until)
+        return list(itertools.islice(chosen, window.limit))
+
+    def _search(self, search: _Search) -> list[Match]:
+        steps = self._searching(search)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as stop:
+                return cast("list[Match]", stop.value)
+
+    def _searching(self, search: _Search) -> Generator[None, None, list[Match]]:
+        """Search in steps of a few milliseconds, between which others may run."""
+        self._ensure_open()
+        self._schema.check(search.axes)
+        if search.history or search.user_id is not None:
+            return (yield from self._scan(search))
+        while not self._caught_up():
+            yield
+        with self._lock:
+            return self._similarity.search(search)
+
+    def _caught_up(self) -> bool:
+        with self._lock:
+            return self._similarity.catch_up(self.get_latest)
+
+    def _scan(self, search: _Search) -> Generator[None, None, list[Match]]:
+        """Look at snapshots one by one, where the vectors of the latest ones do not serve."""
+        direction, best = self._schema.direction(search.axes), list[Match]()
+        for user_id in list(self._timelines) if search.user_id is None else [search.user_id]:
+            entries = self._entries(user_id) if search.history else self._find([user_id]).values()
+            for snapshot in filter(search.admits, entries):
+                score = sum(map(operator.mul, direction, self._schema.direction(snapshot.axes)))
+                if score >= search.score_threshold:
+                    best.append(Match(snapshot, _clamped(score)))
+            if len(best) > 4 * search.limit + _BATCH:
+                best = heapq.nlargest(search.limit, best, key=_score_of)
+            yield
+        return heapq.nlargest(search.limit, best, key=_score_of)
+
+    def _page_of_users(self, cursor: _Cursor) -> tuple[list[str], _Cursor]:
+        self._ensure_open()
+        return _next_page(iter(list(self._timelines)) if cursor is None else cursor)
+
+    def _count_users(self) -> int:
+        self._ensure_open()
+        return len(self._timelines)
+
+    def _count_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
+        page, cursor = self._page_of_users(cursor)
+        return sum(len(self._entries(user_id)) for user_id in page), cursor
+
+    def _prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
+        page, cursor = self._page_of_users(cursor)
+        with self._lock:
+            timelines = [self._timelines[user_id] for user_id in page if user_id in self._timelines]
+            return sum(self._trim(timeline) for timeline in timelines), cursor
+
+
+def _time_of(snapshot: StateSnapshot) -> int:
+    return snapshot.updated_at_unix_ms
+
+
+def _score_of(match: Match) -> float:
+    return match.score
+
+
+class AsyncMemoryStore(AsyncStateStore):
+    """MemoryStore for asyncio and trio (which needs anyio).
+
+    Single operations run at once and never suspend; long ones let other tasks run every few milliseconds.
+    """
+
+    def __init__(self, config: MemoryStoreConfig | None = None, **options: Unpack[MemoryOptions]) -> None:
+        self._store = MemoryStore(config, **options)
+        self.config = self._store.config
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """See StateStore.axes."""
+        return self._store.axes
+
+    @property
+    def is_closed(self) -> bool:
+        """See StateStore.is_closed."""
+        return self._store.is_closed
+
+    async def upsert_latest(self, snapshot: StateSnapshot, *, expected: _Expected = ANY) -> None:
+        """See StateStore.upsert_latest."""
+        self._store.upsert_latest(snapshot, expected=expected)
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        """See StateStore.get_latest."""
+        return self._store.get_latest(user_id)
+
+    async def delete(self, user_id: str) -> bool:
+        """See StateStore.delete."""
+        return self._store.delete(user_id)
+
+    async def health(self) -> Health:
+        """See StateStore.health."""
+        return self._store.health()
+
+    async def aclose(self) -> None:
+        """See StateStore.close."""
+        self._store.close()
+
+    async def _open(self) -> None:
+        """Nothing to do: memory is always there."""
+
+    def _check(self, snapshot: StateSnapshot) -> None:
+        self._store._check(snapshot)
+
+    async def _write_batch(self, snapshots: Sequence[StateSnapshot]) -> None:
+        self._store._write_batch(snapshots)
+
+    async def _find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
+        return self._store._find(user_ids)
+
+    async def _history(self, user_id: str, window: _Window) -> list[StateSnapshot]:
+        return self._store._history(user_id, window)
+
+    async def _search(self, search: _Search) -> list[Match]:
+        steps = self._store._searching(search)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as stop:
+                return cast("list[Match]", stop.value)
+            await _sleep(0)
+
+    async def _page_of_users(self, cursor: _Cursor) -> tuple[list[str], _Cursor]:
+        return self._store._page_of_users(cursor)
+
+    async def _count_users(self) -> int:
+        return self._store._count_users()
+
+    async def _count_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
+        return self._store._count_page(cursor)
+
+    async def _prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
+        return self._store._prune_page(cursor)
+
+
+# -----------------------------------------------------------------------------
+# Engines
+# -----------------------------------------------------------------------------
+
+# The narrow waist. An engine knows collections, points and neutral filters; it knows nothing of users and
+# states. Its methods are coroutines; those of an embedded engine never suspend.
+
+
+class _Point(NamedTuple):
+    id: str
+    vector: list[float]
+    payload: dict[str, Any]
+
+
+class _Record(NamedTuple):
+    """A point as read: ``score`` where it was searched for, an empty payload where none was asked for."""
+
+    id: str
+    payload: Mapping[str, Any]
+    score: float = 0.0
+
+
+class _Equal(NamedTuple):
+    key: str
+    value: str | int | bool
+
+
+class _AnyOf(NamedTuple):
+    key: str
+    values: Sequence[str] | Sequence[int]
+
+
+class _Range(NamedTuple):
+    key: str
+    least: float | None = None
+    most: float | None = None
+
+
+class _Text(NamedTuple):
+    key: str
+    words: str
+
+
+class _Absent(NamedTuple):
+    key: str
+
+
+_Condition = _Equal | _AnyOf | _Range | _Text | _Absent
+
+
+class _Filter(NamedTuple):
+    must: tuple[_Condition, ...] = ()
+    must_not: tuple[_Condition, ...] = ()
+
+
+class _Page(NamedTuple):
+    """Some records and the cursor to the next ones, None at the end."""
+
+    records: list[_Record]
+    cursor: Any
+
+
+_IndexKind = Literal["tenant", "keyword", "integer", "float", "bool", "datetime", "text"]
+
+
+@attrs.frozen
+class _Collection:
+    """What a collection is opened with; ``metadata`` is recorded when it is created."""
+
+    name: str
+    vector_size: int
+    indexes: Mapping[str, _IndexKind]
+    metadata: Mapping[str, Any]
+
+
+class _Engine(Protocol):
+    """What stands between the core and a database of points.
+
+    ``indexed``: filters and orders are answered from indexes, not by looking at every point.
+    ``in_place``: calls are short and hold the interpreter, so that a thread would gain nothing.
+    ``compact``: nested payload values cost more than JSON strings.
+    """
+
+    name: str
+    indexed: bool
+    in_place: bool
+    compact: bool
+
+    async def open_collection(self, collection: _Collection) -> Mapping[str, Any]:
+        """Open a collection, creating it where absent; returns the metadata that it was created with."""
+        ...
+
+    async def write(self, collection: str, points: Sequence[_Point], deleted: Sequence[str] = ()) -> None:
+        """Put points, then delete others by id; the points appear all at one moment."""
+        ...
+
+    async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[_Record]:
+        """The points with these ids that there are, in any order."""
+        ...
+
+    async def page(
+        self,
+        collection: str,
+        where: _Filter,
+        *,
+        limit: int,
+        cursor: Any = None,
+        newest_by: str | None = None,
+        payload: bool = True,
+    ) -> _Page:
+        """Points one page after another; or, with ``newest_by``, the first ones in descending order of a key."""
+        ...
+
+    async def search(self, collection: str, vector: list[float], where: _Filter, limit: int) -> list[_Record]:
+        """The nearest points, best first."""
+        ...
+
+    async def count(self, collection: str, where: _Filter) -> int:
+        """How many points match."""
+        ...
+
+    async def count_by(self, collection: str, key: str, where: _Filter, limit: int) -> dict[str, int]:
+        """How many points match for each of at most ``limit`` values of a keyword."""
+        ...
+
+    async def close(self) -> None:
+        """Flush and release everything."""
+        ...
+
+    def abandon(self) -> None:
+        """Let go of what a forked child inherited, without touching what the parent goes on using."""
+        ...
+
+
+@contextlib.contextmanager
+def _translated(backend: str, operation: str) -> Iterator[None]:
+    """Turn what a library raises into a BackendError."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except Exception as error:
+        message = f"{backend}: {operation} failed: {error or type(error).__name__}"
+        raise BackendError(message, backend=backend, operation=operation) from error
+
+
+def _locked(path: str | Path) -> StoreLockedError:
+    return StoreLockedError(
+        f"{path}: another process has this directory open; close it there, wait for it with lock_timeout=seconds, "
+        "or let both use a Qdrant server"
+    )
+
+
+def _write_file(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all, even after a power cut."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: cannot be read as a manifest: {error}") from error
+
+
+def _qdrant_edge() -> Any:
+    try:
+        import qdrant_edge
+    except ImportError as error:
+        raise MissingDependencyError(
+            'this store needs Qdrant Edge: pip install qdrant-edge-py; or choose engine="local"'
+        ) from error
+    return qdrant_edge
+
+
+def _qdrant_local() -> tuple[Any, Callable[[str], Any]]:
+    """The models of qdrant-client and a maker of local clients that do not warn of many points."""
+    try:
+        from qdrant_client import models
+        from qdrant_client.local.qdrant_local import QdrantLocal
+    except ImportError as error:
+        raise MissingDependencyError("this store needs qdrant-client: pip install qdrant-client") from error
+
+    class _Local(QdrantLocal):
+        LARGE_DATA_THRESHOLD = sys.maxsize  # nothing but search looks at all points here
+
+    return models, lambda location: _Local(location, force_disable_check_same_thread=True)
+
+
+class _EdgeEngine:
+    """Qdrant Edge: one shard a collection, in collections/<name>/, its manifest beside it."""
+
+    name = "edge"
+    indexed = True
+    in_place = True
+    compact = True
+
+    # Flushing is what lets the write-ahead log shrink. More often costs throughput, more rarely makes the
+    # pause longer (2,000 snapshots: 30 ms) and opening after a crash slower.
+    _FLUSH_EVERY = 2_000
+    # Overwritten and deleted points take space until segments are rebuilt, which holds up the process for
+    # about 6 us a point: done once for so many changes that it does not matter.
+    _REBUILD_EVERY = 200_000
+
+    def __init__(self, path: Path, durability: str) -> None:
+        self._api = _qdrant_edge()
+        self._path = path / "collections"
+        self._power = durability == "power"
+        self._shards: dict[str, Any] = {}
+        self._unflushed: dict[str, int] = {}
+        self._changes: dict[str, int] = {}
+
+    async def open_collection(self, collection: _Collection) -> Mapping[str, Any]:
+        directory = self._path / collection.name
+        manifest = self._path / f"{collection.name}.json"
+        with _translated(self.name, "open"):
+            if not directory.exists():
+                self._create(collection, directory, manifest)
+            metadata = cast("Mapping[str, Any]", _read_json(manifest))
+            self._shards[collection.name] = self._api.EdgeShard.load(str(directory))
+        self._unflushed[collection.name] = self._changes[collection.name] = 0
+        return metadata
+
+    def _create(self, collection: _Collection, directory: Path, manifest: Path) -> None:
+        """Create under another name, then rename: a collection that is there is complete."""
+        api, beside = self._api, directory.with_name(f".{collection.name}.new")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        _write_file(manifest, json.dumps(collection.metadata))
+        vectors = api.EdgeVectorParams(size=collection.vector_size, distance=api.Distance.Cosine)
+        # No graph index: building one over 400,000 points holds up the process for 13 s, searching them
+        # without takes 6 ms.
+        plain = api.HnswIndexConfig(m=0, ef_construct=16, full_scan_threshold=10**9)
+        optimizers = api.EdgeOptimizersConfig(indexing_threshold=0)
+        shard = api.EdgeShard.create(
+            str(beside), api.EdgeConfig(vectors=vectors, hnsw_config=plain, optimizers=optimizers)
+        )
+        for key, kind in collection.indexes.items():
+            shard.update(api.UpdateOperation.create_field_index(key, self._index(kind)))
+        shard.close()
+        beside.rename(directory)
+
+    def _index(self, kind: _IndexKind) -> Any:
+        if kind == "tenant":
+            return self._api.KeywordIndexParams(is_tenant=True)
+        return getattr(self._api.PayloadSchemaType, kind.capitalize())
+
+    async def write(self, collection: str, points: Sequence[_Point], deleted: Sequence[str] = ()) -> None:
+        api, shard = self._api, self._shards[collection]
+        with _translated(self.name, "write"):
+            if points:
+                shard.update(api.UpdateOperation.upsert_points([api.Point(*point) for point in points]))
+            if deleted:
+                shard.update(api.UpdateOperation.delete_points(list(deleted)))
+            self._tidy(collection, len(points) + len(deleted))
+
+    def _tidy(self, collection: str, changes: int) -> None:
+        shard = self._shards[collection]
+        self._unflushed[collection] += changes
+        self._changes[collection] += changes
+        if self._power or self._unflushed[collection] >= 2 * self._FLUSH_EVERY:
+            shard.flush()
+            self._unflushed[collection] = 0
+        if self._changes[collection] >= max(self._REBUILD_EVERY, 2 * shard.info().points_count):
+            shard.optimize()
+            self._changes[collection] = 0
+
+    async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[_Record]:
+        with _translated(self.name, "retrieve"):
+            found = self._shards[collection].retrieve(list(ids), with_payload=payload, with_vector=False)
+        return [_Record(str(record.id), record.payload or {}) for record in found]
+
+    async def page(
+        self,
+        collection: str,
+        where: _Filter,
+        *,
+        limit: int,
+        cursor: Any = None,
+        newest_by: str | None = None,
+        payload: bool = True,
+    ) -> _Page:
+        api = self._api
+        order = None if newest_by is None else api.OrderBy(newest_by, api.Direction.Desc)
+        with _translated(self.name, "page"):
+            records, following = self._shards[collection].scroll(
+                api.ScrollRequest(
+                    offset=cursor,
+                    limit=limit,
+                    filter=self._filter(where),
+                    with_payload=payload,
+                    order_by=order,
+                )
+            )
+        if newest_by is not None and not payload:  # the order comes with its key: no payload need be read
+            return _Page(
+                [_Record(str(record.id), {newest_by: record.order_value}) for record in records], None
+            )
+        return _Page([_Record(str(record.id), record.payload or {}) for record in records], following)
+
+    async def search(self, collection: str, vector: list[float], where: _Filter, limit: int) -> list[_Record]:
+        api = self._api
+        request = api.QueryRequest(
+            limit=limit, query=api.Query.Nearest(vector), filter=self._filter(where), with_payload=True
+        )
+        with _translated(self.name, "search"):
+            found = self._shards[collection].query(request)
+        return [_Record(str(record.id), record.payload or {}, record.score) for record in found]
+
+    async def count(self, collection: str, where: _Filter) -> int:
+        with _translated(self.name, "count"):
+            request = self._api.CountRequest(exact=True, filter=self._filter(where))
+            return cast("int", self._shards[collection].count(request))
+
+    async def count_by(self, collection: str, key: str, where: _Filter, limit: int) -> dict[str, int]:
+        with _translated(self.name, "count"):
+            request = self._api.FacetRequest(key=key, limit=limit, exact=True, filter=self._filter(where))
+            return {hit.value: hit.count for hit in self._shards[collection].facet(request).hits}
+
+    async def close(self) -> None:
+        with _translated(self.name, "close"):
+            for shard in self._shards.values():
+                shard.flush()
+                shard.close()
+            self._shards.clear()
+
+    def abandon(self) -> None:
+        """Nothing: a shard that is merely dropped leaves the parent's alone."""
+
+    def _filter(self, where: _Filter) -> Any:
+        api = self._api
+        return api.Filter(
+            must=[*map(self._condition, where.must)], must_not=[*map(self._condition, where.must_not)]
+        )
+
+    def _condition(self, condition: _Condition) -> Any:
+        api = self._api
+        match condition:
+            case _Equal(key, value):
+                return api.FieldCondition(key=key, match=api.MatchValue(value))
+            case _AnyOf(key, values):
+                return api.FieldCondition(key=key, match=api.MatchAny(list(values)))
+            case _Range(key, least, most):
+                return api.FieldCondition(key=key, range=api.RangeFloat(gte=least, lte=most))
+            case _Text(key, words):
+                return api.FieldCondition(key=key, match=api.MatchText(words))
+            case _Absent(key):
+                return api.IsEmptyCondition(key=key)
+
+
+class _GroupedConnection(sqlite3.Connection):
+    """A connection whose transactions join the one that is open, if there is one.
+
+    qdrant-client commits after each point. Here all points of a write are kept by one commit, or none.
+    """
+
+    grouped = False
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> Literal[False]:
+        return False if self.grouped else super().__exit__(kind, error, traceback)
+
+    @contextlib.contextmanager
+    def group(self) -> Iterator[None]:
+        self.grouped = True
+        try:
+            yield
+            self.commit()
+        except BaseException:
+            self.rollback()
+            raise
+        finally:
+            self.grouped = False
+
+
+class _LocalEngine:
+    """qdrant-client's local mode, made durable, atomic and quick to write.
+
+    It keeps all points in memory and, pickled, in SQLite. What is relied on beyond its public interface
+    stands in ``_adopt``, ``write`` and ``page``: the collection's storage and its lists of ids and payloads.
+    """
+
+    name = "local"
+    indexed = False
+    in_place = False
+    compact = False
+
+    _REBUILD_EVERY = 20_000  # deleted points stay in memory until the collection is loaded again
+
+    def __init__(self, path: Path, durability: str) -> None:
+        self._models, self._make_client = _qdrant_local()
+        self._path = path
+        self._power = durability == "power"
+        self._removed: dict[str, int] = {}
+        self._client = self._connect()
+
+    def _connect(self) -> Any:
+        with _translated(self.name, "open"):
+            try:
+                return self._make_client(str(self._path))
+            except RuntimeError as error:
+                if "already accessed" in str(error):
+                    raise _locked(self._path) from error
+                raise
+
+    async def open_collection(self, collection: _Collection) -> Mapping[str, Any]:
+        models = self._models
+        with _translated(self.name, "open"):
+            if not self._client.collection_exists(collection.name):
+                # No payload indexes: local mode has none and warns.
+                self._client.create_collection(
+                    collection.name,
+                    vectors_config=models.VectorParams(
+                        size=collection.vector_size, distance=models.Distance.COSINE
+                    ),
+                    metadata=dict(collection.metadata),
+                )
+            self._adopt(collection.name)
+            self._removed[collection.name] = 0
+            config = self._client.get_collection(collection.name).config
+        return cast("Mapping[str, Any]", config.metadata or {})
+
+    def _adopt(self, name: str) -> None:
+        """Put our own connection in the place of the collection's."""
+        collection = self._client.collections[name]
+        collection.LARGE_DATA_THRESHOLD = sys.maxsize
+        persistence = collection.storage
+        persistence.storage.close()
+        connection = sqlite3.connect(
+            persistence.location, factory=_GroupedConnection, check_same_thread=False
+        )
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute(f"PRAGMA synchronous={'FULL' if self._power else 'NORMAL'}")
+        persistence.storage = connection
+
+    async def write(self, collection: str, points: Sequence[_Point], deleted: Sequence[str] = ()) -> None:
+        held = self._client.collections[collection]
+        persistence, make = held.storage, self._models.PointStruct.model_construct
+        structs = [make(id=point.id, vector=point.vector, payload=point.payload) for point in points]
+        with _translated(self.name, "write"):
+            with persistence.storage.group():
+                for struct in structs:
+                    persistence.persist(struct)
+                for point_id in deleted:
+                    persistence.delete(point_id)
+            self._apply(held, structs, deleted)
+            self._tidy(collection, len(deleted))
+
+    def _apply(self, held: Any, structs: list[Any], deleted: Sequence[str]) -> None:
+        """Take into memory what is on disk now, without writing it there a second time."""
+        persistence, held.storage = held.storage, None
+        try:
+            if structs:
+                held.upsert(structs)
+            if deleted:
+                held.delete(list(deleted))
+        except BaseException:
+            held.storage = persistence
+            self._reload()  # an interrupt left memory behind the disk
+            raise
+        held.storage = persistence
+
+    def _tidy(self, collection: str, removed: int) -> None:
+        self._removed[collection] += removed
+        if self._removed[collection] >= max(
+            self._REBUILD_EVERY, len(self._client.collections[collection].ids) // 2
+        ):
+            self._reload()
+
+    def _reload(self) -> None:
+        self._client.close()
+        self._client = self._connect()
+        for name in self._removed:
+            self._adopt(name)
+            self._removed[name] = 0
+
+    async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[_Record]:
+        with _translated(self.name, "retrieve"):
+            found = self._client.retrieve(collection, list(ids), with_payload=payload, with_vectors=False)
+        return [_Record(str(record.id), record.payload or {}) for record in found]
+
+    async def page(
+        self,
+        collection: str,
+        where: _Filter,
+        *,
+        limit: int,
+        cursor: Any = None,
+        newest_by: str | None = None,
+        payload: bool = True,
+    ) -> _Page:
+        if newest_by is None and where == _Filter():
+            return self._slice(collection, cursor or 0, limit)
+        models = self._models
+        order = newest_by and models.OrderBy(key=newest_by, direction=models.Direction.DESC)
+        with _translated(self.name, "page"):
+            records, following = self._client.scroll(
+                collection,
+                scroll_filter=self._filter(where),
+                limit=limit,
+                order_by=order,
+                offset=cursor,
+                with_payload=payload or [newest_by],
+            )
+        return _Page([_Record(str(record.id), record.payload or {}) for record in records], following)
+
+    def _slice(self, collection: str, start: int, limit: int) -> _Page:
+        """All points in the order of their coming: scroll() would sort them anew for every page."""
+        held = self._client.collections[collection]
+        stop = min(start + limit, len(held.ids_inv))
+        rows = (row for row in range(start, stop) if not held.deleted[row])
+        records = [_Record(str(held.ids_inv[row]), held.payload[row]) for row in rows]
+        return _Page(records, stop if stop < len(held.ids_inv) else None)
+
+    async def search(self, collection: str, vector: list[float], where: _Filter, limit: int) -> list[_Record]:
+        with _translated(self.name, "search"):
+            found = self._client.query_points(
+                collection, query=vector, query_filter=self._filter(where), limit=limit
+            )
+        return [_Record(str(point.id), point.payload or {}, point.score) for point in found.points]
+
+    async def count(self, collection: str, where: _Filter) -> int:
+        with _translated(self.name, "count"):
+            return cast("int", self._client.count(collection, count_filter=self._filter(where)).count)
+
+    async def count_by(self, collection: str, key: str, where: _Filter, limit: int) -> dict[str, int]:
+        with _translated(self.name, "count"):
+            found = self._client.facet(
+                collection, key, facet_filter=self._filter(where), limit=limit, exact=True
+            )
+        return {hit.value: hit.count for hit in found.hits}
+
+    async def close(self) -> None:
+        with _translated(self.name, "close"):
+            self._client.close()
+
+    def abandon(self) -> None:
+        """Close the lock file unlocked: unlocking would let others into the parent's directory."""
+        self._client._flock_file.close()
+
+    def _filter(self, where: _Filter) -> Any:
+        must, must_not = ([*map(self._condition, conditions)] for conditions in where)
+        return self._models.Filter(must=must, must_not=must_not)
+
+    def _condition(self, condition: _Condition) -> Any:
+        models = self._models
+        match condition:
+            case _Equal(key, value):
+                return models.FieldCondition(key=key, match=models.MatchValue(value=value))
+            case _AnyOf(key, values):
+                return models.FieldCondition(key=key, match=models.MatchAny(any=list(values)))
+            case _Range(key, least, most):
+                return models.FieldCondition(key=key, range=models.Range(gte=least, lte=most))
+            case _Text(key, words):
+                return models.FieldCondition(key=key, match=models.MatchText(text=words))
+            case _Absent(key):
+                return models.IsEmptyCondition(is_empty=models.PayloadField(key=key))
+
+
+class _LockFile:
+    """The operating system's lock on a file: it goes with the process that holds it."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock_descriptor(self._descriptor)
+        except OSError:
+            os.close(self._descriptor)
+            raise
+
+    def close(self) -> None:
+        """Release the lock; in a forked child only this process's hold on it."""
+        os.close(self._descriptor)
+
+
+if sys.platform == "win32":
+
+    def _lock_descriptor(descriptor: int) -> None:
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+
+else:
+
+    def _lock_descriptor(descriptor: int) -> None:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _run(flow: Coroutine[Any, Any, _T]) -> _T:
+    """Run a coroutine that never suspends."""
+    try:
+        flow.send(None)
+    except StopIteration as stop:
+        return cast("_T", stop.value)
+    flow.close()
+    raise RuntimeError("a coroutine over an embedded engine tried to suspend")
+
+
+class _Directory:
+    """A directory of embedded Qdrant, opened once in this process and shared by every store on it."""
+
+    def __init__(self, path: str, config: QdrantStoreConfig) -> None:
+        self.path = path
+        self.durability = config.durability
+        self.stores = 0
+        self.cores: dict[str, Any] = {}  # by collection; the core stands below
+        self.limiter: Any = None  # of the worker threads of asynchronous stores
+        self._orphaned = self._closed = False
+        self._lock = threading.Lock()
+        _make_directory(path)
+        self._lock_file = self._take_lock()
+        try:
+            self.engine = _engine(Path(path), config)
+        except BaseException:
+            self._lock_file.close()
+            raise
+
+    def _take_lock(self) -> _LockFile:
+        try:
+            return _LockFile(Path(self.path) / ".attuned_store.lock")
+        except BlockingIOError as error:
+            raise _locked(self.path) from error
+        except OSError as error:
+            raise StoreError(f"{self.path}: cannot be locked, is it writable? {error}") from error
+
+    def drive(self, flow: Coroutine[Any, Any, _T]) -> _T:
+        """Run one coroutine of a core to its end, alone."""
+        try:
+            if self._orphaned:
+                raise StoreError(f"{self.path}: the store was opened before the fork; open it after the fork")
+            with self._lock:
+                if self._closed:
+                    raise _closed()
+                return _run(flow)
+        finally:
+            flow.close()
+
+    def close(self) -> None:
+        """Flush and release; nothing happens in a forked child, where the files are the parent's."""
+        if self._orphaned:
+            return
+        with self._lock:
+            self._closed = True
+            try:
+                _run(self.engine.close())
+            finally:
+                self._lock_file.close()
+
+    def abandon(self) -> None:
+        """Make every use in a forked child an error, and leave the parent's files and locks alone."""
+        self._orphaned = True
+        for core in self.cores.values():
+            core.forget_everything()
+        self._lock_file.close()
+        self.engine.abandon()
+
+
+def _make_directory(path: str) -> None:
+    try:
+        os.makedirs(path, exist_ok=True)
+    except FileExistsError as error:
+        raise StoreError(f"{path}: is a file; a store needs a directory") from error
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be made: {error}") from error
+
+
+def _engine(path: Path, config: QdrantStoreConfig) -> _Engine:
+    """The engine that wrote a directory, or the one chosen for a new one."""
+    written = _engine_of(path)
+    if written is not None and config.engine not in ("auto", written):
+        raise SchemaMismatchError(
+            f'{path}: written by engine="{written}", not by "{config.engine}"; '
+            f'open it with engine="auto", or copy it into another directory'
+        )
+    if (written or config.engine) == "edge":
+        return _EdgeEngine(path, config.durability)
+    if (written or config.engine) == "local":
+        return _LocalEngine(path, config.durability)
+    try:
+        return _EdgeEngine(path, config.durability)
+    except MissingDependencyError:
+        return _LocalEngine(path, config.durability)
+
+
+def _engine_of(path: Path) -> Literal["edge", "local"] | None:
+    edge, local = (path / "collections").exists(), (path / "meta.json").exists()
+    if edge and local:
+        raise StoreError(f"{path}: holds the files of two engines (collections/ of edge, meta.json of local)")
+    return "edge" if edge else "local" if local else None
+
+
+_DIRECTORIES: dict[str, _Directory] = {}
+_ABANDONED: list[
+    _Directory
+] = []  # kept, so that a forked child never runs the clean-up of the parent's objects
+_DIRECTORIES_LOCK = threading.RLock()  # reentrant: a store may be collected, and released, while it is held
+
+
+def _after_fork_in_child() -> None:
+    global _DIRECTORIES_LOCK
+    _DIRECTORIES_LOCK = threading.RLock()
+    for directory in _DIRECTORIES.values():
+        directory.abandon()
+        _ABANDONED.append(directory)
+    _DIRECTORIES.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+# -----------------------------------------------------------------------------
+# Qdrant
+# -----------------------------------------------------------------------------
+
+_INDEXES: Mapping[str, _IndexKind] = {
+    "user_id": "tenant",
+    "kind": "keyword",
+    "updated_at_unix_ms": "integer",
+    "source": "keyword",
+}
+_LATEST = _Equal("kind", "latest")
+_HISTORY = _Equal("kind", "history")
+_MOST_MATCHES = 2**31 - 1
+_ALL_OF_A_USER = 1_000_000  # more entries than the history of one user can sensibly have
+
+
+def _payload(snapshot: StateSnapshot, kind: str, *, compact: bool) -> dict[str, Any]:
+    axes = snapshot.axes
+    return {
+        "user_id": snapshot.user_id,
+        "updated_at_unix_ms": snapshot.updated_at_unix_ms,
+        "source": snapshot.source.value,
+        "confidence": snapshot.confidence,
+        "schema_version": snapshot.schema_version,
+        "axes": axes._shape.json_form % axes._values if compact else dict(axes),
+        "kind": kind,
+    }
+
+
+def _snapshot(payload: Mapping[str, Any]) -> StateSnapshot:
+    """The snapshot that a payload of either form holds."""
+    try:
+        axes = payload["axes"]
+        return StateSnapshot(
+            payload["user_id"],
+            json.loads(axes) if isinstance(axes, str) else axes,
+            payload["updated_at_unix_ms"],
+            payload["source"],
+            payload["confidence"],
+            payload["schema_version"],
+        )
+    except (KeyError, ValueError) as error:
+        raise BackendError(
+            f"a point does not hold a state snapshot: {error}", backend="qdrant", operation="decode"
+        ) from error
+
+
+def _where(search: _Search) -> _Filter:
+    must: list[_Condition] = [_HISTORY if search.history else _LATEST]
+    if search.user_id is not None:
+        must.append(_Equal("user_id", search.user_id))
+    if search.source is not None:
+        must.append(_Equal("source", search.source.value))
+    if search.min_confidence is not None:
+        must.append(_Range("confidence", least=search.min_confidence))
+    if search.since is not None or search.until is not None:
+        must.append(_Range("updated_at_unix_ms", search.since, search.until))
+    excluded = () if search.exclude_user_id is None else (_Equal("user_id", search.exclude_user_id),)
+    return _Filter(tuple(must), excluded)
+
+
+class _Recent(NamedTuple):
+    """The newest snapshots of a user's history, newest first, and whether they are all."""
+
+    snapshots: tuple[StateSnapshot, ...]
+    complete: bool
+
+
+def _covers(recent: _Recent, window: _Window, least: int) -> bool:
+    """Whether what is at hand of a history answers for a window, whose oldest time is ``least``."""
+    if recent.complete or (recent.snapshots and recent.snapshots[-1].updated_at_unix_ms < least):
+        return True
+    return sum(entry.updated_at_unix_ms <= window.until for entry in recent.snapshots) >= window.limit
+
+
+def _keep(cache: MutableMapping[str, _T], key: str, value: _T) -> None:
+    """Put into a cache what fits into it at all."""
+    try:
+        cache[key] = value
+    except ValueError:
+        cache.pop(key, None)
+
+
+def _recorded_schema(config: QdrantStoreConfig, found: Mapping[str, Any]) -> _Schema:
+    """The schema of a collection, if it is ours and what the configuration asks for."""
+    version, axes, vector_size = (found.get(key) for key in ("format_version", "axes", "vector_size"))
+    place = f"{config.path or config.url}: collection {config.collection_name!r}"
+    if not isinstance(version, int) or not isinstance(axes, list) or not isinstance(vector_size, int):
+        raise SchemaMismatchError(f"{place} was not made by attuned_store; choose another collection_name")
+    if version > _FORMAT_VERSION:
+        raise SchemaMismatchError(
+            f"{place} has format {version}; this version reads up to {_FORMAT_VERSION}: upgrade attuned-store"
+        )
+    recorded = _axis_names(axes) or ()
+    for name, asked, there in (
+        ("axes", config.axes, recorded),
+        ("vector_size", config.vector_size, vector_size),
+    ):
+        if asked is not None and asked != there:
+            raise SchemaMismatchError(f"{place} has {name} {there}; this store asks for {asked}")
+    return _Schema(recorded, vector_size)
+
+
+class _Draft:
+    """What becomes of a user's points in a write."""
+
+    __slots__ = ("changed", "latest", "put", "removed", "times")
+
+    def __init__(self, latest: StateSnapshot | None, times: list[int]) -> None:
+        self.latest = latest
+        self.times = times  # ascending, of the history
+        self.put: dict[int, StateSnapshot] = {}
+        self.removed: list[int] = []
+        self.changed = False  # whether there is a new latest snapshot
+
+    def add(self, snapshot: StateSnapshot, retention: _Retention) -> None:
+        time_ms = snapshot.updated_at_unix_ms
+        if self.latest is None or time_ms >= self.latest.updated_at_unix_ms:
+            self.latest, self.changed = snapshot, True
+        if retention.maximum == 0:
+            return
+        position = bisect_left(self.times, time_ms)
+        if self.times[position : position + 1] != [time_ms]:
+            self.times.insert(position, time_ms)
+        self.put[time_ms] = snapshot
+        excess = retention.removable(self.times)
+        for old in self.times[:excess]:
+            self.put.pop(old, None)
+            self.removed.append(old)
+        del self.times[:excess]
+
+
+class _Core:
+    """The logic of the Qdrant stores over an engine whose collection this process owns.
+
+    One coroutine runs at a time, alone; it awaits the engine and itself, nothing else. Besides the
+    collection there are, bounded by ``cache_size``: the latest snapshots and recent history of the users
+    last touched, and the times of their histories. An engine without indexes has the times of all users.
+    """
+
+    def __init__(self, engine: _Engine, config: QdrantStoreConfig, schema: _Schema) -> None:
+        self.engine = engine
+        self.config = config
+        self.schema = schema
+        self._collection = config.collection_name
+        self._retention = _Retention.of(config)
+        self._latest: MutableMapping[str, StateSnapshot] = FIFOCache(config.cache_size)
+        self._recent: MutableMapping[str, _Recent] = FIFOCache(
+            config.cache_size, getsizeof=lambda recent: len(recent.snapshots) + 1
+        )
+        self._times: MutableMapping[str, list[int]] = FIFOCache(config.cache_size) if engine.indexed else {}
+
+    @classmethod
+    async def open(cls, engine: _Engine, config: QdrantStoreConfig) -> _Core:
+        fresh = _Schema.of(config)
+        wanted = {
+            "format_version": _FORMAT_VERSION,
+            "axes": list(fresh.axes),
+            "vector_size": fresh.vector_size,
+        }
+        found = await engine.open_collection(
+            _Collection(config.collection_name, fresh.vector_size, _INDEXES, wanted)
+        )
+        core = cls(engine, config, _recorded_schema(config, found))
+        if not engine.indexed:
+            await core._learn_times()
+        return core
+
+    async def _learn_times(self) -> None:
+        cursor, histories = None, list[tuple[str, int]]()
+        while True:
+            page = await self.engine.page(self._collection, _Filter(), limit=1_000, cursor=cursor)
+            for record in page.records:
+                user_id, kind = record.payload["user_id"], record.payload["kind"]
+                if kind == "latest":
+                    self._times[user_id] = []
+                else:
+                    histories.append((user_id, record.payload["updated_at_unix_ms"]))
+            if (cursor := page.cursor) is None:
+                break
+        for user_id, time_ms in histories:
+            if user_id in self._times:
+                self._times[user_id].append(time_ms)
+        for times in self._times.values():
+            times.sort()
+
+    # Reads
+
+    def cached(self, user_id: str) -> StateSnapshot | None:
+        """The latest snapshot where the cache has it. Safe without the lock: it only looks."""
+        try:
+            return self._latest[user_id]
+        except (KeyError, TypeError):
+            return None
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        return (await self.find([user_id])).get(user_id)
+
+    async def find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
+        found = {user_id: latest for user_id in user_ids if (latest := self.cached(user_id)) is not None}
+        missing = [_point_id(user_id, "latest") for user_id in user_ids if user_id not in found]
+        if missing:
+            for record in await self.engine.retrieve(self._collection, missing):
+                snapshot = _snapshot(record.payload)
+                found[snapshot.user_id] = snapshot
+                _keep(self._latest, snapshot.user_id, snapshot)
+        return {user_id: found[user_id] for user_id in user_ids if user_id in found}
+
+    async def get_history(self, user_id: str, window: _Window) -> list[StateSnapshot]:
+        least = max(window.since, self._retention.cutoff())
+        recent = self._recent.get(user_id)
+        if recent is None or not _covers(recent, window, least):
+            recent = await self._load_recent(user_id, window)
+        chosen = (entry for entry in recent.snapshots if least <= entry.updated_at_unix_ms <= window.until)
+        return list(itertools.islice(chosen, window.limit))
+
+    async def _load_recent(self, user_id: str, window: _Window) -> _Recent:
+        maximum = self._retention.maximum
+        wanted = min(maximum, window.limit) if window.until == _MAX_TIME_MS else maximum
+        if wanted == 0:
+            return _Recent((), complete=maximum == 0)
+        if user_id in self._times or not self.engine.indexed:
+            times = self._times.get(user_id, [])[-wanted:]
+            ids = [_point_id(user_id, time_ms) for time_ms in times]
+            records = await self.engine.retrieve(self._collection, ids) if ids else []
+        else:
+            where = _Filter((_Equal("user_id", user_id), _HISTORY))
+            page = await self.engine.page(
+                self._collection, where, limit=wanted, newest_by="updated_at_unix_ms"
+            )
+            records = page.records
+        snapshots = sorted((_snapshot(record.payload) for record in records), key=_time_of, reverse=True)
+        recent = _Recent(tuple(snapshots), complete=len(snapshots) < wanted or wanted == maximum)
+        _keep(self._recent, user_id, recent)
+        return recent
+
+    async def search(self, search: _Search) -> list[Match]:
+        vector, where = self.schema.vector(search.axes), _where(search)
+        limit = min(search.limit, _MOST_MATCHES)
+        while True:
+            records = await self.engine.search(self._collection, vector, where, limit)
+            matches = [Match(_snapshot(record.payload), _clamped(record.score)) for record in records]
+            if search.history:
+                matches = [match for match in matches if await self._in_history(match.snapshot)]
+            if len(matches) >= search.limit or len(records) < limit or limit == _MOST_MATCHES:
+                break
+            limit = min(4 * limit, _MOST_MATCHES)  # some were hidden by the bounds of history: look further
+        return [match for match in matches[: search.limit] if match.score >= search.score_threshold]
+
+    async def _in_history(self, snapshot: StateSnapshot) -> bool:
+        times = await self._times_of(snapshot.user_id)
+        first = self._retention.hidden(times)
+        return snapshot.updated_at_unix_ms in times[first:]
+
+    async def page_of_users(self, cursor: _Cursor) -> tuple[list[str], _Cursor]:
+        if not self.engine.indexed:
+            return _next_page(iter(list(self._times)) if cursor is None else cursor)
+        page = await self.engine.page(self._collection, _Filter((_LATEST,)), limit=_BATCH, cursor=cursor)
+        return [record.payload["user_id"] for record in page.records], page.cursor
+
+    async def count_users(self) -> int:
+        if not self.engine.indexed:
+            return len(self._times)
+        return await self.engine.count(self._collection, _Filter((_LATEST,)))
+
+    async def count_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
+        user_ids, cursor = await self.page_of_users(cursor)
+        if not self.engine.indexed:
+            histories = [self._times[user_id] for user_id in user_ids if user_id in self._times]
+            return sum(len(times) - self._retention.hidden(times) for times in histories), cursor
+        shown = _Range("updated_at_unix_ms", least=self._retention.cutoff())
+        counts = await self._count_by_user(user_ids, shown)
+        return sum(min(self._retention.maximum, count) for count in counts.values()), cursor
+
+    async def _count_by_user(self, user_ids: Sequence[str], *conditions: _Condition) -> dict[str, int]:
+        if not user_ids:
+            return {}
+        where = _Filter((_AnyOf("user_id", user_ids), _HISTORY, *conditions))
+        return await self.engine.count_by(self._collection, "user_id", where, len(user_ids))
+
+    async def look(self) -> tuple[int, int]:
+        """How many users and how many points there are."""
+        return await self.count_users(), await self.engine.count(self._collection, _Filter())
+
+    # Writes
+
+    async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
+        drafts = await self._drafts(dict.fromkeys(snapshot.user_id for snapshot in snapshots))
+        for snapshot in snapshots:
+            drafts[snapshot.user_id].add(snapshot, self._retention)
+        points, deleted = list[_Point](), list[str]()
+        for user_id, draft in drafts.items():
+            if draft.changed and draft.latest is not None:
+                points.append(self._point(draft.latest, "latest"))
+            points += [self._point(entry, entry.updated_at_unix_ms) for entry in draft.put.values()]
+            deleted += [_point_id(user_id, time_ms) for time_ms in draft.removed]
+        await self._change(drafts, points, deleted)
+        for user_id, draft in drafts.items():
+            self._remember(user_id, draft)
+
+    def check(self, snapshot: StateSnapshot) -> None:
+        """Raise ValidationError unless this is a snapshot that the store can keep."""
+        self.schema.check(_a_snapshot(snapshot).axes)
+
+    async def upsert_latest(self, snapshot: StateSnapshot, expected: _Expected) -> None:
+        self.check(snapshot)
+        _check_expected(expected)
+        if expected is not ANY:
+            latest = await self.get_latest(snapshot.user_id)
+            if latest != expected:
+                raise _conflict(snapshot.user_id, expected, latest)
+        await self.write([snapshot])
+
+    async def delete(self, user_id: str) -> bool:
+        latest, times = await self.get_latest(user_id), await self._times_of(user_id)
+        if latest is None and not times:
+            return False
+        points = [_point_id(user_id, "latest"), *(_point_id(user_id, time_ms) for time_ms in times)]
+        await self._change([user_id], [], points)
+        self._forget(user_id)
+        self._times.pop(user_id, None)
+        return True
+
+    async def prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
+        user_ids, cursor = await self.page_of_users(cursor)
+        removed = {user_id: times for user_id in user_ids if (times := await self._removable(user_id))}
+        ids = [_point_id(user_id, time_ms) for user_id, times in removed.items() for time_ms in times]
+        if ids:
+            await self._change(removed, [], ids)
+        for user_id, times in removed.items():
+            _keep(self._times, user_id, (await self._times_of(user_id))[len(times) :])
+            self._recent.pop(user_id, None)
+        return len(ids), cursor
+
+    async def _removable(self, user_id: str) -> list[int]:
+        times = await self._times_of(user_id)
+        return times[: self._retention.removable(times)]
+
+    async def _drafts(self, user_ids: Iterable[str]) -> dict[str, _Draft]:
+        """What is there of these users; the histories of new users are known to be empty."""
+        latest = await self.find(list(user_ids))
+        return {
+            user_id: _Draft(
+                latest.get(user_id), list(await self._times_of(user_id)) if user_id in latest else []
+            )
+            for user_id in user_ids
+        }
+
+    async def _times_of(self, user_id: str) -> list[int]:
+        times = self._times.get(user_id)
+        if times is None:
+            times = await self._read_times(user_id) if self.engine.indexed else []
+        return times
+
+    async def _read_times(self, user_id: str) -> list[int]:
+        where = _Filter((_Equal("user_id", user_id), _HISTORY))
+        page = await self.engine.page(
+            self._collection, where, limit=_ALL_OF_A_USER, newest_by="updated_at_unix_ms", payload=False
+        )
+        times = [record.payload["updated_at_unix_ms"] for record in reversed(page.records)]
+        _keep(self._times, user_id, times)
+        return times
+
+    def _point(self, snapshot: StateSnapshot, suffix: str | int) -> _Point:
+        kind = "latest" if suffix == "latest" else "history"
+        return _Point(
+            _point_id(snapshot.user_id, suffix),
+            self.schema.vector(snapshot.axes),
+            _payload(snapshot, kind, compact=self.engine.compact),
+        )
+
+    async def _change(
+        self, user_ids: Iterable[str], points: Sequence[_Point], deleted: Sequence[str]
+    ) -> None:
+        try:
+            await self.engine.write(self._collection, points, deleted)
+        except BaseException:
+            # How much of it was done is unknown: look again at the next use.
+            for user_id in user_ids:
+                self._forget(user_id)
+                await self._relearn(user_id)
+            raise
+
+    def _remember(self, user_id: str, draft: _Draft) -> None:
+        _keep(self._times, user_id, draft.times)
+        self._remember_recent(user_id, draft)
+        if draft.latest is not None:
+            _keep(self._latest, user_id, draft.latest)  # last: readers without the lock see it from here on
+
+    def _remember_recent(self, user_id: str, draft: _Draft) -> None:
+        recent = self._recent.pop(user_id, None)
+        if recent is None:
+            return
+        newer = [entry for time_ms, entry in sorted(draft.put.items(), reverse=True)]
+        if not recent.snapshots or (
+            newer and newer[-1].updated_at_unix_ms > recent.snapshots[0].updated_at_unix_ms
+        ):
+            kept = (*newer, *recent.snapshots)[: self._retention.maximum]
+            _keep(self._recent, user_id, _Recent(kept, recent.complete))
+
+    def _forget(self, user_id: str) -> None:
+        self._latest.pop(user_id, None)
+        self._recent.pop(user_id, None)
+
+    async def _relearn(self, user_id: str) -> None:
+        """After a failed write, take the times of a history from the engine."""
+        self._times.pop(user_id, None)
+        if not self.engine.indexed and await self.get_latest(user_id) is not None:
+            await self._read_times(user_id)
+
+    def forget_everything(self) -> None:
+        """Empty the caches, so that no read is answered from them."""
+        self._latest.clear()
+        self._recent.clear()
+        self._times.clear()
+
+
+class _ClosedCore:
+    """What a closed store has in place of its core: every use raises."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise _closed()
+
+
+class _UnopenedCore:
+    """What an asynchronous store has in place of its core until it is first awaited."""
+
+    def cached(self, user_id: str) -> None:
+        return None
+
+
+_CLOSED = cast("_Core", _ClosedCore())
+_UNOPENED = cast("_Core", _UnopenedCore())
+
+
+def _acquire(config: QdrantStoreConfig) -> tuple[_Directory, _Core]:
+    """The opened directory and the core of a store; the directory is to be released."""
+    path = os.path.realpath(os.path.expanduser(cast("str", config.path)))
+    with _DIRECTORIES_LOCK:
+        directory = _DIRECTORIES.get(path)
+        if directory is None:
+            directory = _DIRECTORIES[path] = _Directory(path, config)
+        directory.stores += 1
+        try:
+            _agree(path, "durability", directory.durability, config.durability)
+            return directory, _core_in(directory, config)
+        except BaseException:
+            _release(directory)
+            raise
+
+
+def _core_in(directory: _Directory, config: QdrantStoreConfig) -> _Core:
+    core: _Core | None = directory.cores.get(config.collection_name)
+    if core is None:
+        core = directory.drive(_Core.open(directory.engine, config))
+        directory.cores[config.collection_name] = core
+    for field in ("enable_history", "max_history_per_user", "history_retention_days"):
+        _agree(directory.path, field, getattr(core.config, field), getattr(config, field))
+    for field, there in (("axes", core.schema.axes), ("vector_size", core.schema.vector_size)):
+        _agree(directory.path, field, there, getattr(config, field) or there)
+    if config.engine not in ("auto", directory.engine.name):
+        _agree(directory.path, "engine", directory.engine.name, config.engine)
+    return core
+
+
+def _agree(path: str, field: str, there: object, asked: object) -> None:
+    if there != asked:
+        raise SchemaMismatchError(
+            f"{path}: already open in this process with {field}={there!r}; this store asks for {asked!r}"
+        )
+
+
+def _release(directory: _Directory) -> None:
+    """Give up a store's hold on a directory, and close it with the last."""
+    with _DIRECTORIES_LOCK:
+        directory.stores -= 1
+        if directory.stores == 0 and _DIRECTORIES.get(directory.path) is directory:
+            del _DIRECTORIES[directory.path]
+            directory.close()
+
+
+def _lock_waits(lock_timeout: float) -> Iterator[float]:
+    """Seconds to wait between tries for a lock, until the time is up."""
+    deadline = time.monotonic() + lock_timeout
+    while (left := deadline - time.monotonic()) > 0:
+        yield min(0.05, left)
+
+
+def _embedded_config(config: QdrantStoreConfig | None, options: Mapping[str, Any]) -> QdrantStoreConfig:
+    config = _configured(QdrantStoreConfig, config, options)
+    if config.url is not None:
+        raise NotImplementedError("url=: the store over a Qdrant server is not there yet; use path=")
+    if config.path is None:
+        raise ValidationError("path: a directory is needed")
+    return config
+
+
+def _report(directory: _Directory | None, started: float, found: tuple[int, int] | StoreError) -> Health:
+    backend = directory.engine.name if directory is not None else "qdrant"
+    location = None if directory is None else directory.path
+    latency_ms = (time.perf_counter() - started) * 1000
+    if isinstance(found, StoreError):
+        return Health("unhealthy", backend, latency_ms, location=location, message=str(found))
+    users, points = found
+    return Health("healthy", backend, latency_ms, users, points, location)
+
+
+class QdrantStore(StateStore):
+    """A store on disk, through Qdrant embedded in this process.
+
+    Options are the fields of QdrantStoreConfig; ``path`` is the directory. One process owns a directory;
+    within it any number of stores, synchronous and asynchronous, share it. Raises StoreLockedError when
+    another process has it, SchemaMismatchError when it holds something else, MissingDependencyError.
+
+    >>> import tempfile
+    >>> directory = tempfile.mkdtemp()
+    >>> with QdrantStore(path=directory) as store:
+    ...     store.upsert_latest(StateSnapshot("ada", {"warmth": 0.8}))
+    >>> with QdrantStore(path=directory) as store:
+    ...     store["ada"].axis("warmth")
+    0.8
+    """
+
+    def __init__(self, config: QdrantStoreConfig | None = None, **options: Unpack[QdrantOptions]) -> None:
+        self._core = _CLOSED
+        self.config = _embedded_config(config, options)
+        self._directory, self._core = self._acquire()
+        self._release = weakref.finalize(self, _release, self._directory)
+
+    def _acquire(self) -> tuple[_Directory, _Core]:
+        for wait in _lock_waits(self.config.lock_timeout):
+            try:
+                return _acquire(self.config)
+            except StoreLockedError:
+                time.sleep(wait)
+        return _acquire(self.config)
+
+    def _drive(self, start: Callable[[_Core], Coroutine[Any, Any, _T]]) -> _T:
+        return self._directory.drive(start(self._core))
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """See StateStore.axes."""
+        return self._core.schema.axes
+
+    @property
+    def is_closed(self) -> bool:
+        """See StateStore.is_closed."""
+        return self._core is _CLOSED
+
+    def upsert_latest(self, snapshot: StateSnapshot, *, expected: _Expected = ANY) -> None:
+        """See StateStore.upsert_latest."""
+        return self._drive(lambda core: core.upsert_latest(snapshot, expected))
+
+    def get_latest(self, user_id: str) -> StateSnapshot | None:
+        """See StateStore.get_latest."""
+        return self._core.cached(user_id) or self._drive(lambda core: core.get_latest(_user_id(user_id)))
+
+    def delete(self, user_id: str) -> bool:
+        """See StateStore.delete."""
+        return self._drive(lambda core: core.delete(_user_id(user_id)))
+
+    def health(self) -> Health:
+        """See StateStore.health."""
+        started = time.perf_counter()
+        try:
+            found: tuple[int, int] | StoreError = self._drive(lambda core: core.look())
+        except StoreError as error:
+            found = error
+        return _report(self._directory, started, found)
+
+    def close(self) -> None:
+        """See StateStore.close."""
+        self._core = _CLOSED
+        self._release()
+
+    def _check(self, snapshot: StateSnapshot) -> None:
+        self._core.check(snapshot)
+
+    def _write_batch(self, snapshots: Sequence[StateSnapshot]) -> None:
+        return self._drive(lambda core: core.write(snapshots))
+
+    def _find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
+        return self._drive(lambda core: core.find(user_ids))
+
+    def _history(self, user_id: str, window: _Window) -> list[StateSnapshot]:
+        return self._drive(lambda core: core.get_history(user_id, window))
+
+    def _search(self, search: _Search) -> list[Match]:
+        return self._drive(lambda core: core.search(search))
+
+    def _page_of_users(self, cursor: _Cursor) -> tuple[list[str], _Cursor]:
+        return self._drive(lambda core: core.page_of_users(cursor))
+
+    def _count_users(self) -> int:
+        return self._drive(lambda core: core.count_users())
+
+    def _count_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
+        return self._drive(lambda core: core.count_page(cursor))
+
+    def _prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
+        return self._drive(lambda core: core.prune_page(cursor))
+
+    def _place(self) -> str:
+        return repr(self.config.path)
+
+
+class AsyncQdrantStore(AsyncStateStore):
+    """QdrantStore for asyncio and trio; it opens on entering ``async with`` or at the first await.
+
+    With Qdrant Edge, whose calls are short and hold the interpreter anyway, operations run in place; with
+    qdrant-client's local mode they run in a worker thread. A write that is cancelled is done or not done.
+    """
+
+    def __init__(self, config: QdrantStoreConfig | None = None, **options: Unpack[QdrantOptions]) -> None:
+        self.config = _embedded_config(config, options)
+        self._core = _UNOPENED
+        self._directory: _Directory | None = None
+        self._release: Callable[[], object] = _nothing
+
+    async def _open(self) -> None:
+        if self._directory is not None or self._core is _CLOSED:
+            return
+        directory, core = await self._acquire()
+        if self._core is not _UNOPENED:  # another task was faster, or has closed the store
+            _release(directory)
+            return
+        self._directory, self._core = directory, core
+        self._release = weakref.finalize(self, _release, directory)
+
+    async def _acquire(self) -> tuple[_Directory, _Core]:
+        for wait in _lock_waits(self.config.lock_timeout):
+            try:
+                return await _in_thread(_acquire, self.config)
+            except StoreLockedError:
+                await _sleep(wait)
+        return await _in_thread(_acquire, self.config)
+
+    async def _drive(self, start: Callable[[_Core], Coroutine[Any, Any, _T]]) -> _T:
+        await self._open()
+        flow, directory = start(self._core), cast("_Directory", self._directory)
+        if directory.engine.in_place:
+            return directory.drive(flow)
+        return await _in_worker(directory, flow)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """See StateStore.axes; known once the store is open."""
+        if self._core is _UNOPENED:
+            return _Schema.of(self.config).axes
+        return self._core.schema.axes
+
+    @property
+    def is_closed(self) -> bool:
+        """See StateStore.is_closed."""
+        return self._core is _CLOSED
+
+    async def upsert_latest(self, snapshot: StateSnapshot, *, expected: _Expected = ANY) -> None:
+        """See StateStore.upsert_latest."""
+        return await self._drive(lambda core: core.upsert_latest(snapshot, expected))
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        """See StateStore.get_latest."""
+        return self._core.cached(user_id) or await self._drive(
+            lambda core: core.get_latest(_user_id(user_id))
+        )
+
+    async def delete(self, user_id: str) -> bool:
+        """See StateStore.delete."""
+        return await self._drive(lambda core: core.delete(_user_id(user_id)))
+
+    async def health(self) -> Health:
+        """See StateStore.health."""
+        started = time.perf_counter()
+        try:
+            found: tuple[int, int] | StoreError = await self._drive(lambda core: core.look())
+        except StoreError as error:
+            found = error
+        return _report(self._directory, started, found)
+
+    async def aclose(self) -> None:
+        """See StateStore.close."""
+        self._core = _CLOSED
+        await _shielded(self._release)
+
+    def _check(self, snapshot: StateSnapshot) -> None:
+        self._core.check(snapshot)
+
+    async def _write_batch(self, snapshots: Sequence[StateSnapshot]) -> None:
+        return await self._drive(lambda core: core.write(snapshots))
+
+    async def _find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
+        return await self._drive(lambda core: core.find(user_ids))
+
+    async def _history(self, user_id: str, window: _Window) -> list[StateSnapshot]:
+        return await self._drive(lambda core: core.get_history(user_id, window))
+
+    async def _search(self, search: _Search) -> list[Match]:
+        return await self._drive(lambda core: core.search(search))
+
+    async def _page_of_users(self, cursor: _Cursor) -> tuple[list[str], _Cursor]:
+        return await self._drive(lambda core: core.page_of_users(cursor))
+
+    async def _count_users(self) -> int:
+        return await self._drive(lambda core: core.count_users())
+
+    async def _count_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
+        return await self._drive(lambda core: core.count_page(cursor))
+
+    async def _prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
+        return await self._drive(lambda core: core.prune_page(cursor))
+
+    def _place(self) -> str:
+        return repr(self.config.path)
+
+
+def _nothing() -> None:
+    """What is to be released where nothing has been opened."""
+
+
+async def _in_thread(call: Callable[..., _T], *arguments: Any, limiter: Any = None) -> _T:
+    """Run a blocking call in a worker thread; being cancelled meanwhile, wait for it."""
+    try:
+        import anyio.to_thread
+    except ImportError as error:
+        raise MissingDependencyError("this store needs anyio: pip install anyio") from error
+    return await anyio.to_thread.run_sync(call, *arguments, limiter=limiter)
+
+
+async def _in_worker(directory: _Directory, flow: Coroutine[Any, Any, _T]) -> _T:
+    """Drive a coroutine in a worker thread; it is closed here if cancelled before it started."""
+    try:
+        return await _in_thread(directory.drive, flow, limiter=_limiter(directory))
+    finally:
+        if inspect.getcoroutinestate(flow) == inspect.CORO_CREATED:
+            flow.close()
+
+
+def _limiter(directory: _Directory) -> Any:
+    """One worker for a directory and event loop: more would only wait for each other."""
+    from anyio import CapacityLimiter
+    from anyio.lowlevel import RunVar
+
+    if directory.limiter is None:
+        directory.limiter = RunVar("limiter")
+    limiter = directory.limiter.get(None)
+    if limiter is None:
+        limiter = CapacityLimiter(1)
+        directory.limiter.set(limiter)
+    return limiter
+
+
+async def _shielded(release: Callable[[], object]) -> None:
+    """Close in a worker thread, also while being cancelled: nobody would do it later."""
+    import anyio
+
+    with anyio.CancelScope(shield=True):
+        await _in_thread(release)
+
+
+# -----------------------------------------------------------------------------
+# Opening
+# -----------------------------------------------------------------------------
+
+_DEFAULT_TARGET = "./attuned_state"
+
+
+def _target_options(target: str | os.PathLike[str] | None) -> tuple[bool, dict[str, Any]]:
+    """Whether a target is memory, and otherwise the path or url that it means."""
+    text = os.fspath(target) if target is not None else _default_target()
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return False, {"path": text, "url": None}
+    match scheme.lower():
+        case "memory" if rest in ("", "/"):
+            return True, {}
+        case "file":
+            parts = urllib.parse.urlsplit(text)
+            return False, {"path": urllib.request.url2pathname(parts.netloc + parts.path), "url": None}
+        case "http" | "https":
+            return False, {"path": None, "url": text}
+    raise ValidationError(
+        f"target: {_shown(text)} is not understood; use memory://, a path, file://<path>, "
+        "http://<host>:6333 or https://<host>:6333"
+    )
+
+
+def _default_target() -> str:
+    return os.environ.get("ATTUNED_STORE") or os.environ.get("QDRANT_URL") or _DEFAULT_TARGET
+
+
+def open_store(target: str | os.PathLike[str] | None = None, **options: Unpack[QdrantOptions]) -> StateStore:
+    """A synchronous store: "memory://", a path or "file://<path>", or "http(s)://<host>:6333".
+
+    Without a target: what ATTUNED_STORE names, else QDRANT_URL, else ./attuned_state. Options are the fields
+    of the store's configuration; those not given come from the environment (see from_env). Raises
+    ValidationError for a target of another kind, and what the store raises on opening.
+    """
+    in_memory, place = _target_options(target)
+    if in_memory:
+        return MemoryStore(MemoryStoreConfig.from_env(), **cast("MemoryOptions", options))
+    return QdrantStore(attrs.evolve(QdrantStoreConfig.from_env(), **place), **options)
+
+
+def open_async_store(
+    target: str | os.PathLike[str] | None = None, **options: Unpack[QdrantOptions]
+) -> AsyncStateStore:
+    """The asynchronous store for a target, as open_store; not to be awaited: it opens when first used."""
+    in_memory, place = _target_options(target)
+    if in_memory:
+        return AsyncMemoryStore(MemoryStoreConfig.from_env(), **cast("MemoryOptions", options))
+    return AsyncQdrantStore(attrs.evolve(QdrantStoreConfig.from_env(), **place), **options)

@@ -1,0 +1,74 @@
+"""Fixtures: a test that asks for `case`, `store` or `open_store` runs once for each backend and face of its class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.register_assert_rewrite("conformance")
+
+import attuned_store  # noqa: E402
+from attuned_store import AsyncStateStore, StateStore  # noqa: E402
+from conformance import BACKENDS, FACES, Case, Clock, Open, cases  # noqa: E402
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give `case` the backends and faces that the class of the test names: ids are memory-sync, edge-trio, ..."""
+    if "case" in metafunc.fixturenames:
+        backends = getattr(metafunc.cls, "backends", tuple(BACKENDS))
+        faces = getattr(metafunc.cls, "faces", FACES)
+        metafunc.parametrize("case", cases(backends, faces))
+
+
+@pytest.fixture
+def anyio_backend(case: Case) -> str:
+    """The event loop of the case; a synchronous store is called from asyncio, as in a notebook."""
+    return case.event_loop
+
+
+@pytest.fixture
+async def open_store(case: Case, tmp_path: Path) -> AsyncIterator[Open]:
+    """A function that opens a store with the options given, at one path unless it is given another name."""
+    stores: list[AsyncStateStore] = []
+
+    async def open_one(name: str = "store", **options: Any) -> AsyncStateStore:
+        stores.append(await case.open(tmp_path / name, **options))
+        return stores[-1]
+
+    yield open_one
+    for store in stores:
+        await store.aclose()
+
+
+@pytest.fixture
+async def store(open_store: Open) -> AsyncStateStore:
+    """An empty store with the default options."""
+    return await open_store()
+
+
+@pytest.fixture
+def sync_store(case: Case, tmp_path: Path) -> Iterator[StateStore]:
+    """An empty synchronous store as it is, not wrapped."""
+    with case.open_sync(tmp_path / "store") as store:
+        yield store
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The wall clock, which stands at NOW until the test moves it."""
+    clock = Clock()
+    monkeypatch.setattr(attuned_store, "_now_ms", clock)
+    return clock
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A directory in which nothing can be created, even by root."""
+    path = tmp_path / "read-only"
+    path.mkdir(mode=0o500)
+    yield Path("/proc") if os.access(path, os.W_OK) else path
+    path.chmod(0o700)

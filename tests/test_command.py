@@ -1,0 +1,1361 @@
+"""The command, through its entry point: main() for most, a real process where only a process can tell."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import re
+import select
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import attuned_store
+from attuned_store import StateSnapshot, main, open_store
+
+SAMPLE = Path(__file__).parent / "data" / "film_mood.csv"
+MOODS = ("energetic_arousal", "tense_arousal", "positive_affect", "negative_affect")
+COMMANDS = (
+    "import",
+    "export",
+    "put",
+    "patch",
+    "get",
+    "history",
+    "users",
+    "search",
+    "delete",
+    "prune",
+    "health",
+    "count",
+)
+DEADLINE = 120.0  # seconds: for a machine that is busy, not for the command
+
+ENGINES = [
+    pytest.param(
+        engine,
+        marks=pytest.mark.skipif(importlib.util.find_spec(library) is None, reason=f"needs {library}"),
+    )
+    for engine, library in (("edge", "qdrant_edge"), ("local", "qdrant_client"))
+]
+posix = pytest.mark.skipif(os.name != "posix", reason="needs pipes and terminals of POSIX")
+
+
+# ------------------------------------------------------------------------------
+# Running it
+# ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What one run of the command left behind."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def records(self) -> list[Any]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing of the machine's settings reaches a test, and ./attuned_state lies in a folder of its own."""
+    for name in list(os.environ):
+        if name.startswith(("ATTUNED_STORE", "QDRANT_")):
+            monkeypatch.delenv(name)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process."""
+
+    def call(*argv: object) -> Ran:
+        capfd.readouterr()
+        status = main([str(word) for word in argv])
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        return Ran(status, out, err)
+
+    return call
+
+
+@pytest.fixture
+def stdin(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
+    """Lay bytes ready on stdin."""
+    return lambda data: monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")
+    )
+
+
+@pytest.fixture(params=ENGINES)
+def path(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a new store would be made, by one engine and by the other."""
+    monkeypatch.setenv("ATTUNED_STORE_ENGINE", request.param)
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def mood(path: Path, run: Run) -> Path:
+    """A store with the sample in it."""
+    assert run("--store", path, "import", SAMPLE, "--scale", "0:31").status == 0
+    return path
+
+
+@pytest.fixture
+def small(path: Path) -> Path:
+    """A store with two users and three states."""
+    with open_store(path, axes=("calm", "warmth")) as store:
+        store.upsert_latest(StateSnapshot("alice", {"calm": 0.25, "warmth": 0.75}, 1_000))
+        store.upsert_latest(StateSnapshot("alice", {"calm": 0.5}, 2_000, "inferred", 0.5, 2))
+        store.upsert_latest(StateSnapshot("bob", {"warmth": 1.0}, 3_000))
+    return path
+
+
+def kept(path: Path) -> dict[str, tuple[StateSnapshot | None, list[StateSnapshot]]]:
+    """All that is in a store: each user's latest and history."""
+    with open_store(path) as store:
+        return {user: (store.get_latest(user), store.get_history(user)) for user in store.users()}
+
+
+def axes_of(path: Path) -> tuple[str, ...]:
+    with open_store(path) as store:
+        return tuple(store.axes)
+
+
+def one_line(ran: Ran, status: int, reason: str = "") -> None:
+    """The command failed as it should: one line on stderr that says why, and nothing on stdout."""
+    assert (ran.status, ran.out) == (status, "")
+    assert re.fullmatch(r"attuned-store: [^\n]*\n", ran.err), ran.err
+    assert re.search(reason, ran.err), ran.err
+
+
+def process(*argv: object, **options: Any) -> subprocess.Popen[bytes]:
+    """Start the file itself as a process."""
+    words = [sys.executable, attuned_store.__file__, *map(str, argv)]
+    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    return subprocess.Popen(words, **{**pipes, **options})
+
+
+def finished(child: subprocess.Popen[bytes]) -> Ran:
+    with child:
+        out, err = child.communicate(timeout=DEADLINE)
+    return Ran(child.returncode, (out or b"").decode(), (err or b"").decode())
+
+
+# ------------------------------------------------------------------------------
+# The real file
+# ------------------------------------------------------------------------------
+
+
+def test_importing_the_sample_gives_330_users_with_two_states_each(path: Path, run: Run) -> None:
+    """One command turns the sample into a durable store of 330 users and 660 snapshots, two in each history."""
+    ran = run("--store", path, "import", SAMPLE, "--scale", "0:31")
+
+    assert (ran.status, ran.err) == (0, "")
+    assert "imported 660 snapshots" in ran.out
+    assert "330 users" in ran.out
+    stored = kept(path)
+    assert len(stored) == 330
+    assert all(len(history) == 2 and latest == history[0] for latest, history in stored.values())
+    latest, history = stored["maps_001"]
+    assert latest is not None
+    assert latest.updated_at_unix_ms == 820541700000
+    assert dict(history[1].axes) == dict(zip(MOODS, (24 / 31, 14 / 31, 26 / 31, 2 / 31), strict=True))
+
+
+def test_a_new_store_takes_the_columns_as_its_axes(mood: Path) -> None:
+    """The axes of a new store are the file's columns, in their order and in snake_case."""
+    assert axes_of(mood) == MOODS
+
+
+def test_importing_again_changes_nothing(mood: Path, run: Run) -> None:
+    """Importing a file twice is harmless."""
+    before = kept(mood)
+    assert run("import", SAMPLE, "--scale", "0:31", "--store", mood).status == 0
+    assert kept(mood) == before
+
+
+def test_count_tells_users_and_snapshots(mood: Path, run: Run) -> None:
+    """Count gives the users, and with --history the snapshots."""
+    assert run("--store", mood, "count").out == "330\n"
+    assert run("--store", mood, "count", "--history").out == "660\n"
+    assert run("--store", mood, "count", "--json").records == [{"users": 330}]
+    assert run("--store", mood, "count", "--json", "--history").records == [{"snapshots": 660}]
+
+
+def test_searching_like_a_person_gives_others_best_first(mood: Path, run: Run) -> None:
+    """Searching like one person finds people, best first, and never the person asked about."""
+    found = run("--store", mood, "search", "--like", "maps_001", "--limit", "50", "--json").records
+
+    assert len(found) == 50
+    scores = [match["score"] for match in found]
+    assert scores == sorted(scores, reverse=True)
+    people = [match["user_id"] for match in found]
+    assert len(set(people)) == 50
+    assert "maps_001" not in people
+
+
+def test_searching_can_include_the_person_asked_about(mood: Path, run: Run) -> None:
+    """With --include-self the person asked about is the best match."""
+    found = run("--store", mood, "search", "--like", "maps_001", "--include-self", "--json").records
+    assert found[0]["user_id"] == "maps_001"
+    assert found[0]["score"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_search_reads_as_a_table(mood: Path, run: Run) -> None:
+    """For people a search is an aligned table with a heading, the best match first."""
+    lines = run("--store", mood, "search", "--like", "maps_001", "--limit", "3").out.splitlines()
+    assert lines[0].split() == ["score", "user_id", "updated_at", "source", "confidence"]
+    assert len(lines) == 4
+    assert {line.index("self_report") for line in lines[1:]} == {lines[0].index("source")}
+    assert re.match(r"0\.\d{4}  \w+_\d{3}   1996-\d\d-\d\dT\d\d:15:00\.000Z", lines[1])
+
+
+def test_searching_by_axes(small: Path, run: Run) -> None:
+    """Axis=value pairs search for a state like that, on both sides of the options."""
+    found = run("--store", small, "search", "warmth=0.9", "--threshold", "-0.5", "calm=0.5", "--json").records
+    assert [match["user_id"] for match in found] == ["bob", "alice"]
+    assert [match["score"] for match in found] == [pytest.approx(1.0), 0.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "people"),
+    [
+        ("--user alice", ["alice"]),
+        ("--exclude alice", ["bob"]),
+        ("--source inferred", ["alice"]),
+        ("--min-confidence 0.9", ["bob"]),
+        ("--since 3000", ["bob"]),
+        ("--until 1970-01-01T00:00:02Z", ["alice"]),
+        ("--limit 1", ["bob"]),
+        ("--threshold 0.5", ["bob"]),
+        ("--history --user alice", ["alice", "alice"]),
+        ("--user nobody", []),
+    ],
+)
+def test_search_options_narrow_the_result(small: Path, run: Run, options: str, people: list[str]) -> None:
+    """Each option of search leaves out what it says."""
+    ran = run("--store", small, "search", "warmth=1", "calm=0.5", *options.split(), "--json")
+    assert ran.status == 0
+    assert [match["user_id"] for match in ran.records] == people
+
+
+def test_a_search_without_a_match_says_so(small: Path, run: Run) -> None:
+    """No match is said in words, and is no failure."""
+    assert run("--store", small, "search", "warmth=1", "--user", "nobody") == Ran(0, "no match\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "reason"),
+    [
+        ("search --like nobody", 1, "nobo"),
+        ("search wealth=0.5", 2, "wealth"),
+        ("search warmth=1.5", 2, "warmth"),
+        ("search warmth=nan", 2, "not a number"),
+        ("search warmth=inf", 2, "not a number"),
+        ("search warmth", 2, "AXIS=VALUE"),
+        ("search warmth=1 Warmth=0", 2, "twice"),
+        ("search", 2, "--like"),
+        ("search warmth=1 --like bob", 2, "--like"),
+        ("search warmth=1 --limit 0", 2, "limit"),
+        ("search warmth=1 --source rumour", 2, "rumour"),
+        ("search --like bob --exclude alice --include-self", 2, "not allowed"),
+    ],
+)
+def test_a_bad_search_changes_nothing(
+    small: Path, run: Run, arguments: str, status: int, reason: str
+) -> None:
+    """What cannot be searched for is one line on stderr."""
+    before = kept(small)
+    one_line(run("--store", small, *arguments.split()), status, reason)
+    assert kept(small) == before
+
+
+# ------------------------------------------------------------------------------
+# Rows
+# ------------------------------------------------------------------------------
+
+HEADING = "user_id,updated_at_unix_ms,source,confidence,schema_version,calm,warmth"
+LONG = "a" * 65
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        pytest.param("carol,5000,self_report,1,1,0.5", "6 cells under 7 columns", id="too few cells"),
+        pytest.param("carol,5000,self_report,1,1,0.5,0.5,", "8 cells under 7 columns", id="too many cells"),
+        pytest.param(",5000,self_report,1,1,0.5,0.5", "user_id", id="no user"),
+        pytest.param("c\x07arol,5000,self_report,1,1,0.5,0.5", "user_id", id="control character"),
+        pytest.param(f"{'c' * 257},5000,self_report,1,1,0.5,0.5", "user_id", id="long user"),
+        pytest.param(f"{'é' * 129},5000,self_report,1,1,0.5,0.5", "user_id", id="long user in bytes"),
+        pytest.param("carol,soon,self_report,1,1,0.5,0.5", "updated_at_unix_ms: not a number", id="time"),
+        pytest.param("carol,5000.5,self_report,1,1,0.5,0.5", "updated_at_unix_ms", id="half a millisecond"),
+        pytest.param("carol,-1,self_report,1,1,0.5,0.5", "updated_at_unix_ms", id="before 1970"),
+        pytest.param("carol,253402300800000,self_report,1,1,0.5,0.5", "updated_at_unix_ms", id="year 10000"),
+        pytest.param(f"carol,{'9' * 5000},self_report,1,1,0.5,0.5", "updated_at_unix_ms", id="endless time"),
+        pytest.param("carol,5000,rumour,1,1,0.5,0.5", "source", id="source"),
+        pytest.param("carol,5000,self_report,1.5,1,0.5,0.5", "confidence", id="confidence"),
+        pytest.param("carol,5000,self_report,1,0,0.5,0.5", "schema_version", id="schema version"),
+        pytest.param("carol,5000,self_report,1,1,lots,0.5", "calm: not a number: 'lots'", id="word"),
+        pytest.param("carol,5000,self_report,1,1,true,0.5", "calm: not a number", id="truth"),
+        pytest.param("carol,5000,self_report,1,1,NaN,0.5", "calm: not a number", id="NaN"),
+        pytest.param("carol,5000,self_report,1,1,inf,0.5", "calm: not a number", id="infinity"),
+        pytest.param("carol,5000,self_report,1,1,1e999,0.5", "calm", id="overflow"),
+        pytest.param("carol,5000,self_report,1,1,1_0,0.5", "calm: not a number", id="underscore"),
+        pytest.param("carol,5000,self_report,1,1,1.01,0.5", "calm", id="above"),
+        pytest.param("carol,5000,self_report,1,1,-0.01,0.5", "calm", id="below"),
+        pytest.param('carol,5000,self_report,1,1,"0.5,0.5', "quote", id="open quote"),
+        pytest.param('"ca"rol,5000,self_report,1,1,0.5,0.5', "quote", id="quote inside"),
+    ],
+)
+def test_a_bad_row_of_csv_is_skipped_and_reported(
+    small: Path, run: Run, tmp_path: Path, row: str, reason: str
+) -> None:
+    """A bad row is reported with its physical line and reason; what is around it is imported; the status is 1."""
+    before = kept(small)
+    file = tmp_path / "rows.csv"
+    good = "dave,7000,self_report,1,1,0.5,0.5", "erin,8000,mixed,0.5,3,,NA"
+    file.write_text("\n".join([HEADING, good[0], "", row, good[1], ""]), encoding="utf-8")
+
+    strict = run("--store", small, "import", "--strict", file)
+    assert strict.status == 1
+    assert "nothing was written" in strict.err
+    assert kept(small) == before
+
+    ran = run("--store", small, "import", file)
+    assert ran.status == 1
+    assert re.fullmatch(rf"attuned-store: \S*rows\.csv: line 4: .*{re.escape(reason)}.*\n", ran.err), ran.err
+    assert "imported 2 snapshots, skipped 1 bad row" in ran.out
+    after = kept(small)
+    assert {user: after.pop(user)[0] for user in ("dave", "erin")} == {
+        "dave": StateSnapshot("dave", {"calm": 0.5, "warmth": 0.5}, 7_000),
+        "erin": StateSnapshot("erin", {}, 8_000, "mixed", 0.5, 3),
+    }
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        pytest.param("[1, 2]", "not a JSON object", id="list"),
+        pytest.param("3", "not a JSON object", id="number"),
+        pytest.param('{"user_id": "carol"', "not JSON", id="cut off"),
+        pytest.param("[" * 100_000, "nested", id="deep"),
+        pytest.param('{"calm": 0.5}', "user_id is missing", id="no user"),
+        pytest.param('{"user_id": null, "calm": 0.5}', "user_id is missing", id="null user"),
+        pytest.param('{"user_id": 7, "calm": 0.5}', "user_id", id="user is a number"),
+        pytest.param('{"user_id": "\\ud800", "calm": 0.5}', "user_id", id="lone surrogate"),
+        pytest.param('{"user_id": "carol", "calm": "0.5"}', "calm", id="text"),
+        pytest.param('{"user_id": "carol", "calm": true}', "calm", id="truth"),
+        pytest.param('{"user_id": "carol", "calm": [0.5]}', "calm", id="list of one"),
+        pytest.param('{"user_id": "carol", "calm": NaN}', "not a number: NaN", id="NaN"),
+        pytest.param('{"user_id": "carol", "calm": -Infinity}', "not a number: -Infinity", id="infinity"),
+        pytest.param('{"user_id": "carol", "calm": 1e999}', "calm", id="overflow"),
+        pytest.param('{"user_id": "carol", "calm": 2}', "calm", id="above"),
+        pytest.param('{"user_id": "carol", "calm": 0.5, "Calm": 0.6}', "calm is there twice", id="twice"),
+        pytest.param('{"user_id": "carol", "updated_at_unix_ms": 5.5}', "updated_at_unix_ms", id="time"),
+        pytest.param(
+            '{"user_id": "carol", "updated_at_unix_ms": "5"}', "updated_at_unix_ms", id="time in text"
+        ),
+        pytest.param('{"user_id": "carol", "source": 1}', "source", id="source"),
+        pytest.param('{"user_id": "carol", "axes": {"calm": 0.5}, "warmth": 1}', "warmth", id="beside axes"),
+        pytest.param(f'{{"user_id": "carol", "axes": {{"{LONG}": 0.5}}}}', "aaaa", id="long axis"),
+        pytest.param('{"user_id": "carol", "axes": {"": 0.5}}', "ax", id="axis without a name"),
+    ],
+)
+def test_a_bad_row_of_json_lines_is_skipped_and_reported(
+    small: Path, run: Run, tmp_path: Path, row: str, reason: str
+) -> None:
+    """JSON lines are held to the same rules, and its values to their types."""
+    before = kept(small)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(["", row, '{"user_id": "dave", "updated_at_unix_ms": 7000, "calm": 1}']))
+
+    strict = run("--store", small, "import", "--strict", file)
+    assert strict.status == 1
+    assert kept(small) == before
+
+    ran = run("--store", small, "import", file)
+    assert ran.status == 1
+    assert re.fullmatch(rf"attuned-store: \S*rows\.jsonl: line 2: .*{reason}.*\n", ran.err), ran.err
+    after = kept(small)
+    assert after.pop("dave")[0] == StateSnapshot("dave", {"calm": 1.0}, 7_000)
+    assert after == before
+
+
+def test_a_row_that_is_not_utf8_is_a_bad_row(small: Path, run: Run, tmp_path: Path) -> None:
+    """Bytes that are not UTF-8 spoil their row, not the file."""
+    for name, text in (
+        ("rows.csv", "user_id,calm\ndäve,1\nerin,1\n"),
+        ("rows.jsonl", '{"user_id": "däve"}\n'),
+    ):
+        before = kept(small)
+        file = tmp_path / name
+        file.write_bytes(text.encode("latin-1"))
+        ran = run("--store", small, "import", file)
+        assert ran.status == 1
+        assert "not UTF-8" in ran.err
+        assert set(kept(small)) - set(before) <= {"erin"}
+    assert set(kept(small)) == {"alice", "bob", "erin"}
+
+
+def test_a_value_outside_of_the_scale_is_a_bad_row(path: Path, run: Run, tmp_path: Path) -> None:
+    """The scale maps its ends to 0 and 1, for axes only; what lies outside is a bad row."""
+    file = tmp_path / "scale.csv"
+    file.write_text("user_id,confidence,calm\nlow,0.5,-3\nhigh,0.5,3\nmiddle,0.5,0\nover,0.5,3.5\n")
+
+    ran = run("--store", path, "import", file, "--scale", "-3:3")
+    assert ran.status == 1
+    assert "line 5: calm: 3.5 is outside of the scale -3:3" in ran.err
+    stored = {user: latest for user, (latest, _) in kept(path).items() if latest}
+    assert {user: state.axes["calm"] for user, state in stored.items()} == {
+        "low": 0,
+        "high": 1,
+        "middle": 0.5,
+    }
+    assert {state.confidence for state in stored.values()} == {0.5}
+
+
+@pytest.mark.parametrize("scale", ["31", "0:", ":", "0:x", "5:5", "31:0", "nan:1", "0:inf", "-1e308:1e308"])
+def test_a_scale_is_two_numbers_in_order(tmp_path: Path, run: Run, scale: str) -> None:
+    """A scale that is none is refused before anything is made."""
+    one_line(run("--store", tmp_path / "store", "import", SAMPLE, "--scale", scale), 2, "LOW")
+    assert not (tmp_path / "store").exists()
+
+
+def test_empty_cells_and_na_are_absent(path: Path, run: Run, tmp_path: Path) -> None:
+    """Empty cells and NA are absent axes, a row with no value at all is a neutral state, and fields have defaults."""
+    file = tmp_path / "gaps.csv"
+    file.write_text(
+        "user_id,updated_at_unix_ms,source,confidence,calm,warmth\na,1,,NA,NA,0.5\nb,2, mixed ,, ,NA\n"
+    )
+    assert run("--store", path, "import", file).status == 0
+    assert {user: latest for user, (latest, _) in kept(path).items()} == {
+        "a": StateSnapshot("a", {"warmth": 0.5}, 1),
+        "b": StateSnapshot("b", {}, 2, "mixed"),
+    }
+
+
+def test_a_row_without_a_time_gets_the_time_of_the_import(
+    path: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that name no time all get one and the same."""
+    monkeypatch.setattr(attuned_store, "_now_ms", lambda: 1_700_000_000_000)
+    file = tmp_path / "untimed.csv"
+    file.write_text("user_id,calm\na,0.5\nb,0.25\n")
+    assert run("--store", path, "import", file).status == 0
+    assert {latest.updated_at_unix_ms for latest, _ in kept(path).values() if latest} == {1_700_000_000_000}
+
+
+@pytest.mark.parametrize(
+    ("heading", "axis"),
+    [
+        ("Energetic Arousal", "energetic_arousal"),
+        ("energeticArousal", "energetic_arousal"),
+        ("PANASScore", "panas_score"),
+        (" calm (0-30) ", "calm_0_30"),
+        ("Wärme", "warme"),
+        ("a__b", "a__b"),
+        ("q1.b", "q1_b"),
+        ('"two\nlines"', "two_lines"),
+    ],
+)
+def test_headings_are_brought_to_snake_case(
+    path: Path, run: Run, tmp_path: Path, heading: str, axis: str
+) -> None:
+    """A heading becomes an axis in snake_case; the five fields are recognised the same way."""
+    file = tmp_path / "headings.csv"
+    file.write_text(f"User ID,{heading},UpdatedAtUnixMs\nalice,0.5,7\n", encoding="utf-8")
+    ran = run("--store", path, "import", file)
+    assert ran.status == 0, ran.err
+    assert kept(path)["alice"][0] == StateSnapshot("alice", {axis: 0.5}, 7)
+    assert axes_of(path) == (axis,)
+
+
+def test_line_numbers_are_physical(path: Path, run: Run, tmp_path: Path) -> None:
+    """A heading over two lines, blank lines and every kind of line end count as they do in an editor."""
+    file = tmp_path / "lines.csv"
+    file.write_bytes(b'user_id,"two\r\nlines"\r\n\r\na,1\nb,2\rc,3\r\nd,0\r\n')
+    ran = run("--store", path, "import", file)
+    assert [line.split(": ")[2] for line in ran.err.splitlines()] == ["line 5", "line 6"]
+    assert set(kept(path)) == {"a", "d"}
+
+
+def test_tabs_and_semicolons_separate_too(path: Path, run: Run, tmp_path: Path) -> None:
+    """A file whose columns are separated by tabs or semicolons is read the same."""
+    (tmp_path / "t.tsv").write_text("user_id\tcalm\na\t0.5\n")
+    (tmp_path / "s.csv").write_text("calm;user_id\n0.25;b\n")
+    assert run("--store", path, "import", tmp_path / "t.tsv").status == 0
+    assert run("--store", path, "import", tmp_path / "s.csv").status == 0
+    assert {user: dict(latest.axes) for user, (latest, _) in kept(path).items() if latest} == {
+        "a": {"calm": 0.5},
+        "b": {"calm": 0.25},
+    }
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.data", "-"])
+def test_a_byte_order_mark_is_no_part_of_the_first_column(
+    path: Path, run: Run, tmp_path: Path, stdin: Callable[[bytes], None], name: str
+) -> None:
+    """The mark that spreadsheets put before UTF-8 is taken off."""
+    data = b"\xef\xbb\xbfuser_id,calm\na,0.5\n"
+    (tmp_path / name).write_bytes(data) if name != "-" else stdin(data)
+    assert run("--store", path, "import", name if name == "-" else tmp_path / name).status == 0
+    assert set(kept(path)) == {"a"}
+
+
+def test_json_lines_from_stdin(path: Path, run: Run, stdin: Callable[[bytes], None]) -> None:
+    """JSON lines are recognised by their content; nested and flat rows may be mixed, null is absent."""
+    rows: list[dict[str, object]] = [
+        {"user_id": "a", "axes": {"calm": 30, "new axis": None}, "updated_at_unix_ms": 5, "source": None},
+        {"User ID": "b", "Tense Arousal": 0, "updated_at_unix_ms": 6, "schema_version": 2},
+    ]
+    stdin("\n".join(map(json.dumps, rows)).encode())
+    ran = run("--store", path, "import", "-", "--scale", "0:30", "--json")
+    assert ran.records == [{"written": 2, "bad_rows": 0, "users": 2, "snapshots": 2}], ran.err
+    assert axes_of(path) == ("calm", "tense_arousal")
+    assert {user: latest for user, (latest, _) in kept(path).items()} == {
+        "a": StateSnapshot("a", {"calm": 1.0}, 5),
+        "b": StateSnapshot("b", {"tense_arousal": 0.0}, 6, schema_version=2),
+    }
+
+
+def test_canonical_axes_in_json_lines_make_a_canonical_store(
+    path: Path, run: Run, stdin: Callable[[bytes], None]
+) -> None:
+    """JSON lines have no heading: a new store of nothing but canonical axes has all of them."""
+    stdin(b'{"user_id": "a", "axes": {"warmth": 0.5}}\n')
+    assert run("--store", path, "import", "-").status == 0
+    assert axes_of(path) == attuned_store.CANONICAL_AXES
+
+
+def test_configured_axes_win_over_the_columns(
+    path: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where ATTUNED_STORE_AXES names the axes of a new store, a file must keep to them."""
+    monkeypatch.setenv("ATTUNED_STORE_AXES", "warmth,calm")
+    file = tmp_path / "rows.csv"
+    file.write_text("user_id,wealth\na,1\n")
+    one_line(run("--store", path, "import", file), 1, "no axis wealth")
+    assert not path.exists()
+    file.write_text("user_id,calm\na,1\n")
+    assert run("--store", path, "import", file).status == 0
+    assert axes_of(path) == ("warmth", "calm")
+
+
+# ------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------
+
+BAD_FILES = [
+    pytest.param("a.csv", b"", "empty", id="empty"),
+    pytest.param("a.jsonl", b"", "empty", id="empty json"),
+    pytest.param("a.csv", b"\n  \n\n", "empty", id="blank"),
+    pytest.param("a.csv", b"\xef\xbb\xbf", "empty", id="only a mark"),
+    pytest.param("a.csv", b"name,calm\na,0.5\n", "no column user_id", id="no user_id"),
+    pytest.param("a.csv", b"user_id,calm,Calm\na,0.5,0.5\n", "same name: 'calm'.*'Calm'", id="duplicates"),
+    pytest.param("a.csv", b"user_id,User Id\na,b\n", "same name", id="duplicate user_id"),
+    pytest.param("a.csv", b",user_id\n1,a\n", "column 1 has no name", id="no heading"),
+    pytest.param("a.csv", b"user_id,--\na,1\n", r"column 2 has no name \('--'\)", id="nothing in a heading"),
+    pytest.param("a.csv", b"user_id," + LONG.encode() + b"\na,1\n", "axes|axis", id="long axis"),
+    pytest.param("a.csv", "user_id,温度\na,1\n".encode(), "axes|axis", id="no latin letters"),
+    pytest.param("a.csv", '"user_id,calm\na,1\n'.encode(), "quotes", id="open quote in the heading"),
+    pytest.param("a.csv", "user_id,wärme\na,1\n".encode("latin-1"), "not UTF-8", id="latin-1"),
+    pytest.param("a.csv", "user_id,calm\na,1\n".encode("utf-16"), "not UTF-8", id="utf-16"),
+    pytest.param("a.data", "user_id,calm\na,1\n".encode("utf-16"), "not UTF-8", id="utf-16, unknown name"),
+    pytest.param("a.csv", b"user_id,calm\n" + b"a" * (1 << 21), "line 2 is longer", id="endless line"),
+    pytest.param("a.csv", b"user_id,calm\na,5\nb,x\n", "no good row", id="only bad rows"),
+    pytest.param("a.jsonl", b"[\n]\n", "no good row", id="a JSON array"),
+]
+
+
+@pytest.mark.parametrize(("name", "data", "reason"), BAD_FILES)
+def test_a_bad_file_makes_no_store(tmp_path: Path, run: Run, name: str, data: bytes, reason: str) -> None:
+    """A file that cannot be used leaves no new store behind."""
+    (tmp_path / name).write_bytes(data)
+    ran = run("--store", tmp_path / "store", "import", tmp_path / name)
+    assert (ran.status, ran.out) == (1, "")
+    assert re.search(reason, ran.err.splitlines()[-1]), ran.err
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(("name", "data", "reason"), BAD_FILES)
+def test_a_bad_file_changes_nothing(
+    small: Path, tmp_path: Path, run: Run, name: str, data: bytes, reason: str
+) -> None:
+    """A file that cannot be used leaves an existing store as it was."""
+    before = kept(small)
+    (tmp_path / name).write_bytes(data)
+    ran = run("--store", small, "import", tmp_path / name)
+    assert (ran.status, ran.out) == (1, "")
+    assert "nothing was written" in ran.err or re.search(reason, ran.err)
+    assert kept(small) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "user_id,calm,wealth\na,0.5,1\n"),
+        ("a.csv", "user_id,wealth\n"),
+        ("a.jsonl", '{"user_id": "a", "calm": 1}\n{"user_id": "b", "wealth": 1}\n'),
+    ],
+)
+def test_unknown_columns_are_one_clear_error(
+    small: Path, tmp_path: Path, run: Run, name: str, text: str
+) -> None:
+    """An existing store keeps its axes: a file with others is refused before anything is written."""
+    before = kept(small)
+    (tmp_path / name).write_text(text)
+    one_line(run("--store", small, "import", tmp_path / name), 1, "no axis wealth .*calm, warmth")
+    assert kept(small) == before
+
+
+def test_a_heading_without_rows_makes_an_empty_store(path: Path, run: Run, tmp_path: Path) -> None:
+    """A heading alone is a store with those axes and no users, as an empty store is exported."""
+    file = tmp_path / "a.csv"
+    file.write_text("user_id,calm\n")
+    assert run("--store", path, "import", file).status == 0
+    assert (axes_of(path), kept(path)) == (("calm",), {})
+
+
+@pytest.mark.parametrize("file", ["missing.csv", "."])
+def test_a_file_that_cannot_be_read(tmp_path: Path, run: Run, file: str) -> None:
+    """A file that is not there, or is a folder, is one line and makes no store."""
+    one_line(run("--store", tmp_path / "store", "import", file), 1)
+    assert not (tmp_path / "store").exists()
+
+
+@posix
+def test_what_was_read_before_a_failure_is_written(
+    path: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where reading fails in the middle of writing, what came before is kept, and the error says how much."""
+    file = tmp_path / "a.csv"
+    rows = [f"user{n:05},0.5" for n in range(5_000)]
+    file.write_text("\n".join(["user_id,calm", *rows]))
+    original = attuned_store._Table.snapshots  # type: ignore[attr-defined]
+
+    def cut(table: Any) -> Iterator[StateSnapshot]:
+        os.truncate(file, file.stat().st_size // 2)
+        yield from original(table)
+
+    monkeypatch.setattr(attuned_store._Table, "snapshots", cut)  # type: ignore[attr-defined]
+    one_line(run("--store", path, "import", file), 1, "the file changed while it was read")
+    assert 2_000 < len(kept(path)) < 3_000
+
+
+# ------------------------------------------------------------------------------
+# Export
+# ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["all.jsonl", "all.csv", "-"])
+def test_export_and_import_give_the_same_store(
+    mood: Path, run: Run, tmp_path: Path, stdin: Callable[[bytes], None], name: str
+) -> None:
+    """What export writes gives the same store when it is imported, in both formats and through a pipe."""
+    file = name if name == "-" else str(tmp_path / name)
+    exported = run("--store", mood, "export", file)
+    assert exported.status == 0
+    stdin(exported.out.encode())
+
+    ran = run("--store", tmp_path / "copy", "import", file)
+    assert (ran.status, ran.err) == (0, "")
+    assert kept(tmp_path / "copy") == kept(mood)
+    assert axes_of(tmp_path / "copy") == axes_of(mood)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_nothing_is_lost_in_a_round_trip(
+    path: Path, run: Run, tmp_path: Path, stdin: Callable[[bytes], None], kind: str
+) -> None:
+    """Odd user ids, neutral states, and the ends of every range come back as they were."""
+    ids = [
+        "NA",
+        " bob ",
+        'say "hi"',
+        "a,b;c",
+        "=1+1",
+        "-x",
+        "Ödön",
+        "\u2028",
+        "\U0001f600",
+        "x" * 256,
+        "null",
+        "0",
+    ]
+    with open_store(path, axes=("tiny", "third", "one")) as store:
+        for number, user in enumerate(ids):
+            store.upsert_latest(StateSnapshot(user, {}, number))
+            store.upsert_latest(
+                StateSnapshot(user, {"tiny": 5e-324, "third": 1 / 3, "one": 1}, 1_000 + number)
+            )
+            store.upsert_latest(StateSnapshot(user, {"third": 0}, 253402300799999, "mixed", 0.1 + 0.2, 7))
+
+    exported = run("--store", path, "export", "--format", kind)
+    stdin(exported.out.encode())
+    ran = run("--store", tmp_path / "copy", "import", "-")
+    assert (ran.status, ran.err) == (0, "")
+    assert kept(tmp_path / "copy") == kept(path)
+    assert set(axes_of(tmp_path / "copy")) == set(axes_of(path))
+
+
+def test_exported_lines_are_the_fields_of_a_snapshot(small: Path, run: Run) -> None:
+    """A line of export is a snapshot with the names of its fields, each user's oldest first."""
+    records = run("--store", small, "export").records
+    snapshots = [StateSnapshot.from_dict(record) for record in records]
+    assert [state for state in snapshots if state.user_id == "alice"] == kept(small)["alice"][1][::-1]
+    assert len(snapshots) == 3
+
+
+def test_export_latest_leaves_the_history_out(small: Path, run: Run) -> None:
+    """With --latest each user comes once."""
+    records = run("--store", small, "export", "--latest").records
+    assert sorted((record["user_id"], record["updated_at_unix_ms"]) for record in records) == [
+        ("alice", 2_000),
+        ("bob", 3_000),
+    ]
+
+
+def test_a_latest_state_without_history_is_exported(
+    path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that keeps no history exports its latest states."""
+    monkeypatch.setenv("ATTUNED_STORE_ENABLE_HISTORY", "no")
+    assert run("--store", path, "put", "alice", "warmth=1", "--at", "5").status == 0
+    assert [record["user_id"] for record in run("--store", path, "export").records] == ["alice"]
+
+
+def test_a_long_history_is_exported_whole(path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than the usual hundred entries are exported where a store keeps more."""
+    monkeypatch.setenv("ATTUNED_STORE_MAX_HISTORY_PER_USER", "150")
+    with open_store(path) as store:
+        store.upsert_many([StateSnapshot("alice", {}, at) for at in range(150)])
+    assert len(run("--store", path, "export").records) == 150
+
+
+def test_a_file_is_replaced_only_when_it_is_complete(small: Path, run: Run, tmp_path: Path) -> None:
+    """A failing export leaves the file that was there, and nothing beside it."""
+    out = tmp_path / "out"
+    out.mkdir()
+    file = out / "all.csv"
+    file.write_text("precious")
+    with open_store(tmp_path / "fields", axes=("confidence", "calm")) as store:
+        store.upsert_latest(StateSnapshot("alice", {"confidence": 0.5}, 1))
+
+    one_line(run("--store", tmp_path / "fields", "export", file), 1, "confidence .*--format jsonl")
+    assert file.read_text() == "precious"
+    assert list(out.iterdir()) == [file]
+
+    ran = run("--store", small, "export", file, "--json")
+    assert ran.records == [{"written": 3, "file": str(file)}]
+    assert file.read_text().splitlines()[0] == HEADING
+    assert list(out.iterdir()) == [file]
+    one_line(run("--store", small, "export", out / "missing" / "all.csv"), 1, "missing")
+
+
+@posix
+def test_export_follows_a_link(small: Path, run: Run, tmp_path: Path) -> None:
+    """Exporting to a symbolic link replaces the file that it names."""
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(tmp_path / "real.jsonl")
+    assert run("--store", small, "export", link).status == 0
+    assert link.is_symlink()
+    assert len((tmp_path / "real.jsonl").read_text().splitlines()) == 3
+
+
+@posix
+def test_export_to_a_named_pipe_writes_into_it(small: Path, run: Run, tmp_path: Path) -> None:
+    """A pipe or a device is written to, never replaced."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert run("--store", small, "export", pipe).status == 0
+        assert len(os.read(reader, 65_536).splitlines()) == 3
+        assert pipe.is_fifo()
+    finally:
+        os.close(reader)
+
+
+# ------------------------------------------------------------------------------
+# The other commands
+# ------------------------------------------------------------------------------
+
+
+def test_put_and_get(path: Path, run: Run) -> None:
+    """Put writes a state, making the store where there is none, and get shows it."""
+    options = "--at 2026-01-17T12:00+01:00 --source inferred --confidence 0.5 --schema-version 3".split()
+    put = run("--store", path, "put", "alice", "warmth=0.8", *options, "formality=0.25")
+    assert (put.status, put.err) == (0, "")
+    expected = StateSnapshot("alice", {"warmth": 0.8, "formality": 0.25}, 1768647600000, "inferred", 0.5, 3)
+    assert kept(path) == {"alice": (expected, [expected])}
+
+    got = run("--store", path, "get", "alice")
+    assert got.out == put.out
+    assert got.out.splitlines() == [
+        "user_id         alice",
+        "updated_at      2026-01-17T11:00:00.000Z",
+        "source          inferred",
+        "confidence      0.5",
+        "schema_version  3",
+        "axes",
+        "  warmth        0.800",
+        "  formality     0.250",
+    ]
+    assert run("--store", path, "get", "alice", "--json").records == [expected.to_dict()]
+
+
+def test_put_of_nothing_is_a_neutral_state(path: Path, run: Run) -> None:
+    """A state without axes is neutral, and says so."""
+    assert "axes            none (neutral)\n" in run("--store", path, "put", "alice").out
+    assert run("--store", path, "history", "alice").out.splitlines()[1].endswith("neutral")
+
+
+def test_put_an_older_state_leaves_the_latest(small: Path, run: Run) -> None:
+    """A state from before the latest goes into the history."""
+    assert run("--store", small, "put", "bob", "calm=0", "--at", "5").status == 0
+    latest, history = kept(small)["bob"]
+    assert latest == history[0] == StateSnapshot("bob", {"warmth": 1.0}, 3_000)
+    assert [state.updated_at_unix_ms for state in history] == [3_000, 5]
+
+
+def test_patch_changes_some_axes(small: Path, run: Run) -> None:
+    """Patch merges into the latest, becomes the latest, and shows the result."""
+    ran = run("--store", small, "patch", "alice", "warmth=0.125", "--at", "9000", "--json")
+    expected = {"calm": 0.5, "warmth": 0.125}
+    assert ran.records[0]["axes"] == expected
+    latest = kept(small)["alice"][0]
+    assert latest is not None
+    assert (dict(latest.axes), latest.updated_at_unix_ms) == (expected, 9_000)
+
+
+def test_history_is_newest_first(small: Path, run: Run) -> None:
+    """History lists a user's states, newest first, for people and for programs, within bounds."""
+    table = run("--store", small, "history", "alice").out.splitlines()
+    assert table == [
+        "updated_at                source       confidence  axes",
+        "1970-01-01T00:00:02.000Z  inferred     0.5         calm=0.500",
+        "1970-01-01T00:00:01.000Z  self_report  1           calm=0.250 warmth=0.750",
+    ]
+
+    def times(*options: str) -> list[int]:
+        records = run("--store", small, "history", "alice", "--json", *options).records
+        return [record["updated_at_unix_ms"] for record in records]
+
+    assert times() == [2_000, 1_000]
+    assert times("--limit", "1") == [2_000]
+    assert times("--limit", "0") == []
+    assert times("--since", "1970-01-01T00:00:01.001Z") == [2_000]
+    assert times("--until", "1999") == [1_000]
+    assert run("--store", small, "history", "alice", "--since", "2026-01-01") == Ran(0, "no history\n", "")
+
+
+def test_users_are_listed_one_a_line(small: Path, run: Run) -> None:
+    """Users are listed in full, one a line."""
+    assert sorted(run("--store", small, "users").out.splitlines()) == ["alice", "bob"]
+    records = run("users", "--json", "--store", small).records
+    assert sorted(record["user_id"] for record in records) == ["alice", "bob"]
+
+
+def test_delete_removes_latest_and_history(small: Path, run: Run) -> None:
+    """Delete removes users whole; one that is not there is no failure."""
+    ran = run("--store", small, "delete", "alice", "--yes", "nobody", "--json")
+    assert ran == Ran(0, ran.out, "")
+    assert ran.records == [{"user_id": "alice", "deleted": True}, {"user_id": "nobody", "deleted": False}]
+    assert set(kept(small)) == {"bob"}
+    assert run("--store", small, "delete", "bob", "alice", "--yes").out == "deleted bob\nthere was no alice\n"
+
+
+def test_delete_asks_nobody_without_a_terminal(small: Path, run: Run, stdin: Callable[[bytes], None]) -> None:
+    """Where nobody can be asked, delete needs --yes."""
+    before = kept(small)
+    stdin(b"y\n")
+    one_line(run("--store", small, "delete", "alice"), 2, "--yes")
+    one_line(run("--store", small, "delete", "alice", "--yes", "b\x00b"), 2, "user_id")
+    assert kept(small) == before
+
+
+def test_a_user_id_may_begin_with_a_dash(small: Path, run: Run) -> None:
+    """After -- a word that begins with a dash is a user."""
+    assert run("--store", small, "put", "--at", "5", "--", "-x", "calm=1").status == 0
+    assert run("--store", small, "get", "--json", "--", "-x").records[0]["axes"] == {"calm": 1.0}
+    assert run("--store", small, "delete", "--yes", "--", "-x").out == "deleted -x\n"
+
+
+def test_prune_says_how_many_it_removed(small: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prune applies the retention and counts what it removed; the latest stays."""
+    monkeypatch.setenv("ATTUNED_STORE_HISTORY_RETENTION_DAYS", "1")
+    removed = run("--store", small, "prune", "--json").records
+    assert removed == [{"removed": 3}]
+    assert run("--store", small, "prune").out == "removed 0 snapshots\n"
+    assert run("--store", small, "count").out == "2\n"
+
+
+def test_health_of_a_healthy_store(small: Path, run: Run) -> None:
+    """A healthy store says so, and the status is 0."""
+    ran = run("--store", small, "health")
+    assert ran.status == 0
+    assert re.match(r"status +healthy\nbackend +(edge|local)\n", ran.out)
+    record = run("--store", small, "health", "--json").records[0]
+    assert record["status"] == "healthy"
+    assert record["users"] == 2
+
+
+def test_health_of_an_unhealthy_store(small: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unhealthy store makes the status 1."""
+    with open_store(small) as store:
+        closed = store
+    unhealthy = closed.health()
+    monkeypatch.setattr(type(closed), "health", lambda _: unhealthy)
+    ran = run("--store", small, "health")
+    assert ran.status == 1
+    assert re.match(r"status +unhealthy\n", ran.out)
+
+
+@pytest.mark.parametrize("command", ["get", "history"])
+def test_an_unknown_user_is_an_error_that_keeps_the_name(small: Path, run: Run, command: str) -> None:
+    """An error line shows at most four characters of a user."""
+    ran = run("--store", small, command, "nobody-special")
+    one_line(ran, 1, "nobo")
+    assert "nobody" not in ran.err
+
+
+BAD_WRITES = [
+    ("put c\x07arol warmth=1", "user_id"),
+    (f"put {'c' * 257} warmth=1", "user_id"),
+    ("put alice wealth=1", "wealth"),
+    ("put alice warmth=1.1", "warmth"),
+    ("put alice warmth=-0.1", "warmth"),
+    ("put alice warmth=nan", "warmth: not a number"),
+    ("put alice warmth=", "warmth: not a number"),
+    ("put alice warmth=0x1", "warmth: not a number"),
+    ("put alice =1", "AXIS=VALUE"),
+    ("put alice warmth", "AXIS=VALUE"),
+    ("put alice warmth=1 WARMTH=1", "twice"),
+    (f"put alice {LONG}=1", "aaaa"),
+    ("put alice warmth=1 --at soon", "ISO 8601"),
+    ("put alice warmth=1 --at -5", "updated_at_unix_ms"),
+    ("put alice warmth=1 --at 99999999999999999", "updated_at_unix_ms"),
+    ("put alice warmth=1 --confidence 2", "confidence"),
+    ("put alice warmth=1 --confidence much", "confidence"),
+    ("put alice warmth=1 --source rumour", "rumour"),
+    ("put alice warmth=1 --schema-version 0", "schema-version"),
+    ("put alice warmth=1 --unknown", "--unknown"),
+    ("put", "USER"),
+    ("patch alice wealth=1", "wealth"),
+    ("patch alice warmth=2", "warmth"),
+    ("put alice warmth=1 --store=", "--store"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "reason"), BAD_WRITES)
+def test_a_bad_write_changes_nothing(small: Path, run: Run, arguments: str, reason: str) -> None:
+    """What cannot be written is one line on stderr, status 2, and leaves an existing store as it was."""
+    before = kept(small)
+    one_line(run("--store", small, *arguments.split(" ")), 2, reason)
+    assert kept(small) == before
+
+
+@pytest.mark.parametrize(("arguments", "reason"), BAD_WRITES)
+def test_a_bad_first_write_makes_no_store(tmp_path: Path, run: Run, arguments: str, reason: str) -> None:
+    """What cannot be written leaves no new store behind."""
+    one_line(run("--store", tmp_path / "store", *arguments.split(" ")), 2, reason)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_patch_into_the_past_changes_nothing(small: Path, run: Run) -> None:
+    """A patch must become the latest."""
+    before = kept(small)
+    one_line(run("--store", small, "patch", "alice", "calm=1", "--at", "1500"), 2)
+    assert kept(small) == before
+
+
+# ------------------------------------------------------------------------------
+# Choosing the store
+# ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "get alice",
+        "history alice",
+        "users",
+        "search --like alice",
+        "delete alice --yes",
+        "prune",
+        "health",
+        "count",
+        "export",
+        "export all.csv",
+    ],
+)
+@pytest.mark.parametrize("there", [False, True], ids=["absent", "empty folder"])
+def test_reading_makes_no_store(tmp_path: Path, run: Run, arguments: str, there: bool) -> None:
+    """Where there is no store, what needs one says so and how to make one, and makes nothing."""
+    store = tmp_path / "store"
+    if there:
+        store.mkdir()
+    one_line(run("--store", store, *arguments.split()), 1, "there is no store at .*import FILE")
+    assert list(store.iterdir()) == [] if there else not store.exists()
+    assert list(Path().iterdir()) == []
+
+
+def test_the_store_may_be_named_before_and_after_the_command(small: Path, run: Run, tmp_path: Path) -> None:
+    """--store and --json count before and after the command; the later one wins."""
+    assert run("--store", small, "--json", "count").records == [{"users": 2}]
+    assert run("count", "--json", "--store", small).records == [{"users": 2}]
+    assert run("--store", tmp_path / "absent", "count", "--store", small).out == "2\n"
+    assert run("--store", small.as_uri(), "count").out == "2\n"
+
+
+def test_the_environment_names_the_store(
+    small: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --store it is ATTUNED_STORE, else ./attuned_state."""
+    assert run("put", "carol", "warmth=1").status == 0
+    assert set(kept(tmp_path / "here" / "attuned_state")) == {"carol"}
+    monkeypatch.setenv("ATTUNED_STORE", str(small))
+    assert run("count").out == "2\n"
+    assert run("--store", "./attuned_state", "count").out == "1\n"
+
+
+@pytest.mark.parametrize("arguments", ["count", "put alice warmth=1", f"import {shlex.quote(str(SAMPLE))}"])
+def test_a_store_that_is_a_file(tmp_path: Path, run: Run, arguments: str) -> None:
+    """A file where the store should be is an error, and stays as it was."""
+    file = tmp_path / "file"
+    file.write_text("precious")
+    one_line(run("--store", file, *shlex.split(arguments)), 1, "file")
+    assert file.read_text() == "precious"
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A folder that nothing can be made in, whoever runs the tests."""
+    if os.name == "posix" and os.geteuid() == 0:
+        if not Path("/sys").is_dir() or os.access("/sys", os.W_OK) and not Path("/sys/kernel").is_dir():
+            pytest.skip("root can write everywhere here")
+        yield Path("/sys")
+        return
+    folder = tmp_path / "read-only"
+    folder.mkdir(mode=0o500)
+    yield folder
+    folder.chmod(0o700)
+
+
+@posix
+def test_a_read_only_place(read_only: Path, run: Run) -> None:
+    """Where no store can be made, the command says so."""
+    one_line(run("--store", read_only / "store", "import", SAMPLE, "--scale", "0:31"), 1, "store")
+    one_line(run("--store", read_only / "store", "put", "alice", "warmth=1"), 1, "store")
+    assert not (read_only / "store").exists()
+
+
+HOLD = """
+import sys
+from attuned_store import open_store
+with open_store(sys.argv[1]) as store:
+    print("open", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_store_that_another_process_has_open(small: Path, run: Run) -> None:
+    """While another process has the store, each command fails with its path, and changes nothing."""
+    before = kept(small)
+    words = [sys.executable, "-c", HOLD, str(small)]
+    folder = str(Path(attuned_store.__file__).parent)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])}
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline().strip() == b"open"
+        for arguments in ("count", "put alice warmth=0", "delete alice --yes", "health"):
+            one_line(run("--store", small, *arguments.split()), 1, re.escape(str(small)))
+        one_line(run("--store", small, "import", SAMPLE, "--scale", "0:31"), 1, re.escape(str(small)))
+        other.communicate(timeout=DEADLINE)
+    assert kept(small) == before
+
+
+def test_an_unknown_scheme(run: Run) -> None:
+    """A target that no store understands is one line."""
+    ran = run("--store", "ftp://somewhere", "count")
+    assert ran.status in {1, 2}
+    one_line(ran, ran.status, "ftp")
+
+
+def test_a_malformed_setting(small: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A malformed environment variable is named."""
+    monkeypatch.setenv("ATTUNED_STORE_MAX_HISTORY_PER_USER", "many")
+    one_line(run("--store", small, "count"), 2, "ATTUNED_STORE_MAX_HISTORY_PER_USER")
+
+
+# ------------------------------------------------------------------------------
+# Help and usage
+# ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(run: Run, command: str) -> None:
+    """Each command explains itself, with an example."""
+    ran = run(command, "--help")
+    assert (ran.status, ran.err) == (0, "")
+    assert f"usage: attuned-store {command}" in ran.out
+    assert f"example: attuned-store {command}" in ran.out
+    assert "--store TARGET" in ran.out
+
+
+def test_the_help_lists_every_command(run: Run) -> None:
+    """The command's own help lists what there is."""
+    ran = run("--help")
+    assert ran.status == 0
+    assert [line.split()[0] for line in ran.out.splitlines() if re.match(r"    [a-z]", line)] == list(
+        COMMANDS
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_examples_can_be_parsed(run: Run, command: str, tmp_path: Path) -> None:
+    """No example is wrong usage."""
+    ran = run(command, "--help")
+    example = next(line for line in ran.out.splitlines() if line.startswith("example: "))
+    arguments = shlex.split(example.removeprefix("example: attuned-store"))
+    assert run("--store", tmp_path / "store", *arguments).status in {0, 1}
+
+
+def test_version(run: Run) -> None:
+    """--version says which it is."""
+    assert run("--version") == Ran(0, f"attuned-store {attuned_store.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("", "COMMAND"),
+        ("frobnicate", "frobnicate"),
+        ("count --hist", "--hist"),
+        ("count extra", "extra"),
+        ("delete", "USER"),
+        ("import", "FILE"),
+        ("export --format xml", "xml"),
+        ("history alice --limit -1", "--limit"),
+        ("history alice --since yesterday", "ISO 8601"),
+        ("--store", "--store"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(run: Run, arguments: str, reason: str) -> None:
+    """Wrong usage is one line that says what, and where help is; nothing is made."""
+    one_line(run(*arguments.split()), 2, reason)
+    assert list(Path().iterdir()) == []
+
+
+def test_an_unexpected_error_is_one_line(small: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even a fault of the program itself is one line, with its kind."""
+
+    def broken(*_: object, **__: object) -> int:
+        raise ZeroDivisionError("division\nby zero")
+
+    monkeypatch.setattr(attuned_store, "open_store", broken)
+    one_line(run("--store", small, "count"), 1, "unexpected ZeroDivisionError: division by zero")
+
+
+# ------------------------------------------------------------------------------
+# As a process
+# ------------------------------------------------------------------------------
+
+
+def test_the_file_is_a_program(path: Path) -> None:
+    """The file itself runs as the command, and its exit status is the process's."""
+    assert finished(process("--store", path, "import", SAMPLE, "--scale", "0:31")).status == 0
+    ran = finished(process("--store", path, "count", "--history"))
+    assert (ran.status, ran.out.split(), ran.err) == (0, ["660"], "")
+    one_line(finished(process("--store", path, "get", "nobody")), 1, "nobo")
+    one_line(finished(process("get")), 2, "USER")
+
+
+@posix
+def test_a_closed_pipe_ends_it_cleanly(mood: Path) -> None:
+    """Where the reader has seen enough, export ends without a word."""
+    child = process("--store", mood, "export", stdin=subprocess.DEVNULL)
+    with child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        assert json.loads(child.stdout.readline())["user_id"]
+        child.stdout.close()
+        assert child.stderr.read() == b""
+        assert child.wait(DEADLINE) == 0
+
+
+@posix
+@pytest.mark.parametrize("command", ["count", "users", "get maps_001", "search --like maps_001", "--help"])
+def test_a_pipe_that_was_never_read_ends_it_cleanly(mood: Path, command: str) -> None:
+    """Short output into a pipe that is closed already is no error either."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    child = process("--store", mood, *command.split(), stdout=writer, stdin=subprocess.DEVNULL)
+    os.close(writer)
+    ran = finished(child)
+    assert (ran.status, ran.err) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("command", ["count", "export"])
+def test_a_full_disk_is_one_line(mood: Path, command: str) -> None:
+    """Output that cannot be written is a failure."""
+    with Path("/dev/full").open("wb") as full:
+        one_line(finished(process("--store", mood, command, stdout=full)), 1, "space")
+
+
+@posix
+def test_an_import_outlives_its_closed_stderr(path: Path, tmp_path: Path) -> None:
+    """Bad rows that nobody reads about do not stop an import."""
+    file = tmp_path / "rows.csv"
+    file.write_text("\n".join(["user_id,calm", *(f"u{n},5" for n in range(100)), "good,0.5"]))
+    reader, writer = os.pipe()
+    os.close(reader)
+    child = process("--store", path, "import", file, stderr=writer)
+    os.close(writer)
+    assert finished(child).status == 1
+    assert set(kept(path)) == {"good"}
+
+
+def test_characters_that_the_terminal_lacks(path: Path) -> None:
+    """A user that stdout cannot show comes out as an escape; export is always UTF-8."""
+    with open_store(path) as store:
+        store.upsert_latest(StateSnapshot("Ödön", {}, 1))
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ran = finished(process("--store", path, "users", env=env))
+    assert (ran.status, ran.out.split(), ran.err) == (0, ["\\xd6d\\xf6n"], "")
+    ran = finished(process("--store", path, "export", "--format", "csv", env=env))
+    assert "Ödön" in ran.out
+
+
+INTERRUPTIBLE = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # even where the tests run in the background
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+@posix
+def test_ctrl_c_ends_it_with_130(path: Path, tmp_path: Path) -> None:
+    """Ctrl-C is no traceback, and the status is 130."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    words = [sys.executable, "-c", INTERRUPTIBLE + "\n", attuned_store.__file__]
+    script = "import sys; del sys.argv[0]\n" + INTERRUPTIBLE.replace("sys.argv[1]", "sys.argv[0]")
+    words = [sys.executable, "-c", script, attuned_store.__file__, "--store", str(path), "import", str(pipe)]
+    child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    writer = os.open(pipe, os.O_WRONLY)  # waits until the command has the other end open
+    try:
+        os.write(writer, b"user_id,calm\n")
+        child.send_signal(signal.SIGINT)
+        one_line(finished(child), 130, "interrupted")
+    finally:
+        os.close(writer)
+    assert not path.exists()
+
+
+class Terminal:
+    """The command on a pseudo-terminal: all three streams are it."""
+
+    def __init__(self, *argv: object) -> None:
+        import pty
+
+        self.master, slave = pty.openpty()
+        self.child = process(*argv, stdin=slave, stdout=slave, stderr=slave)
+        os.close(slave)
+        self.seen = ""
+
+    def read_until(self, pattern: str) -> None:
+        """Read what it shows until it matches, or it ends."""
+        end = time.monotonic() + DEADLINE
+        while not re.search(pattern, self.seen):
+            ready, _, _ = select.select([self.master], [], [], max(0.0, end - time.monotonic()))
+            assert ready, f"{pattern!r} did not come: {self.seen!r}"
+            try:
+                data = os.read(self.master, 4096)
+            except OSError:  # the other end is closed
+                data = b""
+            if not data:
+                break
+            self.seen += data.decode()
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def close(self) -> int:
+        self.read_until(r"\Zx")
+        status = self.child.wait(DEADLINE)
+        os.close(self.master)
+        return status
+
+
+@posix
+@pytest.mark.parametrize(
+    ("answer", "status", "left"),
+    [
+        ("y\n", 0, {"bob"}),
+        ("YES\n", 0, {"bob"}),
+        ("n\n", 1, {"alice", "bob"}),
+        ("\n", 1, {"alice", "bob"}),
+        ("\x04", 1, {"alice", "bob"}),
+    ],
+)
+def test_delete_asks_on_a_terminal(small: Path, answer: str, status: int, left: set[str]) -> None:
+    """On a terminal delete asks, and only yes is yes."""
+    terminal = Terminal("--store", small, "delete", "alice")
+    terminal.read_until(r"delete 1 user \(alice\) with all history from .*\? \[y/N\] ")
+    terminal.type(answer)
+    assert terminal.close() == status
+    assert ("deleted alice" in terminal.seen) == (status == 0)
+    assert ("nothing was deleted" in terminal.seen) == (status == 1)
+    assert set(kept(small)) == left
+
+
+@posix
+def test_ctrl_c_at_the_question(small: Path) -> None:
+    """Ctrl-C where it asks deletes nothing."""
+    terminal = Terminal("--store", small, "delete", "alice")
+    terminal.read_until(r"\[y/N\] ")
+    terminal.child.send_signal(signal.SIGINT)
+    assert terminal.close() == 130
+    assert "Traceback" not in terminal.seen
+    assert set(kept(small)) == {"alice", "bob"}
+
+
+@posix
+def test_progress_shows_on_a_terminal(path: Path, tmp_path: Path) -> None:
+    """What takes over a second says so on a terminal, and wipes it away."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    terminal = Terminal("--store", path, "import", pipe)
+    writer = os.open(pipe, os.O_WRONLY)
+    terminal.read_until(r"waiting for input, \d+ s")
+    os.write(writer, b"user_id,calm\na,0.5\n")
+    os.close(writer)
+    assert terminal.close() == 0
+    assert re.search(r"\r +\r.*imported 1 snapshot;", terminal.seen, re.DOTALL)
+    assert set(kept(path)) == {"a"}
+
+
+def test_no_progress_without_a_terminal(mood: Path, run: Run) -> None:
+    """Nothing is shown on a stderr that is no terminal."""
+    assert run("--store", mood, "count").err == ""

@@ -1,0 +1,99 @@
+"""What importing the library costs, and what works without the optional ones."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from attuned_store import MemoryStore
+from conformance import QUERY, random_states, run_python
+
+OPTIONAL = ["qdrant_client", "qdrant_edge", "anyio", "numpy", "httpx", "trio", "opentelemetry", "prometheus_client"]
+
+IMPORTED = """
+import json, sys
+before = set(sys.modules)
+import attuned_store
+print(json.dumps(sorted({name.split(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)))
+"""
+BLOCK = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in sys.argv[1].split(","):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocked())
+"""
+USE = """
+import json, sys
+from attuned_store import MemoryStore, StateSnapshot
+states = [StateSnapshot.from_dict(fields) for fields in json.load(sys.stdin)]
+with MemoryStore() as store:
+    assert store.upsert_many(states) == len(states)
+    assert store.get_latest(states[0].user_id) == states[0] == store[states[0].user_id]
+    assert store.get_history(states[0].user_id) == [states[0]]
+    assert sorted(store.users()) == sorted(state.user_id for state in states)
+    found = [store.search_similar(json.loads(sys.argv[2]), limit=len(states), history=kind) for kind in (False, True)]
+    assert found[0] == found[1]
+    print(json.dumps({match.snapshot.user_id: match.score for match in found[0]}))
+"""
+USE_ASYNC = """
+import asyncio, json, sys
+from attuned_store import AsyncMemoryStore, StateSnapshot
+states = [StateSnapshot.from_dict(fields) for fields in json.load(sys.stdin)]
+async def main():
+    async with AsyncMemoryStore() as store:
+        assert await store.upsert_many(iter(states)) == len(states)
+        assert sorted([user_id async for user_id in store.users()]) == sorted(state.user_id for state in states)
+        assert await store.patch("new", {"warmth": 0.5}) == await store.get_latest("new")
+        assert await store.delete("new")
+        found = await store.search_similar(json.loads(sys.argv[2]), limit=len(states))
+        assert await store.prune() == 0
+        print(json.dumps({match.snapshot.user_id: match.score for match in found}))
+asyncio.run(main())
+"""
+
+
+def test_importing_loads_attrs_and_cachetools_at_most() -> None:
+    """Importing the library loads no other library than attrs and cachetools."""
+    answer = run_python(IMPORTED)
+
+    assert answer.returncode == 0, answer.stderr
+    loaded = set(json.loads(answer.stdout))
+    assert not loaded & set(OPTIONAL)
+    assert loaded <= {"attuned_store", "attr", "attrs", "cachetools"}
+
+
+def test_importing_prints_nothing() -> None:
+    """Importing the library writes nothing and warns of nothing."""
+    answer = run_python("import warnings; warnings.simplefilter('error'); import attuned_store")
+
+    assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("code", [USE, USE_ASYNC], ids=["sync", "asyncio"])
+@pytest.mark.parametrize("blocked", [",".join(OPTIONAL), "numpy"], ids=["all", "numpy"])
+def test_memory_needs_no_optional_library(code: str, blocked: str) -> None:
+    """Stores in memory work without any optional library, and a search without numpy gives the same scores."""
+    states = random_states(2_000, seed=13)
+    store = MemoryStore()
+    store.upsert_many(states)
+    expected = {m.snapshot.user_id: m.score for m in store.search_similar(QUERY, limit=len(states))}
+
+    answer = run_python(BLOCK + code, blocked, json.dumps(QUERY), stdin=json.dumps([s.to_dict() for s in states]))
+
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout) == pytest.approx(expected, abs=1e-5)
+
+
+def test_opening_memory_loads_no_engine() -> None:
+    """A program that only uses memory never pays for the engines."""
+    answer = run_python(
+        "import sys, attuned_store\n"
+        "with attuned_store.open_store('memory://') as store:\n"
+        "    store.patch('ann', {'warmth': 0.5})\n"
+        "print([name for name in ('qdrant_client', 'qdrant_edge', 'httpx', 'trio') if name in sys.modules])"
+    )
+
+    assert answer.stdout == "[]\n", answer.stderr

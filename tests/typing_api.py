@@ -1,0 +1,170 @@
+"""The library as its users write it: checked by mypy and pyright, never run."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping
+from pathlib import Path
+from typing import assert_type
+
+import attuned_store
+from attuned_store import (
+    ANY,
+    CANONICAL_AXES,
+    AsyncMemoryStore,
+    AsyncQdrantStore,
+    AsyncStateStore,
+    ConflictError,
+    Health,
+    Match,
+    MemoryStore,
+    MemoryStoreConfig,
+    QdrantStore,
+    QdrantStoreConfig,
+    Source,
+    StateSnapshot,
+    StateStore,
+    StoreError,
+)
+
+
+def values() -> None:
+    snapshot = StateSnapshot("ann", {"warmth": 0.7})
+    StateSnapshot(user_id="ann", axes={"warmth": 1}, updated_at_unix_ms=5, source="inferred", confidence=0.5)
+    StateSnapshot("ann", snapshot.axes, 5, Source.MIXED, 1, 2)
+
+    assert_type(snapshot.user_id, str)
+    assert_type(snapshot.axes["warmth"], float)
+    assert_type(snapshot.updated_at_unix_ms, int)
+    assert_type(snapshot.source, Source)
+    assert_type(snapshot.confidence, float)
+    assert_type(snapshot.schema_version, int)
+    assert_type(snapshot.axis("warmth"), float)
+    assert_type(snapshot.patched({"warmth": 0.8}, confidence=0.9), StateSnapshot)
+    assert_type(StateSnapshot.from_dict(snapshot.to_dict()), StateSnapshot)
+    assert_type(CANONICAL_AXES, tuple[str, ...])
+    axes: Mapping[str, float] = snapshot.axes
+    print(axes, {snapshot: 1})
+
+
+def writing(store: StateStore, snapshot: StateSnapshot) -> None:
+    store.upsert_latest(snapshot)
+    store.upsert_latest(snapshot, expected=None)
+    store.upsert_latest(snapshot, expected=store.get_latest("ann"))
+    store.upsert_latest(snapshot, expected=ANY)
+    assert_type(store.upsert_many([snapshot]), int)
+    assert_type(store.upsert_many((s for s in [snapshot]), progress=report), int)
+    assert_type(store.patch("ann", {"warmth": 0.8}, source="mixed", confidence=0.5), StateSnapshot)
+    assert_type(store.update("ann", warmer, attempts=3), StateSnapshot | None)
+    assert_type(store.update("ann", lambda latest: latest and latest.patched({})), StateSnapshot | None)
+    assert_type(store.delete("ann"), bool)
+    assert_type(store.prune(), int)
+
+
+def report(done: int, total: int | None) -> None:
+    print(done, total)
+
+
+def warmer(latest: StateSnapshot | None) -> StateSnapshot | None:
+    return latest and latest.patched({"warmth": latest.axis("warmth") / 2 + 0.5})
+
+
+async def warmer_later(latest: StateSnapshot | None) -> StateSnapshot | None:
+    return warmer(latest)
+
+
+def reading(store: StateStore, snapshot: StateSnapshot) -> None:
+    assert_type(store.get_latest("ann"), StateSnapshot | None)
+    assert_type(store.get_many({"ann", "bob"}), dict[str, StateSnapshot])
+    assert_type(store.get_history("ann", 5, since=0, until=10), list[StateSnapshot])
+    assert_type(store.search_similar("ann", limit=3, exclude_user_id=""), list[Match])
+    assert_type(store.search_similar({"warmth": 0.9}, source=Source.INFERRED, min_confidence=0.5), list[Match])
+    assert_type(
+        store.search_similar(snapshot, score_threshold=0.5, user_id="bob", source="mixed", since=1, until=2, history=True),
+        list[Match],
+    )
+    for match in store.search_similar(snapshot):
+        assert_type(match.snapshot, StateSnapshot)
+        assert_type(match.score, float)
+    users: Iterator[str] = store.users()
+    print(next(users))
+    assert_type(store.count(), int)
+    assert_type(store.count(history=True), int)
+    assert_type(store.health(), Health)
+    assert_type(store.axes, tuple[str, ...])
+    assert_type(store.is_closed, bool)
+    assert_type(store._repr_html_(), str)
+
+
+def as_a_mapping(store: StateStore) -> None:
+    assert_type(store["ann"], StateSnapshot)
+    assert_type("ann" in store, bool)
+    assert_type(len(store), int)
+    assert_type(sorted(store), list[str])
+
+
+def opening(path: Path) -> None:
+    with MemoryStore(max_history_per_user=5, enable_history=True) as memory:
+        assert_type(memory, MemoryStore)
+        assert_type(memory.config, MemoryStoreConfig)
+    with QdrantStore(path=path, engine="edge", durability="power", history_retention_days=30) as embedded:
+        assert_type(embedded, QdrantStore)
+        assert_type(embedded.config, QdrantStoreConfig)
+    MemoryStore(MemoryStoreConfig(axes=("energetic_arousal",), vector_size=4)).close()
+    MemoryStore(MemoryStoreConfig.from_env()).close()
+    QdrantStore(QdrantStoreConfig(path=str(path), lock_timeout=1.5, cache_size=0, collection_name="mine")).close()
+    assert_type(attuned_store.open_store(), StateStore)
+    with attuned_store.open_store("memory://") as store:
+        assert_type(store, StateStore)
+    assert_type(attuned_store.open_store(path, max_history_per_user=5), StateStore)
+
+
+def catching(store: StateStore, snapshot: StateSnapshot) -> None:
+    try:
+        store.upsert_latest(snapshot, expected=None)
+    except ConflictError as error:
+        assert_type(error.ambiguous, bool)
+    except StoreError as error:
+        assert_type(error.written, int | None)
+
+
+async def asynchronous(store: AsyncStateStore, snapshot: StateSnapshot) -> None:
+    await store.upsert_latest(snapshot, expected=await store.get_latest("ann"))
+    assert_type(await store.upsert_many(iter([snapshot]), progress=report), int)
+    assert_type(await store.patch("ann", {"warmth": 0.8}, confidence=0.5), StateSnapshot)
+    assert_type(await store.update("ann", warmer), StateSnapshot | None)
+    assert_type(await store.update("ann", warmer_later), StateSnapshot | None)
+    assert_type(await store.get_latest("ann"), StateSnapshot | None)
+    assert_type(await store.get_many(["ann"]), dict[str, StateSnapshot])
+    assert_type(await store.get_history("ann", limit=5), list[StateSnapshot])
+    assert_type(await store.search_similar("ann", limit=3), list[Match])
+    users: AsyncIterator[str] = store.users()
+    print(await anext(users), [user_id async for user_id in store.users()])
+    assert_type(await store.count(history=True), int)
+    assert_type(await store.delete("ann"), bool)
+    assert_type(await store.prune(), int)
+    assert_type(await store.health(), Health)
+    assert_type(store.axes, tuple[str, ...])
+    assert_type(store.is_closed, bool)
+    await store.aclose()
+
+
+async def opening_async(path: Path) -> None:
+    async with AsyncMemoryStore(max_history_per_user=5) as memory:
+        assert_type(memory, AsyncMemoryStore)
+        assert_type(memory.config, MemoryStoreConfig)
+    async with AsyncQdrantStore(path=path, engine="local") as embedded:
+        assert_type(embedded, AsyncQdrantStore)
+        assert_type(embedded.config, QdrantStoreConfig)
+    async with attuned_store.open_async_store("memory://", history_retention_days=30) as store:
+        assert_type(store, AsyncStateStore)
+
+
+def wrong(store: StateStore, snapshot: StateSnapshot) -> None:
+    """What the checkers must refuse: an ignore that is not needed is an error in both."""
+    store.upsert_latest("ann")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    store.get_history("ann", since="yesterday")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    store.count(True)  # type: ignore[misc]  # pyright: ignore[reportCallIssue]
+    snapshot.confidence = 0.5  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+    snapshot.axes["warmth"] = 0.5  # type: ignore[index]  # pyright: ignore[reportIndexIssue]
+    MemoryStore(colour="red")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    QdrantStore(engine="sqlite")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
