@@ -26,7 +26,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
-import functools
 import heapq
 import html
 import inspect
@@ -37,6 +36,7 @@ import numbers
 import operator
 import os
 import random
+import re
 import shutil
 import sqlite3
 import sys
@@ -48,7 +48,7 @@ import urllib.request
 import uuid
 import weakref
 from abc import ABC, abstractmethod
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections import deque
 from collections.abc import (
     AsyncIterator,
@@ -109,7 +109,6 @@ __all__ = [
     "UnsupportedServerError",
     "UserNotFoundError",
     "ValidationError",
-
     "open_async_store",
     "open_store",
 ]
@@ -270,6 +269,8 @@ _MAX_AXES = 1024
 _MAX_AXIS_NAME = 64
 _MAX_USER_ID_BYTES = 256
 _MAX_TIME_MS = 253_402_300_799_999  # the last millisecond of the year 9999, UTC
+_SHOWN_CHARACTERS = 80  # of a value in an error message
+_SHOWN_ID_CHARACTERS = 4
 _MAX_INTEGER = 2**63 - 1  # what Qdrant's payload integers hold
 _AXIS_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_")
 
@@ -282,12 +283,12 @@ def _now_ms() -> int:
 def _shown(value: object) -> str:
     """A value for an error message: its repr, cut to a readable length."""
     text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…"
 
 
 def _short_id(user_id: str) -> str:
     """At most the first four characters: ids are personal data and must not fill logs."""
-    return user_id if len(user_id) <= 4 else user_id[:4] + "…"
+    return user_id if len(user_id) <= _SHOWN_ID_CHARACTERS else user_id[:_SHOWN_ID_CHARACTERS] + "…"
 
 
 class Source(enum.StrEnum):
@@ -338,7 +339,8 @@ def _check_axis_name(name: object) -> None:
         or name[-1] == "_"
     ):
         raise ValidationError(
-            f"axes: a name is 1 to {_MAX_AXIS_NAME} of a-z, 0-9 and _, with no _ at either end; got {_shown(name)}"
+            f"axes: a name is 1 to {_MAX_AXIS_NAME} of a-z, 0-9 and _, with no _ at either end; "
+            f"got {_shown(name)}"
         )
 
 
@@ -353,10 +355,11 @@ class Axes(Mapping[str, float]):
     _shape: _Shape
     _values: tuple[float, ...]
 
-    def __new__(cls, axes: Mapping[str, float] | Iterable[tuple[str, float]] = ()) -> Axes:
-        if axes.__class__ is Axes:
+    def __new__(cls, axes: Mapping[str, float] | Iterable[tuple[str, float]] = ()) -> Self:
+        """Check the axes; what is an Axes already is taken as it is."""
+        if isinstance(axes, cls):
             return axes
-        given = axes if axes.__class__ is dict else _as_dict(axes)
+        given = _as_dict(axes)
         self = object.__new__(cls)
         object.__setattr__(self, "_shape", _shape_of(tuple(given)))
         object.__setattr__(self, "_values", _unit_values(given))
@@ -379,7 +382,7 @@ class Axes(Mapping[str, float]):
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Axes) and other._shape is self._shape:
             return self._values == other._values
-        return dict(self) == dict(other) if isinstance(other, Mapping) else NotImplemented
+        return dict(self) == other if isinstance(other, dict | Axes) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(frozenset(self.items()))
@@ -397,9 +400,9 @@ class Axes(Mapping[str, float]):
         return Axes, (dict(self),)  # the constructor, so that unpickling validates
 
 
-def _as_dict(axes: object) -> dict[Any, Any]:
+def _as_dict(axes: Any) -> dict[Any, Any]:
     try:
-        return dict(cast("Any", axes))
+        return dict(axes)  # also a dict: what is checked must be what is kept
     except (TypeError, ValueError):
         raise ValidationError(
             f"axes: a mapping from axis name to value is needed, got {_shown(axes)}"
@@ -416,14 +419,18 @@ def _unit_values(axes: Mapping[str, Any]) -> tuple[float, ...]:
 
 def _unit(field: str, value: object) -> float:
     """A real number in [0, 1] as a float."""
-    if isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= value <= 1:
-        return float(value)
+    if _is_real(value) and 0 <= cast("float", value) <= 1:
+        return float(cast("float", value))
     raise ValidationError(f"{field}: a real number from 0 to 1 is needed, got {_shown(value)}")
 
 
+def _is_real(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def _number(field: str, value: object) -> float:
-    if isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value):
-        return float(value)
+    if _is_real(value) and not math.isnan(cast("float", value)):
+        return float(cast("float", value))
     raise ValidationError(f"{field}: a number is needed, got {_shown(value)}")
 
 
@@ -446,18 +453,17 @@ def _user_id(value: object) -> str:
         value = str.__str__(value)
     if value.isascii() and value.isprintable() and 1 <= len(value) <= _MAX_USER_ID_BYTES:
         return value
+    shown = _shown(_short_id(value))
     try:
         size = len(value.encode())
     except UnicodeEncodeError:
-        raise ValidationError(
-            f"user_id: a lone surrogate is not valid text, got {_shown(_short_id(value))}"
-        ) from None
+        raise ValidationError(f"user_id: a lone surrogate is not valid text, got {shown}") from None
     if not 1 <= size <= _MAX_USER_ID_BYTES:
         raise ValidationError(
-            f"user_id: 1 to {_MAX_USER_ID_BYTES} bytes of UTF-8 are needed, got {size} ({_shown(_short_id(value))})"
+            f"user_id: 1 to {_MAX_USER_ID_BYTES} bytes of UTF-8 are needed, got {size} in {shown}"
         )
     if any(unicodedata.category(character) == "Cc" for character in value):
-        raise ValidationError(f"user_id: no control characters, got {_shown(_short_id(value))}")
+        raise ValidationError(f"user_id: no control characters, got {shown}")
     return value
 
 
@@ -498,7 +504,7 @@ class StateSnapshot:
 
     user_id: str
     axes: Axes = attrs.field(converter=Axes)
-    updated_at_unix_ms: int = attrs.field(factory=lambda: _now_ms())
+    updated_at_unix_ms: int = attrs.field(factory=lambda: _now_ms())  # noqa: PLW0108 - looked up anew: tests replace the clock
     source: Source = attrs.field(default=Source.SELF_REPORT, converter=_source)
     confidence: float = 1.0
     schema_version: int = 1
@@ -510,7 +516,7 @@ class StateSnapshot:
             user_id.__class__ is str
             and user_id.isascii()
             and user_id.isprintable()
-            and 0 < len(user_id) <= 256
+            and 0 < len(user_id) <= _MAX_USER_ID_BYTES
         ):
             object.__setattr__(self, "user_id", _user_id(user_id))
         if time_ms.__class__ is not int or not 0 <= time_ms <= _MAX_TIME_MS:
@@ -604,7 +610,7 @@ class _Any(enum.Enum):
 
 
 ANY: Final = _Any.ANY  # the default of expected=: whatever is there
-_Expected = StateSnapshot | None | Literal[_Any.ANY]
+_Expected = StateSnapshot | Literal[_Any.ANY] | None
 
 
 # -----------------------------------------------------------------------------
@@ -612,6 +618,7 @@ _Expected = StateSnapshot | None | Literal[_Any.ANY]
 # -----------------------------------------------------------------------------
 
 _TRUE = frozenset({"true", "1", "yes", "y", "on"})
+_COLLECTION_NAME = re.compile(r"[^\W.-][\w.-]{0,199}")  # it names files on disk
 _FALSE = frozenset({"false", "0", "no", "n", "off"})
 
 
@@ -628,6 +635,16 @@ def _axis_names(value: Iterable[str] | None) -> tuple[str, ...] | None:
     if not names:
         raise ValidationError("axes: at least one name, or None for those of the store")
     return names
+
+
+def _path(value: str | os.PathLike[str]) -> str:
+    try:
+        path = os.fspath(value)
+    except TypeError:
+        path = None
+    if isinstance(path, str) and path and "\0" not in path:
+        return path
+    raise ValidationError(f"path: a directory is needed, got {_shown(value)}")
 
 
 def _choice(field: str, value: str, choices: tuple[str, ...]) -> None:
@@ -718,12 +735,12 @@ class QdrantStoreConfig(MemoryStoreConfig):
 
     ``path`` is a directory (made where absent) for embedded Qdrant, ``url`` a server; ``engine`` which
     embedded form a new directory gets (auto: edge where qdrant-edge-py is installed, else local).
-    ``durability`` "process" survives the death of the process, "power" a power cut too, at the cost of a flush
-    per write. ``lock_timeout`` is how many seconds to wait for a directory that another process has open;
-    ``cache_size`` how many snapshots the read cache holds (0: none). Raises ValidationError.
+    ``durability`` "process" survives the death of the process, "power" a power cut too, at the cost of a
+    flush per write. ``lock_timeout`` is how many seconds to wait for a directory that another process has
+    open; ``cache_size`` how many snapshots the read cache holds (0: none). Raises ValidationError.
     """
 
-    path: str | None = attrs.field(default=None, converter=attrs.converters.optional(os.fspath))
+    path: str | None = attrs.field(default=None, converter=attrs.converters.optional(_path))
     url: str | None = None
     api_key: str | None = attrs.field(default=None, repr=False)
     collection_name: str = "attuned_state"
@@ -734,13 +751,10 @@ class QdrantStoreConfig(MemoryStoreConfig):
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
-        if self.path is not None and (not self.path or "\0" in self.path):
-            raise ValidationError(f"path: a directory is needed, got {_shown(self.path)}")
-        name = self.collection_name
-        usable = isinstance(name, str) and name.isprintable() and not set(name) & set('<>:"/\\|?*')
-        if not usable or not 1 <= len(name) <= 200 or name.startswith("."):
+        if not _COLLECTION_NAME.fullmatch(str(self.collection_name)):
             raise ValidationError(
-                f"collection_name: a plain name, fit for a file, is needed; got {_shown(name)}"
+                "collection_name: 1 to 200 of letters, digits and _ - . (not in front) are needed, "
+                f"got {_shown(self.collection_name)}"
             )
         _choice("engine", self.engine, ("auto", "edge", "local"))
         _choice("durability", self.durability, ("process", "power"))
@@ -862,6 +876,14 @@ class _Retention:
         return self.hidden(times) if self.maximum == 0 else min(self.hidden(times), max(0, len(times) - 1))
 
 
+def _since(value: int | None) -> int | None:
+    return None if value is None else _time_ms(value, "since")
+
+
+def _until(value: int | None) -> int | None:
+    return None if value is None else _time_ms(value, "until")
+
+
 class _Window(NamedTuple):
     """What get_history was asked for: times in ms, inclusive."""
 
@@ -873,54 +895,45 @@ class _Window(NamedTuple):
     def of(cls, limit: int, since: int | None, until: int | None) -> _Window:
         return cls(
             _integer("limit", limit, 0, _MAX_INTEGER),
-            0 if since is None else _time_ms(since, "since"),
+            _since(since) or 0,
             _MAX_TIME_MS if until is None else _time_ms(until, "until"),
         )
 
 
-@attrs.frozen
+def _asked_axes(query: StateSnapshot | Mapping[str, float]) -> Axes:
+    return query.axes if isinstance(query, StateSnapshot) else Axes(query)
+
+
+def _match_limit(value: int) -> int:
+    return _integer("limit", value, 1, _MAX_INTEGER)
+
+
+def _threshold(value: float | None) -> float:
+    return -math.inf if value is None else _number("score_threshold", value)
+
+
+def _excluded(value: str | None) -> str | None:
+    return None if value in (None, "") else _user_id(value)
+
+
+def _least_confidence(value: float | None) -> float | None:
+    return None if value is None else _unit("min_confidence", value)
+
+
+@attrs.frozen(kw_only=True)
 class _Search:
-    """What search_similar was asked for, checked."""
+    """What search_similar was asked for; checked at construction."""
 
-    axes: Axes
-    limit: int
-    score_threshold: float
-    user_id: str | None
-    exclude_user_id: str | None
-    source: Source | None
-    min_confidence: float | None
-    since: int | None
-    until: int | None
-    history: bool
-
-    @classmethod
-    def of(
-        cls,
-        query: StateSnapshot | Mapping[str, float],
-        limit: int,
-        score_threshold: float | None,
-        user_id: str | None,
-        exclude_user_id: str | None,
-        source: Source | str | None,
-        min_confidence: float | None,
-        since: int | None,
-        until: int | None,
-        history: bool,
-    ) -> _Search:
-        return cls(
-            axes=query.axes if isinstance(query, StateSnapshot) else Axes(query),
-            limit=_integer("limit", limit, 1, _MAX_INTEGER),
-            score_threshold=-math.inf
-            if score_threshold is None
-            else _number("score_threshold", score_threshold),
-            user_id=None if user_id is None else _user_id(user_id),
-            exclude_user_id=_user_id(exclude_user_id) if exclude_user_id else None,
-            source=None if source is None else _source(source),
-            min_confidence=None if min_confidence is None else _unit("min_confidence", min_confidence),
-            since=None if since is None else _time_ms(since, "since"),
-            until=None if until is None else _time_ms(until, "until"),
-            history=bool(history),
-        )
+    axes: Axes = attrs.field(converter=_asked_axes)
+    limit: int = attrs.field(converter=_match_limit)
+    score_threshold: float = attrs.field(converter=_threshold)
+    user_id: str | None = attrs.field(converter=attrs.converters.optional(_user_id))
+    exclude_user_id: str | None = attrs.field(converter=_excluded)
+    source: Source | None = attrs.field(converter=attrs.converters.optional(_source))
+    min_confidence: float | None = attrs.field(converter=_least_confidence)
+    since: int | None = attrs.field(converter=_since)
+    until: int | None = attrs.field(converter=_until)
+    history: bool = attrs.field(converter=bool)
 
     def admits(self, snapshot: StateSnapshot) -> bool:
         """Whether a snapshot passes the filters."""
@@ -1228,17 +1241,17 @@ class StateStore(ABC):
             if exclude_user_id is None:
                 exclude_user_id = query
             query = asked
-        search = _Search.of(
-            query,
-            limit,
-            score_threshold,
-            user_id,
-            exclude_user_id,
-            source,
-            min_confidence,
-            since,
-            until,
-            history,
+        search = _Search(
+            axes=query,
+            limit=limit,
+            score_threshold=score_threshold,
+            user_id=user_id,
+            exclude_user_id=exclude_user_id,
+            source=source,
+            min_confidence=min_confidence,
+            since=since,
+            until=until,
+            history=history,
         )
         return self._search(search)
 
@@ -1466,7 +1479,7 @@ class AsyncStateStore(ABC):
     async def update(
         self,
         user_id: str,
-        fn: Callable[[StateSnapshot | None], StateSnapshot | None | Awaitable[StateSnapshot | None]],
+        fn: Callable[[StateSnapshot | None], StateSnapshot | Awaitable[StateSnapshot | None] | None],
         *,
         attempts: int = 32,
     ) -> StateSnapshot | None:
@@ -1525,17 +1538,17 @@ class AsyncStateStore(ABC):
             if exclude_user_id is None:
                 exclude_user_id = query
             query = asked
-        search = _Search.of(
-            query,
-            limit,
-            score_threshold,
-            user_id,
-            exclude_user_id,
-            source,
-            min_confidence,
-            since,
-            until,
-            history,
+        search = _Search(
+            axes=query,
+            limit=limit,
+            score_threshold=score_threshold,
+            user_id=user_id,
+            exclude_user_id=exclude_user_id,
+            source=source,
+            min_confidence=min_confidence,
+            since=since,
+            until=until,
+            history=history,
         )
         return await self._search(search)
 
@@ -1617,7 +1630,7 @@ class _PlainVectors:
     def scores(self, direction: Sequence[float], rows: int) -> list[float]:
         return [sum(map(operator.mul, direction, row)) for row in self._rows[:rows]]
 
-    def best(self, scores: list[float], number: int) -> Iterable[int]:
+    def best(self, scores: list[float], number: int) -> Iterable[int]:  # noqa: ARG002 - sorts all anyhow
         return sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
 
 
@@ -1625,10 +1638,10 @@ class _NumpyVectors:
     """Rows as a matrix."""
 
     def __init__(self, vector_size: int) -> None:
-        import numpy
+        import numpy as np
 
-        self._numpy = numpy
-        self._matrix = numpy.zeros((64, vector_size), dtype=numpy.float32)
+        self._numpy = np
+        self._matrix = np.zeros((64, vector_size), dtype=np.float32)
 
     def put(self, row: int, direction: Sequence[float]) -> None:
         if row >= len(self._matrix):
@@ -2094,7 +2107,7 @@ class _Engine(Protocol):
         newest_by: str | None = None,
         payload: bool = True,
     ) -> _Page:
-        """Points one page after another; or, with ``newest_by``, the first ones in descending order of a key."""
+        """Points one page after another; or, with ``newest_by``, the first in descending order of a key."""
         ...
 
     async def search(self, collection: str, vector: list[float], where: _Filter, limit: int) -> list[_Record]:
@@ -2119,7 +2132,7 @@ class _Engine(Protocol):
 
 
 @contextlib.contextmanager
-def _translated(backend: str, operation: str) -> Iterator[None]:
+def _translated(backend: str, operation: str) -> Generator[None]:
     """Turn what a library raises into a BackendError."""
     try:
         yield
@@ -2132,8 +2145,8 @@ def _translated(backend: str, operation: str) -> Iterator[None]:
 
 def _locked(path: str | Path) -> StoreLockedError:
     return StoreLockedError(
-        f"{path}: another process has this directory open; close it there, wait for it with lock_timeout=seconds, "
-        "or let both use a Qdrant server"
+        f"{path}: another process has this directory open; close it there, "
+        "wait for it with lock_timeout=seconds, or let both use a Qdrant server"
     )
 
 
@@ -2353,7 +2366,7 @@ class _GroupedConnection(sqlite3.Connection):
         return False if self.grouped else super().__exit__(kind, error, traceback)
 
     @contextlib.contextmanager
-    def group(self) -> Iterator[None]:
+    def group(self) -> Generator[None]:
         self.grouped = True
         try:
             yield
@@ -2512,6 +2525,9 @@ class _LocalEngine:
         return [_Record(str(point.id), point.payload or {}, point.score) for point in found.points]
 
     async def count(self, collection: str, where: _Filter) -> int:
+        if where == _Filter():
+            held = self._client.collections[collection]
+            return len(held.ids) - int(held.deleted.sum())
         with _translated(self.name, "count"):
             return cast("int", self._client.count(collection, count_filter=self._filter(where)).count)
 
@@ -2651,7 +2667,7 @@ class _Directory:
 
 def _make_directory(path: str) -> None:
     try:
-        os.makedirs(path, exist_ok=True)
+        Path(path).mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise StoreError(f"{path}: is a file; a store needs a directory") from error
     except OSError as error:
@@ -2687,12 +2703,12 @@ _DIRECTORIES: dict[str, _Directory] = {}
 _ABANDONED: list[
     _Directory
 ] = []  # kept, so that a forked child never runs the clean-up of the parent's objects
-_DIRECTORIES_LOCK = threading.RLock()  # reentrant: a store may be collected, and released, while it is held
+_directories_lock = threading.RLock()  # reentrant: a store may be collected, and released, while it is held
 
 
 def _after_fork_in_child() -> None:
-    global _DIRECTORIES_LOCK
-    _DIRECTORIES_LOCK = threading.RLock()
+    global _directories_lock  # noqa: PLW0603 - another thread may have held it at the fork
+    _directories_lock = threading.RLock()
     for directory in _DIRECTORIES.values():
         directory.abandon()
         _ABANDONED.append(directory)
@@ -2788,7 +2804,8 @@ def _keep(cache: MutableMapping[str, _T], key: str, value: _T) -> None:
 
 def _recorded_schema(config: QdrantStoreConfig, found: Mapping[str, Any]) -> _Schema:
     """The schema of a collection, if it is ours and what the configuration asks for."""
-    version, axes, vector_size = (found.get(key) for key in ("format_version", "axes", "vector_size"))
+    version, vector_size = found.get("format_version"), found.get("vector_size")
+    axes: list[str] | None = found.get("axes")
     place = f"{config.path or config.url}: collection {config.collection_name!r}"
     if not isinstance(version, int) or not isinstance(axes, list) or not isinstance(vector_size, int):
         raise SchemaMismatchError(f"{place} was not made by attuned_store; choose another collection_name")
@@ -3096,7 +3113,7 @@ class _Core:
         recent = self._recent.pop(user_id, None)
         if recent is None:
             return
-        newer = [entry for time_ms, entry in sorted(draft.put.items(), reverse=True)]
+        newer = sorted(draft.put.values(), key=_time_of, reverse=True)
         if not recent.snapshots or (
             newer and newer[-1].updated_at_unix_ms > recent.snapshots[0].updated_at_unix_ms
         ):
@@ -3131,7 +3148,7 @@ class _UnopenedCore:
     """What an asynchronous store has in place of its core until it is first awaited."""
 
     def cached(self, user_id: str) -> None:
-        return None
+        """Nothing is known before opening."""
 
 
 _CLOSED = cast("_Core", _ClosedCore())
@@ -3140,8 +3157,8 @@ _UNOPENED = cast("_Core", _UnopenedCore())
 
 def _acquire(config: QdrantStoreConfig) -> tuple[_Directory, _Core]:
     """The opened directory and the core of a store; the directory is to be released."""
-    path = os.path.realpath(os.path.expanduser(cast("str", config.path)))
-    with _DIRECTORIES_LOCK:
+    path = os.path.realpath(Path(cast("str", config.path)).expanduser())
+    with _directories_lock:
         directory = _DIRECTORIES.get(path)
         if directory is None:
             directory = _DIRECTORIES[path] = _Directory(path, config)
@@ -3177,7 +3194,7 @@ def _agree(path: str, field: str, there: object, asked: object) -> None:
 
 def _release(directory: _Directory) -> None:
     """Give up a store's hold on a directory, and close it with the last."""
-    with _DIRECTORIES_LOCK:
+    with _directories_lock:
         directory.stores -= 1
         if directory.stores == 0 and _DIRECTORIES.get(directory.path) is directory:
             del _DIRECTORIES[directory.path]
@@ -3336,10 +3353,10 @@ class AsyncQdrantStore(AsyncStateStore):
     async def _acquire(self) -> tuple[_Directory, _Core]:
         for wait in _lock_waits(self.config.lock_timeout):
             try:
-                return await _in_thread(_acquire, self.config)
+                return await _in_thread(lambda: _acquire(self.config))
             except StoreLockedError:
                 await _sleep(wait)
-        return await _in_thread(_acquire, self.config)
+        return await _in_thread(lambda: _acquire(self.config))
 
     async def _drive(self, start: Callable[[_Core], Coroutine[Any, Any, _T]]) -> _T:
         await self._open()
@@ -3423,19 +3440,19 @@ def _nothing() -> None:
     """What is to be released where nothing has been opened."""
 
 
-async def _in_thread(call: Callable[..., _T], *arguments: Any, limiter: Any = None) -> _T:
+async def _in_thread(call: Callable[[], _T], limiter: Any = None) -> _T:
     """Run a blocking call in a worker thread; being cancelled meanwhile, wait for it."""
     try:
         import anyio.to_thread
     except ImportError as error:
         raise MissingDependencyError("this store needs anyio: pip install anyio") from error
-    return await anyio.to_thread.run_sync(call, *arguments, limiter=limiter)
+    return await anyio.to_thread.run_sync(call, limiter=limiter)
 
 
 async def _in_worker(directory: _Directory, flow: Coroutine[Any, Any, _T]) -> _T:
     """Drive a coroutine in a worker thread; it is closed here if cancelled before it started."""
     try:
-        return await _in_thread(directory.drive, flow, limiter=_limiter(directory))
+        return await _in_thread(lambda: directory.drive(flow), _limiter(directory))
     finally:
         if inspect.getcoroutinestate(flow) == inspect.CORO_CREATED:
             flow.close()
@@ -3484,6 +3501,8 @@ def _target_options(target: str | os.PathLike[str] | None) -> tuple[bool, dict[s
             return False, {"path": urllib.request.url2pathname(parts.netloc + parts.path), "url": None}
         case "http" | "https":
             return False, {"path": None, "url": text}
+        case _:
+            pass
     raise ValidationError(
         f"target: {_shown(text)} is not understood; use memory://, a path, file://<path>, "
         "http://<host>:6333 or https://<host>:6333"

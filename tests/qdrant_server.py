@@ -9,7 +9,7 @@
 
 What is real: sockets, HTTP/1.1 with keep-alive, paths, status codes, and the JSON of requests and replies.
 Requests are parsed by qdrant_client.http.models; what they ask for is executed by qdrant-client's local engine
-(in memory), which qdrant-client keeps in step with the server. Where that engine differs from the server it
+(in memory), which qdrant-client keeps in step with the server. Where that engine differs from the server, it
 is corrected here: of one id twice in a batch the last wins and conditions see the state before the batch (as
 in Qdrant Edge, the server's own engine); retrieve drops repeated ids; order_by and facet need a payload index;
 vectors and scores are 32 bit floats. Error texts follow the server's source.
@@ -1060,10 +1060,9 @@ class Api:
         return accepted_or(request, True)
 
     def _located(self, location: str) -> Snapshot:
-        """The snapshot of file:///qdrant/snapshots/{collection}/{name}, or of this server's own download URL."""
-        parts = [
-            unquote(part) for part in urlsplit(location).path.split("/") if part not in ("", "snapshots")
-        ]
+        """The snapshot of file:///qdrant/snapshots/{collection}/{name}, or of the URL it is downloaded from."""
+        path = [unquote(part) for part in urlsplit(location).path.split("/")]
+        parts = [part for part in path if part not in ("", "snapshots")]
         snapshot = self.snapshots.get(parts[-2], {}).get(parts[-1]) if len(parts) > 1 else None
         if snapshot is None:
             raise ApiError(400, f"Bad request: Snapshot file {location} does not exist")
@@ -1225,7 +1224,7 @@ def accepted_or(request: Request, result: Any) -> Any:
 
 
 def record(point: models.Record | models.ScoredPoint) -> dict[str, Any]:
-    """A point as the server writes it: without absent fields, numbers of vectors and scores as 32 bit floats."""
+    """A point as the server writes it: without absent fields, vectors and scores as 32 bit floats."""
     fields: dict[str, Any] = {"id": point.id}
     if isinstance(point, models.ScoredPoint):
         fields |= {"version": point.version, "score": _f32(point.score)}
@@ -1283,7 +1282,7 @@ class BadHttpError(Exception):
 
 
 class QdrantServer:
-    """The server: started by `with` or start(), on the loopback interface, on a free port unless told which."""
+    """The server: started by `with` or start(), on the loopback interface, on a free port if not told which."""
 
     def __init__(
         self, port: int = 0, *, version: str = "1.17.1", api_key: str | None = None, seed: int = 0

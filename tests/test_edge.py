@@ -47,7 +47,9 @@ class EdgeKit(EmbeddedKit):
         shard = EdgeShard.load(str(path / "collections" / "attuned_state"))
         try:
             shard.update(
-                UpdateOperation.upsert_points([EdgePoint(key, p.vector, p.payload) for key, p in points.items()])
+                UpdateOperation.upsert_points(
+                    [EdgePoint(key, p.vector, p.payload) for key, p in points.items()]
+                )
             )
         finally:
             shard.close()
@@ -100,7 +102,10 @@ def test_a_path_is_opened_as_a_directory(tmp_path: Path, prefix: str) -> None:
 
     with attuned_store.open_store(tmp_path / "store") as store:
         assert store["ann"] == state(at=2)
-    assert EdgeKit().read_points(tmp_path / "store").keys() == {point_id("ann", "latest"), point_id("ann", NOW + 2)}
+    assert EdgeKit().read_points(tmp_path / "store").keys() == {
+        point_id("ann", "latest"),
+        point_id("ann", NOW + 2),
+    }
 
 
 @needs("qdrant_edge")

@@ -9,7 +9,16 @@ import pytest
 from attuned_store import MemoryStore
 from conformance import QUERY, random_states, run_python
 
-OPTIONAL = ["qdrant_client", "qdrant_edge", "anyio", "numpy", "httpx", "trio", "opentelemetry", "prometheus_client"]
+OPTIONAL = [
+    "qdrant_client",
+    "qdrant_edge",
+    "anyio",
+    "numpy",
+    "httpx",
+    "trio",
+    "opentelemetry",
+    "prometheus_client",
+]
 
 IMPORTED = """
 import json, sys
@@ -34,9 +43,8 @@ with MemoryStore() as store:
     assert store.get_latest(states[0].user_id) == states[0] == store[states[0].user_id]
     assert store.get_history(states[0].user_id) == [states[0]]
     assert sorted(store.users()) == sorted(state.user_id for state in states)
-    found = [store.search_similar(json.loads(sys.argv[2]), limit=len(states), history=kind) for kind in (False, True)]
-    assert found[0] == found[1]
-    print(json.dumps({match.snapshot.user_id: match.score for match in found[0]}))
+    found = store.search_similar(json.loads(sys.argv[2]), limit=len(states), history=sys.argv[3] == "history")
+    print(json.dumps({match.snapshot.user_id: match.score for match in found}))
 """
 USE_ASYNC = """
 import asyncio, json, sys
@@ -48,7 +56,9 @@ async def main():
         assert sorted([user_id async for user_id in store.users()]) == sorted(state.user_id for state in states)
         assert await store.patch("new", {"warmth": 0.5}) == await store.get_latest("new")
         assert await store.delete("new")
-        found = await store.search_similar(json.loads(sys.argv[2]), limit=len(states))
+        found = await store.search_similar(
+            json.loads(sys.argv[2]), limit=len(states), history=sys.argv[3] == "history"
+        )
         assert await store.prune() == 0
         print(json.dumps({match.snapshot.user_id: match.score for match in found}))
 asyncio.run(main())
@@ -74,14 +84,17 @@ def test_importing_prints_nothing() -> None:
 
 @pytest.mark.parametrize("code", [USE, USE_ASYNC], ids=["sync", "asyncio"])
 @pytest.mark.parametrize("blocked", [",".join(OPTIONAL), "numpy"], ids=["all", "numpy"])
-def test_memory_needs_no_optional_library(code: str, blocked: str) -> None:
+@pytest.mark.parametrize("searched", ["latest", "history"])
+def test_memory_needs_no_optional_library(code: str, blocked: str, searched: str) -> None:
     """Stores in memory work without any optional library, and a search without numpy gives the same scores."""
     states = random_states(2_000, seed=13)
     store = MemoryStore()
     store.upsert_many(states)
     expected = {m.snapshot.user_id: m.score for m in store.search_similar(QUERY, limit=len(states))}
 
-    answer = run_python(BLOCK + code, blocked, json.dumps(QUERY), stdin=json.dumps([s.to_dict() for s in states]))
+    answer = run_python(
+        BLOCK + code, blocked, json.dumps(QUERY), searched, stdin=json.dumps([s.to_dict() for s in states])
+    )
 
     assert answer.returncode == 0, answer.stderr
     assert json.loads(answer.stdout) == pytest.approx(expected, abs=1e-5)

@@ -54,7 +54,11 @@ def test_the_default_configuration() -> None:
     """By default history is on, holds 100 entries and knows no age, and the axes are the canonical ones."""
     config = MemoryStoreConfig()
 
-    assert (config.enable_history, config.max_history_per_user, config.history_retention_days) == (True, 100, None)
+    assert (config.enable_history, config.max_history_per_user, config.history_retention_days) == (
+        True,
+        100,
+        None,
+    )
     assert (config.axes, config.vector_size) == (None, None)
 
 
@@ -181,4 +185,6 @@ def test_ten_thousand_users_are_searched_alike_before_and_after_a_write() -> Non
         current[user_id] = store.patch(user_id, {"warmth": 0.0, "formality": 1.0})
         store.delete("user-77")
         current.pop("user-77", None)
-        assert "user-77" not in {match.snapshot.user_id for match in store.search_similar(states[77], limit=10_000)}
+        assert "user-77" not in {
+            match.snapshot.user_id for match in store.search_similar(states[77], limit=10_000)
+        }

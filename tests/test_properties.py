@@ -9,7 +9,7 @@ import pickle
 import struct
 import unicodedata
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import hypothesis.strategies as st
@@ -62,7 +62,9 @@ def refuse(field: str, value: object, *shown: str) -> None:
 
 
 @VALUES
-@given(USER_IDS, AXES, st.integers(0, LAST_MS), st.sampled_from(Source), UNIT, st.integers(1, LARGEST_VERSION))
+@given(
+    USER_IDS, AXES, st.integers(0, LAST_MS), st.sampled_from(Source), UNIT, st.integers(1, LARGEST_VERSION)
+)
 def test_a_snapshot_keeps_what_it_was_given(
     user_id: str, axes: dict[str, float], at: int, source: Source, confidence: float, version: int
 ) -> None:
@@ -104,7 +106,8 @@ def test_the_bounds_of_every_field_are_accepted(field: str) -> None:
 
 @VALUES
 @given(
-    st.sampled_from([np.float64, np.float32, np.float16, np.int64, np.uint8, int, float]), st.sampled_from([0.0, 0.5, 1.0])
+    st.sampled_from([np.float64, np.float32, np.float16, np.int64, np.uint8, int, float]),
+    st.sampled_from([0.0, 0.5, 1.0]),
 )
 def test_numbers_of_numpy_are_kept_as_floats(number: Any, value: float) -> None:
     """Axis values and the confidence may be ints, floats and numpy scalars, and are kept as floats."""
@@ -150,7 +153,11 @@ def test_a_bad_user_id_is_refused(user_id: object) -> None:
 
 @pytest.mark.parametrize(
     "character",
-    [pytest.param(chr(code), id=f"U+{code:04X}") for code in range(0x110000) if unicodedata.category(chr(code)) == "Cc"],
+    [
+        pytest.param(chr(code), id=f"U+{code:04X}")
+        for code in range(0x110000)
+        if unicodedata.category(chr(code)) == "Cc"
+    ],
 )
 def test_every_control_character_is_refused(character: str) -> None:
     """No control character may be anywhere in a user id."""
@@ -176,7 +183,23 @@ def test_the_length_of_a_user_id_is_in_bytes(user_id: str, size: int) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "_", "_a", "a_", "Warmth", "war mth", "war-mth", "wärme", "a" * 65, "warmth\n", "warmth\0", "٣", "a.b", 5, None],
+    [
+        "",
+        "_",
+        "_a",
+        "a_",
+        "Warmth",
+        "war mth",
+        "war-mth",
+        "wärme",
+        "a" * 65,
+        "warmth\n",
+        "warmth\0",
+        "٣",
+        "a.b",
+        5,
+        None,
+    ],
     ids=repr,
 )
 def test_a_bad_axis_name_is_refused(name: Any) -> None:
@@ -319,7 +342,7 @@ def test_each_field_counts() -> None:
     ]
 
     assert all(make(**fields) != make() for fields in different)
-    assert make() != make().to_dict()
+    assert make() != cast(Any, make().to_dict())
 
 
 @VALUES
@@ -408,7 +431,13 @@ def test_a_snapshot_shows_at_most_four_characters_of_a_user_id(user_id: str, axe
     """repr, str and format show at most the first four characters of a user id."""
     snapshot = StateSnapshot(user_id, axes)
 
-    for text in (repr(snapshot), str(snapshot), f"{snapshot}", repr([snapshot]), repr(attuned_store.Match(snapshot, 0.5))):
+    for text in (
+        repr(snapshot),
+        str(snapshot),
+        f"{snapshot}",
+        repr([snapshot]),
+        repr(attuned_store.Match(snapshot, 0.5)),
+    ):
         shown = [character for character in text if "\u4e00" <= character <= "\u9fff"]
         assert len(shown) <= 4
         assert "".join(shown) == user_id[: len(shown)]
@@ -428,8 +457,12 @@ def test_an_absent_axis_is_neutral(snapshot: StateSnapshot, name: str) -> None:
 
 
 @VALUES
-@given(SNAPSHOTS.filter(lambda snapshot: snapshot.updated_at_unix_ms < LAST_MS), AXES, st.integers(0, LAST_MS))
-def test_a_patched_snapshot_is_newer_and_merged(snapshot: StateSnapshot, axes: dict[str, float], now: int) -> None:
+@given(
+    SNAPSHOTS.filter(lambda snapshot: snapshot.updated_at_unix_ms < LAST_MS), AXES, st.integers(0, LAST_MS)
+)
+def test_a_patched_snapshot_is_newer_and_merged(
+    snapshot: StateSnapshot, axes: dict[str, float], now: int
+) -> None:
     """patched merges the axes in, keeps all else, and is of now, or a millisecond newer where that is later."""
     before = snapshot.to_dict()
     with pytest.MonkeyPatch.context() as patch:
@@ -472,7 +505,7 @@ def test_a_patched_snapshot_is_validated() -> None:
         with pytest.raises(ValidationError):
             make().patched(axes, **fields)
     with pytest.raises((TypeError, ValidationError)):
-        make().patched({}, colour="red")
+        cast(Any, make()).patched({}, colour="red")
     with pytest.raises(ValidationError, match="updated_at_unix_ms"):
         make(updated_at_unix_ms=LAST_MS).patched({})
 

@@ -41,7 +41,8 @@ def values() -> None:
     assert_type(snapshot.axis("warmth"), float)
     assert_type(snapshot.patched({"warmth": 0.8}, confidence=0.9), StateSnapshot)
     assert_type(StateSnapshot.from_dict(snapshot.to_dict()), StateSnapshot)
-    assert_type(CANONICAL_AXES, tuple[str, ...])
+    canonical: tuple[str, ...] = CANONICAL_AXES
+    assert len(canonical) == 23
     axes: Mapping[str, float] = snapshot.axes
     print(axes, {snapshot: 1})
 
@@ -77,9 +78,13 @@ def reading(store: StateStore, snapshot: StateSnapshot) -> None:
     assert_type(store.get_many({"ann", "bob"}), dict[str, StateSnapshot])
     assert_type(store.get_history("ann", 5, since=0, until=10), list[StateSnapshot])
     assert_type(store.search_similar("ann", limit=3, exclude_user_id=""), list[Match])
-    assert_type(store.search_similar({"warmth": 0.9}, source=Source.INFERRED, min_confidence=0.5), list[Match])
     assert_type(
-        store.search_similar(snapshot, score_threshold=0.5, user_id="bob", source="mixed", since=1, until=2, history=True),
+        store.search_similar({"warmth": 0.9}, source=Source.INFERRED, min_confidence=0.5), list[Match]
+    )
+    assert_type(
+        store.search_similar(
+            snapshot, score_threshold=0.5, user_id="bob", source="mixed", since=1, until=2, history=True
+        ),
         list[Match],
     )
     for match in store.search_similar(snapshot):
@@ -111,7 +116,9 @@ def opening(path: Path) -> None:
         assert_type(embedded.config, QdrantStoreConfig)
     MemoryStore(MemoryStoreConfig(axes=("energetic_arousal",), vector_size=4)).close()
     MemoryStore(MemoryStoreConfig.from_env()).close()
-    QdrantStore(QdrantStoreConfig(path=str(path), lock_timeout=1.5, cache_size=0, collection_name="mine")).close()
+    QdrantStore(
+        QdrantStoreConfig(path=str(path), lock_timeout=1.5, cache_size=0, collection_name="mine")
+    ).close()
     assert_type(attuned_store.open_store(), StateStore)
     with attuned_store.open_store("memory://") as store:
         assert_type(store, StateStore)
@@ -163,7 +170,7 @@ def wrong(store: StateStore, snapshot: StateSnapshot) -> None:
     """What the checkers must refuse: an ignore that is not needed is an error in both."""
     store.upsert_latest("ann")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     store.get_history("ann", since="yesterday")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    store.count(True)  # type: ignore[misc]  # pyright: ignore[reportCallIssue]
+    store.count(True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     snapshot.confidence = 0.5  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
     snapshot.axes["warmth"] = 0.5  # type: ignore[index]  # pyright: ignore[reportIndexIssue]
     MemoryStore(colour="red")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
