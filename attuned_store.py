@@ -566,6 +566,8 @@ class StateSnapshot:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> StateSnapshot:
         """A snapshot from a mapping with the names of its fields. Raises ValidationError."""
+        if not isinstance(fields, Mapping):
+            raise ValidationError(f"StateSnapshot: a mapping of its fields is needed, got {_shown(fields)}")
         names = {field.name for field in attrs.fields(cls)}
         for name in fields:
             if name not in names:
@@ -837,16 +839,14 @@ class _Schema:
         self._positions[shape] = tuple(own[name] for name in shape.names)
 
     def vector(self, axes: Axes) -> list[float]:
-        """Axis values around neutral, 0 for absent axes and spare dimensions."""
+        """Axis values around neutral, 0 for absent axes and spare dimensions, brought to length 1.
+
+        Engines would do that too, but take a short vector for a zero one. The zero vector stays as it is.
+        """
         self.check(axes)
         vector = [0.0] * self.vector_size
         for position, value in zip(self._positions[axes._shape], axes._values, strict=True):
             vector[position] = value - _NEUTRAL
-        return vector
-
-    def direction(self, axes: Axes) -> list[float]:
-        """The vector at length 1; the zero vector, which is like nothing, stays zero."""
-        vector = self.vector(axes)
         length = math.hypot(*vector)
         return [value / length for value in vector] if length else vector
 
@@ -1697,13 +1697,13 @@ class _Similarity:
         if row is None:
             row = self._row_of[user_id] = self._free.pop() if self._free else len(self._rows)
         self._rows[row : row + 1] = [snapshot]
-        self._vectors.put(row, self._schema.direction(snapshot.axes))
+        self._vectors.put(row, self._schema.vector(snapshot.axes))
 
     def search(self, search: _Search) -> list[Match]:
         """The best matches among those taken in."""
         if self._vectors is None:
             return []
-        scores = self._vectors.scores(self._schema.direction(search.axes), len(self._rows))
+        scores = self._vectors.scores(self._schema.vector(search.axes), len(self._rows))
         for number in (4 * search.limit + _BATCH, len(scores)):
             matches = self._matches(search, scores, self._vectors.best(scores, number))
             if len(matches) == search.limit or number >= len(scores):
@@ -1881,11 +1881,11 @@ class MemoryStore(StateStore):
 
     def _scan(self, search: _Search) -> Generator[None, None, list[Match]]:
         """Look at snapshots one by one, where the vectors of the latest ones do not serve."""
-        direction, best = self._schema.direction(search.axes), list[Match]()
+        direction, best = self._schema.vector(search.axes), list[Match]()
         for user_id in list(self._timelines) if search.user_id is None else [search.user_id]:
             entries = self._entries(user_id) if search.history else self._find([user_id]).values()
             for snapshot in filter(search.admits, entries):
-                score = sum(map(operator.mul, direction, self._schema.direction(snapshot.axes)))
+                score = sum(map(operator.mul, direction, self._schema.vector(snapshot.axes)))
                 if score >= search.score_threshold:
                     best.append(Match(snapshot, _clamped(score)))
             if len(best) > 4 * search.limit + _BATCH:
@@ -3045,18 +3045,21 @@ class _Core:
 
     async def prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
         user_ids, cursor = await self.page_of_users(cursor)
-        removed = {user_id: times for user_id in user_ids if (times := await self._removable(user_id))}
-        ids = [_point_id(user_id, time_ms) for user_id, times in removed.items() for time_ms in times]
+        hidden, removed = dict[str, list[int]](), 0
+        for user_id in user_ids:
+            times = await self._times_of(user_id)
+            hidden[user_id] = times[: self._retention.hidden(times)]
+            removed += self._retention.removable(
+                times
+            )  # the newest entry is the latest snapshot, which stays
+        ids = [_point_id(user_id, time_ms) for user_id, times in hidden.items() for time_ms in times]
         if ids:
-            await self._change(removed, [], ids)
-        for user_id, times in removed.items():
-            _keep(self._times, user_id, (await self._times_of(user_id))[len(times) :])
-            self._recent.pop(user_id, None)
-        return len(ids), cursor
-
-    async def _removable(self, user_id: str) -> list[int]:
-        times = await self._times_of(user_id)
-        return times[: self._retention.removable(times)]
+            await self._change(hidden, [], ids)
+        for user_id, times in hidden.items():
+            if times:
+                _keep(self._times, user_id, (await self._times_of(user_id))[len(times) :])
+                self._recent.pop(user_id, None)
+        return removed, cursor
 
     async def _drafts(self, user_ids: Iterable[str]) -> dict[str, _Draft]:
         """What is there of these users; the histories of new users are known to be empty."""

@@ -8,10 +8,10 @@
         assert server.counts["PUT /collections/{collection}/points"] == 3
 
 What is real: sockets, HTTP/1.1 with keep-alive, paths, status codes, and the JSON of requests and replies.
-Requests are parsed by qdrant_client.http.models; what they ask for is executed by qdrant-client's local engine
+Requests are parsed by qdrant_client.http.models; what they ask is executed by qdrant-client's local engine
 (in memory), which qdrant-client keeps in step with the server. Where that engine differs from the server, it
 is corrected here: of one id twice in a batch the last wins and conditions see the state before the batch (as
-in Qdrant Edge, the server's own engine); retrieve drops repeated ids; order_by and facet need a payload index;
+in Qdrant Edge, the server's own engine); retrieve drops repeated ids; order_by and facet need an index;
 vectors and scores are 32 bit floats. Error texts follow the server's source.
 
 What is not: no persistence, one node, one shard whatever shard_number says (so a request is always atomic),
@@ -500,7 +500,9 @@ class _Collection(LocalCollection):
         return key in self.indexes and index_type(self.indexes[key]) in types
 
     def indexed_points(self, key: str) -> int:
-        return sum(value_by_key(self.payload[position], key) is not None for position in self._alive())
+        """How many points have the key; value_by_key, which knows paths, takes 10 us each."""
+        value = dict.get if key.isidentifier() else value_by_key
+        return sum(value(self.payload[position], key) is not None for position in self._alive())
 
     # Filters
 
@@ -610,6 +612,11 @@ class _Collection(LocalCollection):
         """Of an id given twice the last wins, and conditions see the state before the request."""
         unique = {normalize_point_id(point.id): point for point in self._materialize_points(points)}
         super().upsert(list(unique.values()), update_filter=update_filter, update_mode=update_mode)
+
+    def _validate_point(self, point: models.PointStruct) -> models.PointStruct:
+        if isinstance(point.id, int) and not 0 <= point.id < 1 << 64:
+            raise ValueError(f"value {point.id} is not a valid point ID")
+        return super()._validate_point(point)
 
     # Whole collections
 
@@ -1060,7 +1067,7 @@ class Api:
         return accepted_or(request, True)
 
     def _located(self, location: str) -> Snapshot:
-        """The snapshot of file:///qdrant/snapshots/{collection}/{name}, or of the URL it is downloaded from."""
+        """The snapshot of file:///qdrant/snapshots/{collection}/{name}, or of the URL of its download."""
         path = [unquote(part) for part in urlsplit(location).path.split("/")]
         parts = [part for part in path if part not in ("", "snapshots")]
         snapshot = self.snapshots.get(parts[-2], {}).get(parts[-1]) if len(parts) > 1 else None
@@ -1282,7 +1289,7 @@ class BadHttpError(Exception):
 
 
 class QdrantServer:
-    """The server: started by `with` or start(), on the loopback interface, on a free port if not told which."""
+    """The server: started by `with` or start(), on the loopback interface, on a free port or a given one."""
 
     def __init__(
         self, port: int = 0, *, version: str = "1.17.1", api_key: str | None = None, seed: int = 0

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, note, settings
+from hypothesis import HealthCheck, Phase, note, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import attuned_store
@@ -336,6 +336,7 @@ def machine(*names: str) -> Any:
         deadline=None,
         print_blob=True,
         suppress_health_check=list(HealthCheck),
+        phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
     )
     return needs(*(BACKENDS[name].library for name in names if name != "model"))(case)
 
