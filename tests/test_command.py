@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ class Ran:
 
 
 Run = Callable[..., Ran]
+Start = Callable[..., subprocess.Popen[bytes]]
 
 
 @pytest.fixture(autouse=True)
@@ -146,16 +148,24 @@ def one_line(ran: Ran, status: int, reason: str = "") -> None:
     assert re.search(reason, ran.err), ran.err
 
 
-def process(*argv: object, **options: Any) -> subprocess.Popen[bytes]:
-    """Start the file itself as a process."""
-    words = [sys.executable, attuned_store.__file__, *map(str, argv)]
-    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
-    return subprocess.Popen(words, **{**pipes, **options})
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Start the file itself as a process; none outlives its test."""
+    with contextlib.ExitStack() as ended:
+
+        def call(*argv: object, words: Sequence[str] = (), **options: Any) -> subprocess.Popen[bytes]:
+            first = words or (sys.executable, attuned_store.__file__)
+            pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+            child = subprocess.Popen([*first, *map(str, argv)], **{**pipes, **options})
+            ended.enter_context(child)
+            ended.callback(child.kill)  # before the exit of Popen waits for it
+            return child
+
+        yield call
 
 
 def finished(child: subprocess.Popen[bytes]) -> Ran:
-    with child:
-        out, err = child.communicate(timeout=DEADLINE)
+    out, err = child.communicate(timeout=DEADLINE)
     return Ran(child.returncode, (out or b"").decode(), (err or b"").decode())
 
 
@@ -1068,19 +1078,19 @@ with open_store(sys.argv[1]) as store:
 """
 
 
-def test_a_store_that_another_process_has_open(small: Path, run: Run) -> None:
+def test_a_store_that_another_process_has_open(small: Path, run: Run, start: Start) -> None:
     """While another process has the store, each command fails with its path, and changes nothing."""
     before = kept(small)
-    words = [sys.executable, "-c", HOLD, str(small)]
     folder = str(Path(attuned_store.__file__).parent)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])}
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline().strip() == b"open"
-        for arguments in ("count", "put alice warmth=0", "delete alice --yes", "health"):
-            one_line(run("--store", small, *arguments.split()), 1, re.escape(str(small)))
-        one_line(run("--store", small, "import", SAMPLE, "--scale", "0:31"), 1, re.escape(str(small)))
-        other.communicate(timeout=DEADLINE)
+    other = start(small, words=(sys.executable, "-c", HOLD), env=env)
+    assert other.stdout is not None
+    assert other.stdout.readline().strip() == b"open"
+
+    for arguments in ("count", "put alice warmth=0", "delete alice --yes", "health"):
+        one_line(run("--store", small, *arguments.split()), 1, re.escape(str(small)))
+    one_line(run("--store", small, "import", SAMPLE, "--scale", "0:31"), 1, re.escape(str(small)))
+    assert finished(other).status == 0
     assert kept(small) == before
 
 
@@ -1171,35 +1181,34 @@ def test_an_unexpected_error_is_one_line(small: Path, run: Run, monkeypatch: pyt
 # ------------------------------------------------------------------------------
 
 
-def test_the_file_is_a_program(path: Path) -> None:
+def test_the_file_is_a_program(path: Path, start: Start) -> None:
     """The file itself runs as the command, and its exit status is the process's."""
-    assert finished(process("--store", path, "import", SAMPLE, "--scale", "0:31")).status == 0
-    ran = finished(process("--store", path, "count", "--history"))
+    assert finished(start("--store", path, "import", SAMPLE, "--scale", "0:31")).status == 0
+    ran = finished(start("--store", path, "count", "--history"))
     assert (ran.status, ran.out.split(), ran.err) == (0, ["660"], "")
-    one_line(finished(process("--store", path, "get", "nobody")), 1, "nobo")
-    one_line(finished(process("get")), 2, "USER")
+    one_line(finished(start("--store", path, "get", "nobody")), 1, "nobo")
+    one_line(finished(start("get")), 2, "USER")
 
 
 @posix
-def test_a_closed_pipe_ends_it_cleanly(mood: Path) -> None:
+def test_a_closed_pipe_ends_it_cleanly(mood: Path, start: Start) -> None:
     """Where the reader has seen enough, export ends without a word."""
-    child = process("--store", mood, "export", stdin=subprocess.DEVNULL)
-    with child:
-        assert child.stdout is not None
-        assert child.stderr is not None
-        assert json.loads(child.stdout.readline())["user_id"]
-        child.stdout.close()
-        assert child.stderr.read() == b""
-        assert child.wait(DEADLINE) == 0
+    child = start("--store", mood, "export", stdin=subprocess.DEVNULL)
+    assert child.stdout is not None
+    assert child.stderr is not None
+    assert json.loads(child.stdout.readline())["user_id"]
+    child.stdout.close()
+    assert child.stderr.read() == b""
+    assert child.wait(DEADLINE) == 0
 
 
 @posix
 @pytest.mark.parametrize("command", ["count", "users", "get maps_001", "search --like maps_001", "--help"])
-def test_a_pipe_that_was_never_read_ends_it_cleanly(mood: Path, command: str) -> None:
+def test_a_pipe_that_was_never_read_ends_it_cleanly(mood: Path, start: Start, command: str) -> None:
     """Short output into a pipe that is closed already is no error either."""
     reader, writer = os.pipe()
     os.close(reader)
-    child = process("--store", mood, *command.split(), stdout=writer, stdin=subprocess.DEVNULL)
+    child = start("--store", mood, *command.split(), stdout=writer, stdin=subprocess.DEVNULL)
     os.close(writer)
     ran = finished(child)
     assert (ran.status, ran.err) == (0, "")
@@ -1207,70 +1216,66 @@ def test_a_pipe_that_was_never_read_ends_it_cleanly(mood: Path, command: str) ->
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("command", ["count", "export"])
-def test_a_full_disk_is_one_line(mood: Path, command: str) -> None:
+def test_a_full_disk_is_one_line(mood: Path, start: Start, command: str) -> None:
     """Output that cannot be written is a failure."""
     with Path("/dev/full").open("wb") as full:
-        one_line(finished(process("--store", mood, command, stdout=full)), 1, "space")
+        one_line(finished(start("--store", mood, command, stdout=full)), 1, "space")
 
 
 @posix
-def test_an_import_outlives_its_closed_stderr(path: Path, tmp_path: Path) -> None:
+def test_an_import_outlives_its_closed_stderr(path: Path, start: Start, tmp_path: Path) -> None:
     """Bad rows that nobody reads about do not stop an import."""
     file = tmp_path / "rows.csv"
     file.write_text("\n".join(["user_id,calm", *(f"u{n},5" for n in range(100)), "good,0.5"]))
     reader, writer = os.pipe()
     os.close(reader)
-    child = process("--store", path, "import", file, stderr=writer)
+    child = start("--store", path, "import", file, stderr=writer)
     os.close(writer)
     assert finished(child).status == 1
     assert set(kept(path)) == {"good"}
 
 
-def test_characters_that_the_terminal_lacks(path: Path) -> None:
+def test_characters_that_the_terminal_lacks(path: Path, start: Start) -> None:
     """A user that stdout cannot show comes out as an escape; export is always UTF-8."""
     with open_store(path) as store:
         store.upsert_latest(StateSnapshot("Ödön", {}, 1))
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    ran = finished(process("--store", path, "users", env=env))
+    ran = finished(start("--store", path, "users", env=env))
     assert (ran.status, ran.out.split(), ran.err) == (0, ["\\xd6d\\xf6n"], "")
-    ran = finished(process("--store", path, "export", "--format", "csv", env=env))
+    ran = finished(start("--store", path, "export", "--format", "csv", env=env))
     assert "Ödön" in ran.out
 
 
 INTERRUPTIBLE = """
 import runpy, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # even where the tests run in the background
-runpy.run_path(sys.argv[1], run_name="__main__")
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
+INTERRUPTIBLE_COMMAND = (sys.executable, "-c", INTERRUPTIBLE, attuned_store.__file__)
 
 
 @posix
-def test_ctrl_c_ends_it_with_130(path: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_it_with_130(path: Path, start: Start, tmp_path: Path) -> None:
     """Ctrl-C is no traceback, and the status is 130."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    words = [sys.executable, "-c", INTERRUPTIBLE + "\n", attuned_store.__file__]
-    script = "import sys; del sys.argv[0]\n" + INTERRUPTIBLE.replace("sys.argv[1]", "sys.argv[0]")
-    words = [sys.executable, "-c", script, attuned_store.__file__, "--store", str(path), "import", str(pipe)]
-    child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child = start("--store", path, "import", pipe, words=INTERRUPTIBLE_COMMAND)
     writer = os.open(pipe, os.O_WRONLY)  # waits until the command has the other end open
-    try:
-        os.write(writer, b"user_id,calm\n")
-        child.send_signal(signal.SIGINT)
-        one_line(finished(child), 130, "interrupted")
-    finally:
-        os.close(writer)
+    child.send_signal(signal.SIGINT)
+    os.close(writer)  # a signal just before the read is noticed just after it
+    one_line(finished(child), 130, "interrupted")
     assert not path.exists()
 
 
 class Terminal:
     """The command on a pseudo-terminal: all three streams are it."""
 
-    def __init__(self, *argv: object) -> None:
+    def __init__(self, start: Start, *argv: object, words: Sequence[str] = ()) -> None:
         import pty
 
         self.master, slave = pty.openpty()
-        self.child = process(*argv, stdin=slave, stdout=slave, stderr=slave)
+        self.child = start(*argv, words=words, stdin=slave, stdout=slave, stderr=slave)
         os.close(slave)
         self.seen = ""
 
@@ -1309,9 +1314,11 @@ class Terminal:
         ("\x04", 1, {"alice", "bob"}),
     ],
 )
-def test_delete_asks_on_a_terminal(small: Path, answer: str, status: int, left: set[str]) -> None:
+def test_delete_asks_on_a_terminal(
+    small: Path, start: Start, answer: str, status: int, left: set[str]
+) -> None:
     """On a terminal delete asks, and only yes is yes."""
-    terminal = Terminal("--store", small, "delete", "alice")
+    terminal = Terminal(start, "--store", small, "delete", "alice")
     terminal.read_until(r"delete 1 user \(alice\) with all history from .*\? \[y/N\] ")
     terminal.type(answer)
     assert terminal.close() == status
@@ -1321,22 +1328,23 @@ def test_delete_asks_on_a_terminal(small: Path, answer: str, status: int, left: 
 
 
 @posix
-def test_ctrl_c_at_the_question(small: Path) -> None:
+def test_ctrl_c_at_the_question(small: Path, start: Start) -> None:
     """Ctrl-C where it asks deletes nothing."""
-    terminal = Terminal("--store", small, "delete", "alice")
+    terminal = Terminal(start, "--store", small, "delete", "alice", words=INTERRUPTIBLE_COMMAND)
     terminal.read_until(r"\[y/N\] ")
     terminal.child.send_signal(signal.SIGINT)
+    terminal.type("\x04")  # a signal just before the read is noticed just after it
     assert terminal.close() == 130
     assert "Traceback" not in terminal.seen
     assert set(kept(small)) == {"alice", "bob"}
 
 
 @posix
-def test_progress_shows_on_a_terminal(path: Path, tmp_path: Path) -> None:
+def test_progress_shows_on_a_terminal(path: Path, start: Start, tmp_path: Path) -> None:
     """What takes over a second says so on a terminal, and wipes it away."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    terminal = Terminal("--store", path, "import", pipe)
+    terminal = Terminal(start, "--store", path, "import", pipe)
     writer = os.open(pipe, os.O_WRONLY)
     terminal.read_until(r"waiting for input, \d+ s")
     os.write(writer, b"user_id,calm\na,0.5\n")

@@ -513,10 +513,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_refusals(client: QdrantClient, http: httpx.Client, server: QdrantServer, case: str) -> None:
+@pytest.mark.parametrize("fault", REFUSED)
+def test_refusals(client: QdrantClient, http: httpx.Client, server: QdrantServer, fault: str) -> None:
     """A malformed request gets the server's status and error shape, and changes nothing."""
-    method, path, body, status, text = REFUSED[case]
+    method, path, body, status, text = REFUSED[fault]
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     answer = http.request(method, path, content=content, headers={"Content-Type": "application/json"})
     assert answer.status_code == status
@@ -871,31 +871,31 @@ def test_rate_limit(server: QdrantServer, client: QdrantClient) -> None:
     assert client.count(C).count == 0
 
 
-@pytest.mark.parametrize(
-    ("action", "applied"),
-    [
-        (drop(), False),
-        (drop(reset=True), False),
-        (lose_reply(), True),
-        (lose_reply(reset=True), True),
-        (reset(), True),
-        (reset(0), True),
-        (truncate(), True),
-        (truncate(0), True),
-        (hang(0.02), False),
-        (hang(0.02, apply="before"), True),
-        (not_json(), False),
-        (not_json(apply=True), True),
-        (other_shape(), False),
-        (other_shape({"result": {"points": 1}, "status": "ok", "time": 0}), False),
-        (shorten(), True),
-        (corrupt(), True),
-        (edit_result(status=5), True),
-    ],
-    ids=lambda value: getattr(value, "__qualname__", str(value)).split(".")[0],
-)
-def test_broken_replies(server: QdrantServer, client: QdrantClient, action: Any, applied: bool) -> None:
+BROKEN = {  # the action, and whether the request is applied
+    "drop": (drop(), False),
+    "drop by reset": (drop(reset=True), False),
+    "lose the reply": (lose_reply(), True),
+    "lose it by reset": (lose_reply(reset=True), True),
+    "reset half-way": (reset(), True),
+    "reset after the headers": (reset(0), True),
+    "truncate half-way": (truncate(), True),
+    "truncate after the headers": (truncate(0), True),
+    "hang": (hang(0.02), False),
+    "hang once applied": (hang(0.02, apply="before"), True),
+    "HTML": (not_json(), False),
+    "HTML once applied": (not_json(apply=True), True),
+    "another shape": (other_shape(), False),
+    "another result": (other_shape({"result": {"points": 1}, "status": "ok", "time": 0}), False),
+    "short": (shorten(), True),
+    "corrupt": (corrupt(), True),
+    "wrong type": (edit_result(status=5), True),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_broken_replies(server: QdrantServer, client: QdrantClient, fault: str) -> None:
     """However a reply is broken, the client cannot tell, and the request was applied or not, as told."""
+    action, applied = BROKEN[fault]
     rule = server.on(action, method="PUT", times=1)
     # qdrant-client raises JSONDecodeError (a ValueError), and AssertionError where "result" is absent
     with pytest.raises((ResponseHandlingException, ValueError, AssertionError)):
@@ -1336,7 +1336,6 @@ def test_its_own_failures_are_not_hidden() -> None:
         server.__exit__(None, None, None)
 
 
-@pytest.mark.timing
 def test_speed(client: QdrantClient) -> None:
     """At 5,000 points and with indexed filters it does far more than 300 requests per second."""
     client.upsert(C, [point(n, user=f"u{n % 500}", kind="history", ts=n) for n in range(5000)])

@@ -1,0 +1,106 @@
+"""For how long do long operations keep an event loop from anything else?"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from conftest import START_MS, Table, states, user_ids
+
+from attuned_store import AsyncQdrantStore, StateSnapshot
+
+USERS = user_ids()
+ROUNDS = 5
+TICK = 0.001
+
+
+class Ticker:
+    """A task that wants to run every millisecond, and the longest that it had to wait in each phase."""
+
+    def __init__(self) -> None:
+        self.gaps: dict[str, float] = {}
+        self._longest = 0.0
+
+    async def run(self) -> None:
+        last = time.perf_counter()
+        while True:
+            await anyio.sleep(TICK)
+            now = time.perf_counter()
+            self._longest = max(self._longest, now - last)
+            last = now
+
+    @contextlib.asynccontextmanager
+    async def phase(self, name: str) -> AsyncIterator[None]:
+        await anyio.sleep(5 * TICK)
+        self._longest = 0.0
+        yield
+        await anyio.sleep(5 * TICK)  # a gap is known when it is over
+        self.gaps[name] = max(self._longest, self.gaps.get(name, 0.0))
+
+
+async def scenario(path: Path, engine: Any, snapshots: list[list[StateSnapshot]]) -> dict[str, float]:
+    """The longest gap, in seconds, in each long operation with 10,000 users of two snapshots each."""
+    ticker = Ticker()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(ticker.run)
+
+        async with ticker.phase("idle loop"):
+            await anyio.sleep(2)
+        store = AsyncQdrantStore(path=path, engine=engine)
+        async with ticker.phase("opening a new one"):
+            await store.health()
+        for batch in snapshots:
+            async with ticker.phase("upsert_many"):
+                assert await store.upsert_many(batch) == len(USERS)
+        async with ticker.phase("closing"):
+            await store.aclose()
+
+        store = AsyncQdrantStore(path=path, engine=engine, max_history_per_user=1)  # so that prune has work
+        async with ticker.phase("opening"):
+            await store.health()
+        async with ticker.phase("search_similar"):
+            for user_id in USERS[:20]:
+                assert len(await store.search_similar(user_id)) == 10
+        async with ticker.phase("users"):
+            assert len([user_id async for user_id in store.users()]) == len(USERS)
+        async with ticker.phase("count(history=True)"):
+            assert await store.count(history=True) == len(USERS)
+        async with ticker.phase("prune"):
+            assert await store.prune() == len(USERS)
+        await store.aclose()
+
+        tasks.cancel_scope.cancel()
+    return ticker.gaps
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "trio"])
+@pytest.mark.parametrize("engine", ["edge", "local"])
+def test_longest_gap(benchmark: Any, table: Table, tmp_path: Path, engine: str, loop: str) -> None:
+    pytest.importorskip({"edge": "qdrant_edge", "local": "qdrant_client"}[engine])
+    pytest.importorskip(loop)
+    snapshots = [states(USERS, START_MS + age) for age in range(2)]
+    runs: list[dict[str, float]] = []
+
+    def run() -> None:
+        path = Path(tempfile.mkdtemp(dir=tmp_path))
+        runs.append(anyio.run(scenario, path, engine, snapshots, backend=loop))
+
+    gc.collect()
+    gc.freeze()  # what pytest keeps is not looked through in the middle of a run
+    try:
+        benchmark.pedantic(run, rounds=ROUNDS)
+    finally:
+        gc.unfreeze()
+    for phase in runs[0]:
+        gaps = [gaps[phase] * 1e3 for gaps in runs]
+        most = None if phase == "idle loop" else 50.0
+        median, note = statistics.median(gaps), f"worst of {ROUNDS}: {max(gaps):.3g}"
+        table.add(f"gap, {engine}, {loop}: {phase}", median, "ms", most=most, note=note)
