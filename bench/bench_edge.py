@@ -1,17 +1,19 @@
-"""What does the store over Qdrant Edge cost, beside the bare calls that do the same?"""
+"""What the store over Qdrant Edge costs, beside the bare calls that do the same."""
 
 from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from conftest import START_MS, Table, batches, contest, medians, states, user_ids
 
 from attuned_store import QdrantStore, StateSnapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 edge = pytest.importorskip("qdrant_edge")
 

@@ -1,4 +1,4 @@
-"""How long does the import take, beside that of qdrant_client?"""
+"""How long the import takes, beside that of qdrant_client."""
 
 from __future__ import annotations
 

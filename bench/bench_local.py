@@ -1,18 +1,20 @@
-"""What is the store over qdrant-client's local mode worth, beside the bare client?"""
+"""What the store over qdrant-client's local mode costs, beside the bare client."""
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from conftest import START_MS, Table, batches, contest, medians, states, user_ids
 from qdrant_client import QdrantClient, models
 
 from attuned_store import QdrantStore, StateSnapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 CALLS = 50
 ROUNDS = 21

@@ -1,4 +1,4 @@
-"""For how long do long operations keep an event loop from anything else?"""
+"""For how long the long operations keep an event loop from anything else."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
 from conftest import START_MS, Table, states, user_ids
 
 from attuned_store import AsyncQdrantStore, StateSnapshot
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
 USERS = user_ids()
 ROUNDS = 5

@@ -1,14 +1,16 @@
-"""What does the memory store cost beside a dict, a Lock and a deque?"""
+"""What the memory store costs beside a dict, a Lock and a deque."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from conftest import Floor, Table, batches, contest, medians, states, user_ids
 
 from attuned_store import AsyncMemoryStore, MemoryStore, StateSnapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
 
 USERS = user_ids()
 ROUNDS = 61
@@ -66,7 +68,6 @@ def test_upsert_latest(benchmark: Any, table: Table, store: MemoryStore, floor: 
 def test_async_get_latest(benchmark: Any, table: Table, floor: Floor[StateSnapshot]) -> None:
     """Both awaited inside one coroutine, which never suspends and so needs no event loop."""
     store = AsyncMemoryStore()
-    run_through(store.upsert_many(states(USERS[:64])))
     store._store.upsert_many(states(USERS))
 
     async def get(user_id: str) -> StateSnapshot | None:

@@ -1,4 +1,4 @@
-"""What does checking every value of a snapshot cost?"""
+"""What it costs to check every value of a snapshot."""
 
 from __future__ import annotations
 

@@ -7,14 +7,16 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import attrs
 import pytest
 
 from attuned_store import CANONICAL_AXES, Axes, StateSnapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from pathlib import Path
 
 USERS = 10_000
 START_MS = 1_700_000_000_000
@@ -42,7 +44,7 @@ def states(users: Sequence[str], time_ms: int = START_MS) -> list[StateSnapshot]
 
 
 def batches(users: Sequence[str], rounds: int, size: int) -> list[list[StateSnapshot]]:
-    """New states of one user after another, a batch a round; the axes are one object, so as to stay in cache."""
+    """New states of one user after another, a batch a round; all share their axes, which stay in the CPU cache."""
     axes = Axes(AXES)
     newer = [StateSnapshot(users[n % len(users)], axes, START_MS + 1 + n) for n in range(rounds * size)]
     return [newer[start : start + size] for start in range(0, len(newer), size)]
@@ -95,9 +97,9 @@ def contest(
     rounds: int = 31,
     setup: Callable[[], object] = tuple,
 ) -> Outcome:
-    """Run contenders by turns, each for a round of so many calls; ours, the first, is what pytest-benchmark shows.
+    """Run contenders by turns, each a round of so many calls; the first, ours, is what pytest-benchmark shows.
 
-    ``setup`` runs before each turn, untimed. A contender may return the seconds that it took by its own clock.
+    ``setup`` runs before each turn, untimed. A contender may return seconds by its own clock.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     ours, *rivals = contenders

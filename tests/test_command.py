@@ -155,7 +155,7 @@ def start() -> Iterator[Start]:
 
         def call(*argv: object, words: Sequence[str] = (), **options: Any) -> subprocess.Popen[bytes]:
             first = words or (sys.executable, attuned_store.__file__)
-            pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+            pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
             child = subprocess.Popen([*first, *map(str, argv)], **{**pipes, **options})
             ended.enter_context(child)
             ended.callback(child.kill)  # before the exit of Popen waits for it
@@ -175,7 +175,7 @@ def finished(child: subprocess.Popen[bytes]) -> Ran:
 
 
 def test_importing_the_sample_gives_330_users_with_two_states_each(path: Path, run: Run) -> None:
-    """One command turns the sample into a durable store of 330 users and 660 snapshots, two in each history."""
+    """One command makes a durable store of the sample: 330 users, 660 snapshots, two in each history."""
     ran = run("--store", path, "import", SAMPLE, "--scale", "0:31")
 
     assert (ran.status, ran.err) == (0, "")
@@ -338,7 +338,7 @@ LONG = "a" * 65
 def test_a_bad_row_of_csv_is_skipped_and_reported(
     small: Path, run: Run, tmp_path: Path, row: str, reason: str
 ) -> None:
-    """A bad row is reported with its physical line and reason; what is around it is imported; the status is 1."""
+    """A bad row is reported with its physical line and reason, and skipped; the status is 1."""
     before = kept(small)
     file = tmp_path / "rows.csv"
     good = "dave,7000,self_report,1,1,0.5,0.5", "erin,8000,mixed,0.5,3,,NA"
@@ -396,7 +396,7 @@ def test_a_bad_row_of_json_lines_is_skipped_and_reported(
     """JSON lines are held to the same rules, and its values to their types."""
     before = kept(small)
     file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(["", row, '{"user_id": "dave", "updated_at_unix_ms": 7000, "calm": 1}']))
+    file.write_text(f'\n{row}\n{{"user_id": "dave", "updated_at_unix_ms": 7000, "calm": 1}}')
 
     strict = run("--store", small, "import", "--strict", file)
     assert strict.status == 1
@@ -451,7 +451,7 @@ def test_a_scale_is_two_numbers_in_order(tmp_path: Path, run: Run, scale: str) -
 
 
 def test_empty_cells_and_na_are_absent(path: Path, run: Run, tmp_path: Path) -> None:
-    """Empty cells and NA are absent axes, a row with no value at all is a neutral state, and fields have defaults."""
+    """Empty cells and NA are absent: a row with no value at all is a neutral state, and fields have defaults."""
     file = tmp_path / "gaps.csv"
     file.write_text(
         "user_id,updated_at_unix_ms,source,confidence,calm,warmth\na,1,,NA,NA,0.5\nb,2, mixed ,, ,NA\n"
@@ -586,7 +586,7 @@ BAD_FILES = [
     pytest.param("a.csv", b"user_id,--\na,1\n", r"column 2 has no name \('--'\)", id="nothing in a heading"),
     pytest.param("a.csv", b"user_id," + LONG.encode() + b"\na,1\n", "axes|axis", id="long axis"),
     pytest.param("a.csv", "user_id,温度\na,1\n".encode(), "axes|axis", id="no latin letters"),
-    pytest.param("a.csv", '"user_id,calm\na,1\n'.encode(), "quotes", id="open quote in the heading"),
+    pytest.param("a.csv", b'"user_id,calm\na,1\n', "quotes", id="open quote in the heading"),
     pytest.param("a.csv", "user_id,wärme\na,1\n".encode("latin-1"), "not UTF-8", id="latin-1"),
     pytest.param("a.csv", "user_id,calm\na,1\n".encode("utf-16"), "not UTF-8", id="utf-16"),
     pytest.param("a.data", "user_id,calm\na,1\n".encode("utf-16"), "not UTF-8", id="utf-16, unknown name"),
@@ -812,7 +812,15 @@ def test_export_to_a_named_pipe_writes_into_it(small: Path, run: Run, tmp_path: 
 
 def test_put_and_get(path: Path, run: Run) -> None:
     """Put writes a state, making the store where there is none, and get shows it."""
-    options = "--at 2026-01-17T12:00+01:00 --source inferred --confidence 0.5 --schema-version 3".split()
+    options = [
+        "--at",
+        "2026-01-17T12:00+01:00",
+        "--source",
+        "inferred",
+        "--confidence",
+        "0.5",
+        "--schema-version=3",
+    ]
     put = run("--store", path, "put", "alice", "warmth=0.8", *options, "formality=0.25")
     assert (put.status, put.err) == (0, "")
     expected = StateSnapshot("alice", {"warmth": 0.8, "formality": 0.25}, 1768647600000, "inferred", 0.5, 3)
@@ -1067,6 +1075,23 @@ def test_a_read_only_place(read_only: Path, run: Run) -> None:
     one_line(run("--store", read_only / "store", "import", SAMPLE, "--scale", "0:31"), 1, "store")
     one_line(run("--store", read_only / "store", "put", "alice", "warmth=1"), 1, "store")
     assert not (read_only / "store").exists()
+
+
+@pytest.mark.parametrize("arguments", ["count", "put alice warmth=0", "export", "delete alice --yes"])
+def test_a_store_of_a_newer_version(small: Path, run: Run, arguments: str) -> None:
+    """A store that a newer version wrote is left alone, and the error says to upgrade."""
+    files = [*small.glob("*.json"), *small.glob("collections/*.json")]
+    text = {file: file.read_text() for file in files}
+    newer = {file: re.sub(r'"format_version": *\d+', '"format_version": 999', text[file]) for file in files}
+    assert newer != text
+    before = kept(small)
+    for file in files:
+        file.write_text(newer[file])
+    one_line(run("--store", small, *arguments.split()), 1, "999.*upgrade")
+    assert {file: file.read_text() for file in files} == newer
+    for file in files:
+        file.write_text(text[file])
+    assert kept(small) == before
 
 
 HOLD = """
