@@ -44,7 +44,7 @@ def states(users: Sequence[str], time_ms: int = START_MS) -> list[StateSnapshot]
 
 
 def batches(users: Sequence[str], rounds: int, size: int) -> list[list[StateSnapshot]]:
-    """New states of one user after another, a batch a round; all share their axes, which stay in the CPU cache."""
+    """New states of one user after another, a batch a round; their axes are shared, and stay in CPU cache."""
     axes = Axes(AXES)
     newer = [StateSnapshot(users[n % len(users)], axes, START_MS + 1 + n) for n in range(rounds * size)]
     return [newer[start : start + size] for start in range(0, len(newer), size)]
@@ -97,7 +97,7 @@ def contest(
     rounds: int = 31,
     setup: Callable[[], object] = tuple,
 ) -> Outcome:
-    """Run contenders by turns, each a round of so many calls; the first, ours, is what pytest-benchmark shows.
+    """Run contenders by turns, each a round of so many calls; pytest-benchmark shows the first, ours.
 
     ``setup`` runs before each turn, untimed. A contender may return seconds by its own clock.
     """

@@ -1944,7 +1944,8 @@ class EmbeddedTests(EmbeddedKit):
         """A value and a confidence are read as exactly the floats that were written, from disk as from a cache."""
         source = random.Random(20260117)
         states = [
-            state(f"user-{n}", n, {"warmth": source.random()}, confidence=source.random()) for n in range(1_000)
+            state(f"user-{n}", n, {"warmth": source.random()}, confidence=source.random())
+            for n in range(1_000)
         ]
         store = await open_store(cache_size=0)
         await store.upsert_many(states)

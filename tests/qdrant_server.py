@@ -21,11 +21,13 @@ unknown to qdrant-client are refused, where a server ignores many. A snapshot fi
 real server reads it.
 
 Everything runs on one asyncio loop in one background thread, so requests are executed one at a time; waiting
-(delay, hang, a slow reader) holds up nobody else. Attributes may be set and rules added from any thread.
+(delay, hang, a slow reader) holds up nobody else. Attributes may be set and rules added from any thread. For
+measurements, where it must not share an interpreter with the client, there is in_own_process().
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import collections
 import contextlib
@@ -41,6 +43,7 @@ import random
 import re
 import socket
 import struct
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -1717,3 +1720,37 @@ async def end_connection(writer: asyncio.StreamWriter) -> None:
     with contextlib.suppress(Exception, asyncio.CancelledError):
         await asyncio.wait_for(writer.wait_closed(), 1)
     writer.transport.abort()
+
+
+# In a process of its own ------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def in_own_process(*arguments: str) -> Iterator[str]:
+    """Run this file as a program, with the arguments of main(); the value is its URL."""
+    command = [sys.executable, __file__, *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.stdin.close()
+
+
+def main() -> None:
+    """Serve until standard input ends; the first line of output is the URL."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--delay", type=float, default=0.0, help="seconds that every request takes longer")
+    options = parser.parse_args()
+    with QdrantServer(options.port) as server:
+        if options.delay:
+            server.on(delay(options.delay))
+        sys.stdout.write(f"{server.url}\n")
+        sys.stdout.flush()
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

@@ -44,6 +44,7 @@ from qdrant_server import (
     find_route,
     go_down,
     hang,
+    in_own_process,
     lose_reply,
     not_json,
     other_shape,
@@ -1319,6 +1320,16 @@ def test_a_given_port_and_many_servers() -> None:
         httpx.get(first.url)
     with QdrantServer(port) as again:
         assert (again.port, httpx.get(again.url).status_code) == (port, 200)
+
+
+def test_in_its_own_process() -> None:
+    """For measurements it can run in another process, which ends with the block."""
+    with in_own_process("--delay=0.05") as url:
+        started = time.perf_counter()
+        assert httpx.get(f"{url}/livez").status_code == 200
+        assert time.perf_counter() - started >= 0.05
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url)
 
 
 def test_its_own_failures_are_not_hidden() -> None:
