@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from functools import partial
@@ -13,16 +14,19 @@ from conftest import Table, contest
 TIMED = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
 
 
-def seconds_of_import(module: str) -> float:
-    """The import alone, in a new process, without the start of the interpreter."""
+def seconds_of_import(module: str, bytecode: Path) -> float:
+    """The import alone, in a new process: without the start of the interpreter, from bytecode written before."""
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(bytecode), "PYTHONDONTWRITEBYTECODE": ""}
     command = [sys.executable, "-c", TIMED.format(module)]
     root = Path(__file__).parent.parent
-    return float(subprocess.run(command, cwd=root, capture_output=True, check=True, text=True).stdout)
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, check=True, text=True)
+    return float(run.stdout)
 
 
-def test_import(benchmark: Any, table: Table) -> None:
+def test_import(benchmark: Any, table: Table, tmp_path: Path) -> None:
     modules = "attuned_store", "qdrant_client"
-    outcome = contest(benchmark, {name: partial(seconds_of_import, name) for name in modules}, rounds=9)
+    contenders = {name: partial(seconds_of_import, name, tmp_path) for name in modules}
+    outcome = contest(benchmark, contenders, rounds=9)
     table.add(
         "import attuned_store",
         100 * outcome.ratio(*modules),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 USERS = user_ids()
-ROUNDS = 5
+ROUNDS = 3
 TICK = 0.001
 
 
@@ -55,7 +55,7 @@ async def scenario(path: Path, engine: Any, snapshots: list[list[StateSnapshot]]
         tasks.start_soon(ticker.run)
 
         async with ticker.phase("idle loop"):
-            await anyio.sleep(2)
+            await anyio.sleep(1)
         store = AsyncQdrantStore(path=path, engine=engine)
         async with ticker.phase("opening a new one"):
             await store.health()

@@ -25,11 +25,10 @@ from collections.abc import (
     Sequence,
 )
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import anyio
 import anyio.lowlevel
@@ -54,6 +53,9 @@ from attuned_store import (
     UserNotFoundError,
     ValidationError,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # ------------------------------------------------------------------------------
 # Backends and faces
@@ -109,7 +111,7 @@ class Case:
 
     async def open(self, path: Path, **options: Any) -> AsyncStateStore:
         if self.face == "sync":
-            return cast(AsyncStateStore, Awaited(self.open_sync(path, **options)))
+            return cast("AsyncStateStore", Awaited(self.open_sync(path, **options)))
         store = BACKENDS[self.backend].asynchronous(path, **options)
         await store.__aenter__()
         return store
@@ -191,13 +193,13 @@ def run(flow: Coroutine[Any, Any, T]) -> T:
     try:
         flow.send(None)
     except StopIteration as stop:
-        return cast(T, stop.value)
+        return cast("T", stop.value)
     flow.close()
     raise AssertionError("suspended")
 
 
 def callback(store: AsyncStateStore, fn: Callable[..., Coroutine[Any, Any, T]]) -> Any:
-    """`fn` in the form that `store` takes: an async store takes it as it is, a synchronous one a plain function."""
+    """`fn` in the form that `store` takes: as it is, or a plain function for a synchronous one."""
     if not isinstance(store, Awaited):
         return fn
     return lambda *args: run(fn(*args))
@@ -251,7 +253,7 @@ async def refused(
                 answer = await attempt()
             except errors:
                 continue
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001
                 complaints.append(f"{what}: {error!r}")
             else:
                 complaints.append(f"{what}: accepted, {answer!r}")
@@ -291,7 +293,13 @@ def random_states(count: int, seed: int) -> list[StateSnapshot]:
 def run_python(code: str, *arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run a script in a Python of its own, which imports the same modules as this one."""
     return subprocess.run(
-        script(code, *arguments), input=stdin, capture_output=True, text=True, env=environment(), timeout=120
+        script(code, *arguments),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=120,
+        check=False,
     )
 
 
@@ -443,7 +451,7 @@ class StoreTests:
         assert [read] == await store.get_history("ann")
 
     async def test_extreme_values_are_kept(self, store: AsyncStateStore) -> None:
-        """The first and the last millisecond, the largest schema version and the smallest axis value are kept."""
+        """The first and the last millisecond, the largest version and the smallest axis value are kept."""
         first = StateSnapshot("first", {}, 0, confidence=0, schema_version=1)
         last = StateSnapshot(
             "last", {"warmth": 5e-324, "formality": 0.1 + 0.2}, LAST_MS, schema_version=2**63 - 1
@@ -674,7 +682,7 @@ class StoreTests:
     async def test_an_iterator_with_a_bad_element_says_how_many_were_written(
         self, store: AsyncStateStore, wrong: Any
     ) -> None:
-        """An iterator is written batch by batch: the error says how many were, and they are the first ones."""
+        """An iterator is written batch by batch: the error says how many were, the first ones."""
         states = random_states(MANY, 3)
 
         with pytest.raises(ValidationError) as caught:
@@ -745,7 +753,7 @@ class StoreTests:
         assert len(await store.get_history("ann", limit=10**9)) == 5
 
     async def test_history_is_read_between_two_moments(self, store: AsyncStateStore) -> None:
-        """since and until are inclusive, each of them may be absent, and limit applies after them."""
+        """`since` and `until` are inclusive, each of them may be absent, and limit applies after them."""
         await store.upsert_many([state(at=at) for at in range(6)])
 
         async def read(**bounds: int) -> list[int]:
@@ -782,7 +790,7 @@ class StoreTests:
         assert found_users(await store.search_similar({"warmth": 1.0})) == ["ann"]
 
     async def test_old_entries_of_history_are_not_read(self, open_store: Open, clock: Clock) -> None:
-        """Entries older than history_retention_days are not read, removed already or not; an exact age still is."""
+        """Entries older than history_retention_days are not read, removed or not; an exact age still is."""
         store = await open_store(history_retention_days=2)
         await store.upsert_many([state(at=-2 * DAY), state(at=-DAY), state(at=0)])
         assert len(await store.get_history("ann")) == 3
@@ -818,7 +826,7 @@ class StoreTests:
             await store.prune()
 
     async def test_an_old_state_can_still_be_written(self, open_store: Open, clock: Clock) -> None:
-        """A state older than the retention becomes the latest of a user without one, and never replaces a newer."""
+        """A state older than the retention can be the first of a user, and never replaces a newer one."""
         store = await open_store(history_retention_days=1)
         old = state(at=-10 * DAY)
 
@@ -841,7 +849,7 @@ class StoreTests:
         assert await store.get_history("ann") == [state(at=0), state(at=-5 * HOUR)]
 
     async def test_pruning_removes_what_is_too_old(self, open_store: Open, clock: Clock) -> None:
-        """prune applies the retention now, says how many snapshots it removed, and has nothing to do a second time."""
+        """`prune` applies the retention, says how many snapshots it removed, and has nothing to do again."""
         store = await open_store(history_retention_days=10)
         await store.upsert_many([state(name, -days * DAY) for name in ("ann", "bob") for days in range(5)])
         clock.now = NOW + 7 * DAY
@@ -935,7 +943,7 @@ class StoreTests:
     # Updating
 
     async def test_an_update_gets_the_latest_and_returns_the_new_one(self, store: AsyncStateStore) -> None:
-        """update reads, calls the function, writes its answer and returns it."""
+        """`update` reads, calls the function, writes its answer and returns it."""
         await store.upsert_latest(state(axes={"warmth": 0.25}))
         seen: list[StateSnapshot | None] = []
 
@@ -1005,7 +1013,7 @@ class StoreTests:
         assert await content(store) == {"ann": (state(at=9), [state(at=9)])}
 
     async def test_an_update_gives_up_after_its_attempts(self, store: AsyncStateStore) -> None:
-        """An update that loses every race raises ConflictError after `attempts` calls, and has written nothing."""
+        """An update that loses every race raises ConflictError after `attempts` calls, and writes nothing."""
         calls = 0
 
         async def always_late(latest: StateSnapshot | None) -> StateSnapshot:
@@ -1021,7 +1029,7 @@ class StoreTests:
         assert await store.get_history("ann") == [state(at=at) for at in (3, 2, 1)]
 
     async def test_what_an_update_may_not_answer(self, store: AsyncStateStore) -> None:
-        """The answer must be a snapshot of the same user, newer than what it replaces, with axes the store has."""
+        """The answer must be a snapshot of the same user, newer than before, with axes the store has."""
         await store.upsert_many([state("ann", 10), state("bob", 0)])
         answers: dict[str, Any] = {
             "another user": state("bob", 20),
@@ -1097,7 +1105,7 @@ class StoreTests:
     # Patching
 
     async def test_a_patch_merges_axes_into_the_latest(self, store: AsyncStateStore, clock: Clock) -> None:
-        """patch changes the axes it names, keeps the others and the other fields, and returns the new snapshot."""
+        """`patch` changes the axes it names, keeps all else, and returns the new snapshot."""
         await store.upsert_latest(
             state(axes={"warmth": 0.2, "formality": 0.3}, source="inferred", confidence=0.5)
         )
@@ -1231,7 +1239,7 @@ class StoreTests:
 
     @pytest.mark.parametrize("history", [False, True], ids=["latest", "history"])
     async def test_every_filter_narrows_a_search(self, store: AsyncStateStore, history: bool) -> None:
-        """Filters by user, source, confidence, time and score narrow a search of latests and of history alike."""
+        """Filters by user, source, confidence, time and score narrow a search of either kind."""
         await store.upsert_many(PEOPLE)
 
         for what, (filters, accepted) in FILTERS.items():
@@ -1287,7 +1295,7 @@ class StoreTests:
         assert len(await store.search_similar("ann", limit=4)) == 4
 
     async def test_a_search_like_an_unknown_user_is_an_error(self, store: AsyncStateStore) -> None:
-        """Asking for those like somebody who is not there raises UserNotFoundError, which is a readable KeyError."""
+        """Asking for those like somebody unknown raises UserNotFoundError, which is a readable KeyError."""
         await store.upsert_many(PEOPLE)
 
         with pytest.raises(UserNotFoundError) as caught:
@@ -1348,9 +1356,9 @@ class StoreTests:
             await refused(
                 store,
                 {
-                    f"patch of {what}": partial(store.patch, cast(Any, user_id), {"warmth": 0.1}),
-                    f"update of {what}": partial(store.update, cast(Any, user_id), lambda latest: None),
-                    f"delete of {what}": partial(store.delete, cast(Any, user_id)),
+                    f"patch of {what}": partial(store.patch, cast("Any", user_id), {"warmth": 0.1}),
+                    f"update of {what}": partial(store.update, cast("Any", user_id), lambda latest: None),
+                    f"delete of {what}": partial(store.delete, cast("Any", user_id)),
                 },
             )
 
@@ -1362,24 +1370,24 @@ class StoreTests:
             await refused(
                 store,
                 {
-                    f"get_latest of {what}": partial(store.get_latest, cast(Any, user_id)),
-                    f"get_history of {what}": partial(store.get_history, cast(Any, user_id)),
-                    f"get_many of {what}": partial(store.get_many, cast(Any, ["ann", user_id])),
-                    f"search like {what}": partial(store.search_similar, cast(Any, user_id)),
+                    f"get_latest of {what}": partial(store.get_latest, cast("Any", user_id)),
+                    f"get_history of {what}": partial(store.get_history, cast("Any", user_id)),
+                    f"get_many of {what}": partial(store.get_many, cast("Any", ["ann", user_id])),
+                    f"search like {what}": partial(store.search_similar, cast("Any", user_id)),
                 },
             )
 
     async def test_bad_axes_are_refused(self, store: AsyncStateStore) -> None:
-        """Wrong, unknown or impossible axes are ValidationError in a patch and in a search, and change nothing."""
+        """Wrong, unknown or impossible axes are refused by a patch and by a search, and change nothing."""
         await store.upsert_latest(state())
 
         for what, axes in BAD_AXES.items():
             await refused(
                 store,
                 {
-                    f"patch with {what}": partial(store.patch, "ann", cast(Any, axes)),
-                    f"patch of a new user with {what}": partial(store.patch, "new", cast(Any, axes)),
-                    f"search with {what}": partial(store.search_similar, cast(Any, axes)),
+                    f"patch with {what}": partial(store.patch, "ann", cast("Any", axes)),
+                    f"patch of a new user with {what}": partial(store.patch, "new", cast("Any", axes)),
+                    f"search with {what}": partial(store.search_similar, cast("Any", axes)),
                 },
             )
 
@@ -1406,7 +1414,7 @@ class StoreTests:
         )
         await refused(
             store,
-            {"a field that does not exist": partial(cast(Any, store).patch, "ann", {}, colour="red")},
+            {"a field that does not exist": partial(cast("Any", store).patch, "ann", {}, colour="red")},
             (ValidationError, TypeError),
         )
 
@@ -1426,7 +1434,7 @@ class StoreTests:
             store, {what: partial(store.upsert_many, [state("new"), thing]) for what, thing in wrong.items()}
         )
         await refused(
-            store, {"a number": partial(store.upsert_many, cast(Any, 5))}, (ValidationError, TypeError)
+            store, {"a number": partial(store.upsert_many, cast("Any", 5))}, (ValidationError, TypeError)
         )
         expectations: list[Any] = ["anything", 5, {}]
         await refused(
@@ -1461,7 +1469,7 @@ class StoreTests:
         await refused(store, {repr(query): partial(store.search_similar, query) for query in queries})
 
     async def test_an_update_needs_an_attempt(self, store: AsyncStateStore) -> None:
-        """attempts must be at least 1."""
+        """`attempts` must be at least 1."""
         await refused(store, {"0": partial(store.update, "ann", lambda latest: state(), attempts=0)})
 
     # Values
@@ -1571,7 +1579,7 @@ class StoreTests:
         """store.config holds what the store was made with."""
         store = await open_store(max_history_per_user=7, history_retention_days=3)
 
-        config = cast(Any, store).config
+        config = cast("Any", store).config
         assert config.max_history_per_user == 7
         assert config.history_retention_days == 3
         assert config.enable_history is True
@@ -1611,12 +1619,15 @@ class StoreTests:
             "prune": partial(store.prune),
         }
         for what, call in calls.items():
-            with pytest.raises(StoreClosedError):
+            closed = False
+            try:
                 await call()
-                pytest.fail(f"{what} answered")
+            except StoreClosedError:
+                closed = True
+            assert closed, f"{what} answered"
 
     async def test_closing_twice_is_no_error(self, store: AsyncStateStore) -> None:
-        """close is idempotent, and a closed store reports that it is unhealthy."""
+        """`close` is idempotent, and a closed store reports that it is unhealthy."""
         assert not store.is_closed
 
         await store.aclose()
@@ -1682,7 +1693,7 @@ class AsyncStoreTests:
             await anext(users)
 
     async def test_the_function_of_an_update_may_be_async(self, store: AsyncStateStore) -> None:
-        """update takes an async function, which may wait, and a plain one."""
+        """`update` takes an async function, which may wait, and a plain one."""
 
         async def slow(latest: StateSnapshot | None) -> StateSnapshot:
             await anyio.lowlevel.checkpoint()
@@ -1771,7 +1782,7 @@ class MappingTests:
         assert sync_store["ann"] == state()
 
     def test_a_missing_user_is_a_key_error_with_a_readable_message(self, sync_store: StateStore) -> None:
-        """store[user_id] of an unknown user raises UserNotFoundError, a KeyError that reads like a sentence."""
+        """store[user_id] of an unknown user raises UserNotFoundError, a KeyError that reads well."""
         with pytest.raises(UserNotFoundError) as caught:
             sync_store["nobody"]
 
@@ -1941,7 +1952,7 @@ class EmbeddedTests(EmbeddedKit):
         assert len(await again.get_history("ann")) == 3
 
     async def test_numbers_keep_every_bit(self, open_store: Open) -> None:
-        """A value and a confidence are read as exactly the floats that were written, from disk as from a cache."""
+        """A value and a confidence are read as exactly the floats that were written, from disk too."""
         source = random.Random(20260117)
         states = [
             state(f"user-{n}", n, {"warmth": source.random()}, confidence=source.random())
@@ -2026,7 +2037,7 @@ class EmbeddedTests(EmbeddedKit):
     async def test_a_directory_may_be_named_by_a_string(self, case: Case, tmp_path: Path) -> None:
         """The path is a string or a Path, and its parents are created."""
         path = tmp_path / "deep" / "down" / "store"
-        store = await case.open(cast(Any, str(path)))
+        store = await case.open(cast("Any", str(path)))
         await store.upsert_latest(state())
         await store.aclose()
 
@@ -2337,7 +2348,8 @@ WRITE_ASYNC_AND_LEAVE = """
 import asyncio, sys
 from attuned_store import AsyncQdrantStore, StateSnapshot
 store = AsyncQdrantStore(path=sys.argv[1], engine=sys.argv[2])
-asyncio.run(store.upsert_many([StateSnapshot(f"user-{number}", {"warmth": 0.25}, number) for number in range(100)]))
+states = [StateSnapshot(f"user-{number}", {"warmth": 0.25}, number) for number in range(100)]
+asyncio.run(store.upsert_many(states))
 """
 FORK = """
 import os, sys, warnings
@@ -2347,7 +2359,9 @@ store = QdrantStore(path=sys.argv[1], engine=sys.argv[2])
 store.upsert_latest(StateSnapshot("before", {}, 1))
 child = os.fork()
 if child == 0:
-    for call in (lambda: store.get_latest("before"), lambda: store.upsert_latest(StateSnapshot("child", {}, 1))):
+    read = lambda: store.get_latest("before")
+    write = lambda: store.upsert_latest(StateSnapshot("child", {}, 1))
+    for call in (read, write):
         try:
             print("no error", call(), flush=True)
         except StoreError as error:
@@ -2437,26 +2451,20 @@ class EmbeddedProcessTests(EmbeddedKit):
             assert sorted(store.users()) == ["after", "before"]
 
 
-class holding:
-    """Another process that holds a directory open until `release` is called, or the block ends."""
-
-    def __init__(self, path: Path, engine: str) -> None:
-        self.command = script(HOLD, path, engine)
-
-    def __enter__(self) -> Callable[[], None]:
-        self.process = subprocess.Popen(
-            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
-        )
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "open\n"
-        return self.release
-
-    def release(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-    def __exit__(self, *exc: object) -> None:
-        self.release()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+@contextmanager
+def holding(path: Path, engine: str) -> Iterator[Callable[[], None]]:
+    """Another process that holds a directory open until the function is called, or the block ends."""
+    with subprocess.Popen(
+        script(HOLD, path, engine),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "open\n"
+        try:
+            yield process.stdin.close
+        finally:
+            process.stdin.close()

@@ -1,23 +1,26 @@
-"""Fixtures: a test that asks for `case`, `store` or `open_store` runs once for each backend and face of its class."""
+"""Fixtures: a test that asks for a store runs once for each backend and face that its class names."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 pytest.register_assert_rewrite("conformance")
 
+from conformance import BACKENDS, FACES, Case, Clock, Open, cases  # noqa: E402
+
 import attuned_store  # noqa: E402
 from attuned_store import AsyncStateStore, StateStore  # noqa: E402
-from conformance import BACKENDS, FACES, Case, Clock, Open, cases  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give `case` the backends and faces that the class of the test names: ids are memory-sync, edge-trio, ..."""
+    """Give `case` the backends and faces of the class of the test: ids are memory-sync, edge-trio, ..."""
     if "case" in metafunc.fixturenames:
         backends = getattr(metafunc.cls, "backends", tuple(BACKENDS))
         faces = getattr(metafunc.cls, "faces", FACES)

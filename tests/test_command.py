@@ -451,7 +451,7 @@ def test_a_scale_is_two_numbers_in_order(tmp_path: Path, run: Run, scale: str) -
 
 
 def test_empty_cells_and_na_are_absent(path: Path, run: Run, tmp_path: Path) -> None:
-    """Empty cells and NA are absent: a row with no value at all is a neutral state, and fields have defaults."""
+    """Empty cells and NA are absent: a row with no value is a neutral state, and fields have defaults."""
     file = tmp_path / "gaps.csv"
     file.write_text(
         "user_id,updated_at_unix_ms,source,confidence,calm,warmth\na,1,,NA,NA,0.5\nb,2, mixed ,, ,NA\n"

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-
-import attuned_store
-from attuned_store import QdrantStore, QdrantStoreConfig, ValidationError
 from conformance import (
     NOW,
     AsyncStoreTests,
@@ -25,6 +21,12 @@ from conformance import (
     run_python,
     state,
 )
+
+import attuned_store
+from attuned_store import QdrantStore, QdrantStoreConfig, ValidationError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class EdgeKit(EmbeddedKit):

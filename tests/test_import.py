@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from conformance import QUERY, random_states, run_python
 
 from attuned_store import MemoryStore
-from conformance import QUERY, random_states, run_python
 
 OPTIONAL = [
     "qdrant_client",
@@ -24,7 +24,8 @@ IMPORTED = """
 import json, sys
 before = set(sys.modules)
 import attuned_store
-print(json.dumps(sorted({name.split(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)))
+loaded = {name.split(".")[0] for name in set(sys.modules) - before}
+print(json.dumps(sorted(loaded - sys.stdlib_module_names)))
 """
 BLOCK = """
 import sys
@@ -53,7 +54,7 @@ states = [StateSnapshot.from_dict(fields) for fields in json.load(sys.stdin)]
 async def main():
     async with AsyncMemoryStore() as store:
         assert await store.upsert_many(iter(states)) == len(states)
-        assert sorted([user_id async for user_id in store.users()]) == sorted(state.user_id for state in states)
+        assert {user_id async for user_id in store.users()} == {state.user_id for state in states}
         assert await store.patch("new", {"warmth": 0.5}) == await store.get_latest("new")
         assert await store.delete("new")
         found = await store.search_similar(
@@ -86,7 +87,7 @@ def test_importing_prints_nothing() -> None:
 @pytest.mark.parametrize("blocked", [",".join(OPTIONAL), "numpy"], ids=["all", "numpy"])
 @pytest.mark.parametrize("searched", ["latest", "history"])
 def test_memory_needs_no_optional_library(code: str, blocked: str, searched: str) -> None:
-    """Stores in memory work without any optional library, and a search without numpy gives the same scores."""
+    """Stores in memory work without any optional library, and without numpy scores are the same."""
     states = random_states(2_000, seed=13)
     store = MemoryStore()
     store.upsert_many(states)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import closing
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from attuned_store import QdrantStore
 from conformance import (
     AsyncStoreTests,
     EmbeddedKit,
@@ -19,6 +18,11 @@ from conformance import (
     needs,
     state,
 )
+
+from attuned_store import QdrantStore
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class LocalKit(EmbeddedKit):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from conformance import AsyncStoreTests, MappingTests, StoreTests, cosine, random_states, run, state
 
 import attuned_store
 from attuned_store import (
@@ -18,7 +17,10 @@ from attuned_store import (
     StoreError,
     ValidationError,
 )
-from conformance import AsyncStoreTests, MappingTests, StoreTests, cosine, random_states, run, state
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+    from pathlib import Path
 
 
 class TestMemory(StoreTests):

@@ -1,16 +1,16 @@
-"""Any sequence of operations, on a store and on a plain dict, or on two different stores: the answers are the same."""
+"""Any sequence of operations gives the same answers from a store, a plain dict and another store."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import hypothesis.strategies as st
 import pytest
+from conformance import BACKENDS, DAY, HOUR, NOW, Clock, cosine, needs
 from hypothesis import HealthCheck, Phase, note, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -25,7 +25,9 @@ from attuned_store import (
     StoreError,
     ValidationError,
 )
-from conformance import BACKENDS, DAY, HOUR, NOW, Clock, cosine, needs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 pytestmark = pytest.mark.timeout(900)  # a failure takes minutes to shrink, a success seconds
 
@@ -35,7 +37,7 @@ pytestmark = pytest.mark.timeout(900)  # a failure takes minutes to shrink, a su
 
 
 class Model:
-    """What a store does, in a dict: all that was ever written, by user and timestamp. Bounds apply on reading."""
+    """What a store does, in a dict of all that was written, by user and time; bounds apply on reading."""
 
     def __init__(
         self,
@@ -187,7 +189,7 @@ class Twins(RuleBasedStateMachine):
 
     def make(self, name: str, number: int) -> Model | StateStore:
         if name == "model":
-            return Model(**cast(Any, self.options))
+            return Model(**cast("Any", self.options))
         return BACKENDS[name].sync(self.directory / str(number), **self.options)
 
     def both(self, operation: Callable[[Any], Any]) -> Outcome:
@@ -213,9 +215,7 @@ class Twins(RuleBasedStateMachine):
     def write_conditionally(self, snapshot: StateSnapshot, expected: StateSnapshot | str | None) -> None:
         if expected == "latest":
             expected = self.sides[0].get_latest(snapshot.user_id)
-        note(
-            f"write {snapshot.to_dict()} where {expected and cast(StateSnapshot, expected).to_dict()} is expected"
-        )
+        note(f"write {snapshot.to_dict()}, expected: {expected!r}")
         self.both(lambda side: side.upsert_latest(snapshot, expected=expected))
 
     @rule(user_id=USERS, answer=SNAPSHOTS | st.none(), same_user=st.booleans())
@@ -242,7 +242,7 @@ class Twins(RuleBasedStateMachine):
 
     @rule()
     def prune(self) -> None:
-        """How much there is to remove depends on what an engine removed before; afterwards there is nothing."""
+        """How much there is to remove depends on what was removed before; afterwards there is nothing."""
         note("prune")
         for side in self.sides:
             assert side.prune() >= 0
@@ -331,7 +331,7 @@ def outcome(operation: Callable[[Any], Any], side: Model | StateStore) -> Outcom
 def machine(*names: str) -> Any:
     """The test case that drives these two, skipped where a library is missing."""
     twins = type("Twins_" + "_".join(names), (Twins,), {"names": names})
-    case = cast(Any, twins).TestCase
+    case = cast("Any", twins).TestCase
     case.settings = settings(
         max_examples=20,
         stateful_step_count=30,

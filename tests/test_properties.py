@@ -1,5 +1,7 @@
 """What a snapshot accepts, refuses and keeps."""
 
+# ruff: noqa: S301  (the pickles are made here)
+
 from __future__ import annotations
 
 import copy
@@ -15,11 +17,11 @@ import attrs
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from conformance import BAD_USER_IDS, LAST_MS, NOW, Clock
 from hypothesis import example, given, settings
 
 import attuned_store
 from attuned_store import CANONICAL_AXES, Source, StateSnapshot, ValidationError
-from conformance import BAD_USER_IDS, LAST_MS, NOW, Clock
 
 settings.register_profile("values", deadline=None, print_blob=True, max_examples=200)
 VALUES = settings.get_profile("values")
@@ -342,7 +344,7 @@ def test_each_field_counts() -> None:
     ]
 
     assert all(make(**fields) != make() for fields in different)
-    assert make() != cast(Any, make().to_dict())
+    assert make() != cast("Any", make().to_dict())
 
 
 @VALUES
@@ -463,7 +465,7 @@ def test_an_absent_axis_is_neutral(snapshot: StateSnapshot, name: str) -> None:
 def test_a_patched_snapshot_is_newer_and_merged(
     snapshot: StateSnapshot, axes: dict[str, float], now: int
 ) -> None:
-    """patched merges the axes in, keeps all else, and is of now, or a millisecond newer where that is later."""
+    """`patched` merges the axes in, keeps all else, and is of now, or of a millisecond later than before."""
     before = snapshot.to_dict()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attuned_store, "_now_ms", lambda: now)
@@ -491,7 +493,7 @@ def test_a_patched_snapshot_takes_the_fields_it_is_given(
 
 
 def test_a_patched_snapshot_is_validated() -> None:
-    """patched refuses what a snapshot refuses."""
+    """`patched` refuses what a snapshot refuses."""
     wrong: list[tuple[Any, dict[str, Any]]] = [
         ({"warmth": 2}, {}),
         ({"Warmth": 0.5}, {}),
@@ -505,7 +507,7 @@ def test_a_patched_snapshot_is_validated() -> None:
         with pytest.raises(ValidationError):
             make().patched(axes, **fields)
     with pytest.raises((TypeError, ValidationError)):
-        cast(Any, make()).patched({}, colour="red")
+        cast("Any", make()).patched({}, colour="red")
     with pytest.raises(ValidationError, match="updated_at_unix_ms"):
         make(updated_at_unix_ms=LAST_MS).patched({})
 

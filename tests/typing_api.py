@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping
-from pathlib import Path
-from typing import assert_type
+from typing import TYPE_CHECKING, assert_type
 
 import attuned_store
 from attuned_store import (
@@ -26,6 +24,10 @@ from attuned_store import (
     StoreError,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator, Mapping
+    from pathlib import Path
+
 
 def values() -> None:
     snapshot = StateSnapshot("ann", {"warmth": 0.7})
@@ -44,7 +46,7 @@ def values() -> None:
     canonical: tuple[str, ...] = CANONICAL_AXES
     assert len(canonical) == 23
     axes: Mapping[str, float] = snapshot.axes
-    print(axes, {snapshot: 1})
+    assert hash(snapshot) == hash(snapshot.axes) or axes
 
 
 def writing(store: StateStore, snapshot: StateSnapshot) -> None:
@@ -62,7 +64,7 @@ def writing(store: StateStore, snapshot: StateSnapshot) -> None:
 
 
 def report(done: int, total: int | None) -> None:
-    print(done, total)
+    assert total is None or done <= total
 
 
 def warmer(latest: StateSnapshot | None) -> StateSnapshot | None:
@@ -91,7 +93,7 @@ def reading(store: StateStore, snapshot: StateSnapshot) -> None:
         assert_type(match.snapshot, StateSnapshot)
         assert_type(match.score, float)
     users: Iterator[str] = store.users()
-    print(next(users))
+    assert_type(next(users), str)
     assert_type(store.count(), int)
     assert_type(store.count(history=True), int)
     assert_type(store.health(), Health)
@@ -145,7 +147,8 @@ async def asynchronous(store: AsyncStateStore, snapshot: StateSnapshot) -> None:
     assert_type(await store.get_history("ann", limit=5), list[StateSnapshot])
     assert_type(await store.search_similar("ann", limit=3), list[Match])
     users: AsyncIterator[str] = store.users()
-    print(await anext(users), [user_id async for user_id in store.users()])
+    assert_type(await anext(users), str)
+    assert_type([user_id async for user_id in store.users()], list[str])
     assert_type(await store.count(history=True), int)
     assert_type(await store.delete("ann"), bool)
     assert_type(await store.prune(), int)
