@@ -49,6 +49,7 @@ import threading
 import time
 import unicodedata
 import uuid
+import warnings
 import weakref
 from abc import ABC, abstractmethod
 from bisect import bisect_left
@@ -66,6 +67,7 @@ from collections.abc import (
     Sequence,
 )
 from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
 from pathlib import Path
 from typing import (
     IO,
@@ -83,6 +85,8 @@ from typing import (
     Unpack,
     cast,
 )
+from urllib.parse import quote as urlquote
+from urllib.parse import urlsplit
 
 import attrs
 from cachetools import FIFOCache
@@ -302,6 +306,11 @@ def _shown(value: object) -> str:
     """A value for an error message: its repr, cut to a readable length."""
     text = repr(value)
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…"
+
+
+def _one_line(text: str) -> str:
+    """Take line ends and terminal controls out of a message."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text).strip()
 
 
 def _short_id(user_id: str) -> str:
@@ -608,9 +617,10 @@ class Match:
 class Health:
     """What ``health`` found.
 
-    ``status`` is healthy, degraded or unhealthy; ``backend`` memory, edge or local; ``latency_ms`` how long
-    the look took; ``users`` how many users there are and ``points`` how many snapshots the engine holds
-    (latest ones and history), None where unknown; ``location`` the directory.
+    ``status`` is healthy, degraded or unhealthy; ``backend`` memory, edge, local or server; ``latency_ms``
+    how long the look took; ``users`` how many users there are and ``points`` how many snapshots the engine
+    holds (latest ones and history), None where unknown; ``location`` the directory or url. For a server:
+    its ``version``, and the collection's ``collection_status`` and ``indexed_vectors``.
     """
 
     status: Literal["healthy", "degraded", "unhealthy"]
@@ -620,6 +630,9 @@ class Health:
     points: int | None = None
     location: str | None = None
     message: str = ""
+    version: str | None = None
+    collection_status: str | None = None
+    indexed_vectors: int | None = None
 
 
 class _Any(enum.Enum):
@@ -638,6 +651,7 @@ _Expected = StateSnapshot | Literal[_Any.ANY] | None
 # -----------------------------------------------------------------------------
 
 _TRUE = frozenset({"true", "1", "yes", "y", "on"})
+_MAX_FACTOR = 2**31 - 1
 _COLLECTION_NAME = re.compile(r"[^\W.-][\w.-]{0,199}")  # it names files on disk
 _FALSE = frozenset({"false", "0", "no", "n", "off"})
 
@@ -667,6 +681,24 @@ def _path(value: str | os.PathLike[str]) -> str:
     raise ValidationError(f"path: a directory is needed, got {_shown(value)}")
 
 
+def _check_url(url: str) -> None:
+    problem = None
+    try:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            problem = "http://<host>:6333 or https://<host>:6333 is needed"
+        elif parts.username is not None or parts.password is not None:
+            raise ValidationError("url: must not hold a user or password; give the key as api_key")
+        elif parts.port == 0:
+            problem = "port 0 cannot be connected to"
+    except ValueError as error:
+        if isinstance(error, ValidationError):
+            raise
+        problem = str(error)
+    if problem is not None:
+        raise ValidationError(f"url: {problem}, got {_shown(url)}")
+
+
 def _choice(field: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValidationError(f"{field}: one of {', '.join(choices)} is needed, got {_shown(value)}")
@@ -690,6 +722,42 @@ class MemoryOptions(TypedDict, total=False):
     history_retention_days: float | None
 
 
+@attrs.frozen(kw_only=True)
+class RetryPolicy:
+    """How often and how patiently a request to a server is repeated.
+
+    ``attempts`` in all; between them a random wait from 0 to ``base_s`` doubled each time, at most ``cap_s``
+    (full jitter; see Marc Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015), or
+    what the server asks for with 429; none that would end later than ``deadline_s`` after the first began.
+    All in seconds. Raises ValidationError.
+    """
+
+    attempts: int = 4
+    base_s: float = 0.1
+    cap_s: float = 5.0
+    deadline_s: float = 60.0
+
+    def __attrs_post_init__(self) -> None:
+        _integer("attempts", self.attempts, 1, 1_000)
+        for field in ("base_s", "cap_s", "deadline_s"):
+            _positive(field, getattr(self, field), zero=True)
+
+
+@attrs.frozen(kw_only=True)
+class BreakerPolicy:
+    """When a store stops asking a server that fails: after ``failures`` in a row, for ``open_s`` seconds.
+
+    Then one request is let through; it closes the breaker or opens it again. Raises ValidationError.
+    """
+
+    failures: int = 5
+    open_s: float = 30.0
+
+    def __attrs_post_init__(self) -> None:
+        _integer("failures", self.failures, 1, _MAX_INTEGER)
+        _positive("open_s", self.open_s, zero=True)
+
+
 class QdrantOptions(MemoryOptions, total=False):
     """The fields of QdrantStoreConfig, as options of the Qdrant stores."""
 
@@ -701,6 +769,18 @@ class QdrantOptions(MemoryOptions, total=False):
     durability: Literal["process", "power"]
     lock_timeout: float
     cache_size: int
+    connect_timeout: float
+    request_timeout: float
+    pool_size: int
+    verify: bool | str
+    cache_ttl: float
+    shard_number: int | None
+    replication_factor: int | None
+    write_consistency_factor: int | None
+    read_consistency: int | Literal["majority", "quorum", "all"] | None
+    write_ordering: Literal["weak", "medium", "strong"] | None
+    retry: RetryPolicy
+    breaker: BreakerPolicy
 
 
 @attrs.frozen(kw_only=True)
@@ -738,6 +818,8 @@ class MemoryStoreConfig:
         """
         found: dict[str, Any] = {}
         for field in attrs.fields(cls):
+            if field.name in ("retry", "breaker"):
+                continue  # more than one variable can say
             variable = _variable(field.name)
             text = environ.get(variable, "").strip()
             if text:
@@ -757,7 +839,14 @@ class QdrantStoreConfig(MemoryStoreConfig):
     embedded form a new directory gets (auto: edge where qdrant-edge-py is installed, else local).
     ``durability`` "process" survives the death of the process, "power" a power cut too, at the cost of a
     flush per write. ``lock_timeout`` is how many seconds to wait for a directory that another process has
-    open; ``cache_size`` how many snapshots the read cache holds (0: none). Raises ValidationError.
+    open; ``cache_size`` how many snapshots the read cache holds (0: none).
+
+    For a server: ``api_key``; ``connect_timeout`` and ``request_timeout`` in seconds; ``pool_size``, the
+    number of connections kept; ``verify``, False or the path of a CA certificate; ``cache_ttl``, the seconds
+    for which a read may be answered from memory though other processes write (0: never). A collection is
+    made with ``shard_number``, ``replication_factor`` and ``write_consistency_factor``; requests carry
+    ``read_consistency`` and ``write_ordering``; ``retry`` and ``breaker`` say what follows a failure.
+    Raises ValidationError.
     """
 
     path: str | None = attrs.field(default=None, converter=attrs.converters.optional(_path))
@@ -768,6 +857,18 @@ class QdrantStoreConfig(MemoryStoreConfig):
     durability: Literal["process", "power"] = "process"
     lock_timeout: float = 0.0
     cache_size: int = 10_000
+    connect_timeout: float = 10.0
+    request_timeout: float = 30.0
+    pool_size: int = 64
+    verify: bool | str = True
+    cache_ttl: float = 0.0
+    shard_number: int | None = None
+    replication_factor: int | None = None
+    write_consistency_factor: int | None = None
+    read_consistency: int | Literal["majority", "quorum", "all"] | None = None
+    write_ordering: Literal["weak", "medium", "strong"] | None = None
+    retry: RetryPolicy = attrs.field(factory=RetryPolicy)
+    breaker: BreakerPolicy = attrs.field(factory=BreakerPolicy)
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
@@ -780,6 +881,33 @@ class QdrantStoreConfig(MemoryStoreConfig):
         _choice("durability", self.durability, ("process", "power"))
         _positive("lock_timeout", self.lock_timeout, zero=True)
         _integer("cache_size", self.cache_size, 0, _MAX_INTEGER)
+        self._check_server_fields()
+
+    def _check_server_fields(self) -> None:
+        if self.url is not None:
+            _check_url(self.url)
+        if self.api_key is not None and not (isinstance(self.api_key, str) and self.api_key.isascii()):
+            raise ValidationError("api_key: an ASCII string is needed")  # the value is never shown
+        if not isinstance(self.verify, bool | str):
+            raise ValidationError(f"verify: True, False or a path is needed, got {_shown(self.verify)}")
+        for field in ("connect_timeout", "request_timeout"):
+            _positive(field, getattr(self, field))
+        _positive("cache_ttl", self.cache_ttl, zero=True)
+        _integer("pool_size", self.pool_size, 1, 65_535)
+        for field in ("shard_number", "replication_factor", "write_consistency_factor"):
+            _integer(field, getattr(self, field) or 1, 1, _MAX_FACTOR)
+        self._check_policies()
+
+    def _check_policies(self) -> None:
+        if isinstance(self.read_consistency, int):
+            _integer("read_consistency", self.read_consistency, 1, _MAX_FACTOR)
+        else:
+            _choice("read_consistency", self.read_consistency or "all", ("majority", "quorum", "all"))
+        _choice("write_ordering", self.write_ordering or "weak", ("weak", "medium", "strong"))
+        for field, kind in (("retry", RetryPolicy), ("breaker", BreakerPolicy)):
+            value = getattr(self, field)
+            if not isinstance(value, kind):
+                raise ValidationError(f"{field}: a {kind.__name__} is needed, got {_shown(value)}")
 
 
 def _variable(field: str) -> str:
@@ -796,6 +924,8 @@ def _parsed(variable: str, text: str, kind: str) -> object:
         if kind.startswith("float"):
             return float(text)
     except (ValueError, KeyError):
+        if "str" in kind or "Literal" in kind:
+            return text  # the field says whether the text will do
         raise ValidationError(f"{variable}: {kind.partition(' ')[0]} is needed, got {_shown(text)}") from None
     return tuple(name.strip() for name in text.split(",")) if kind.startswith("tuple") else text
 
@@ -1011,6 +1141,105 @@ def _backoff(attempt: int, *, base: float = 0.001, cap: float = 0.1) -> float:
 
 
 # -----------------------------------------------------------------------------
+# Resilience
+# -----------------------------------------------------------------------------
+
+
+class _Breaker:
+    """A circuit breaker, shared by all threads and tasks of a store."""
+
+    def __init__(self, policy: BreakerPolicy, clock: Callable[[], float] = time.monotonic) -> None:
+        self._policy = policy
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._opened_at: float | None = None
+        self._probing = False
+
+    @property
+    def state(self) -> Literal["closed", "open", "half-open"]:
+        """What the next request meets."""
+        if self._opened_at is None:
+            return "closed"
+        return "open" if self._clock() < self._opened_at + self._policy.open_s else "half-open"
+
+    def enter(self, backend: str, operation: str) -> None:
+        """Let a request through, or raise CircuitOpenError."""
+        with self._lock:
+            state = self.state
+            if state == "open" or (state == "half-open" and self._probing):
+                left = max(0.0, cast("float", self._opened_at) + self._policy.open_s - self._clock())
+                raise CircuitOpenError(
+                    f"{backend}: not asked to {operation}: it failed {self._failures} times in a row; "
+                    f"try again in {left:.1f} s",
+                    retry_after_s=left,
+                    backend=backend,
+                    operation=operation,
+                )
+            self._probing = state == "half-open"
+
+    def leave(self, *, failed: bool) -> None:
+        """Say how a request that was let through ended."""
+        with self._lock:
+            self._probing = False
+            if not failed:
+                self._failures, self._opened_at = 0, None
+                return
+            self._failures += 1
+            if self._failures >= self._policy.failures:
+                self._opened_at = self._clock()
+
+    def give_up(self) -> None:
+        """Say that a request was let through and cancelled: nothing was learnt."""
+        with self._lock:
+            self._probing = False
+
+
+class _Resilience:
+    """Sends requests under a retry policy and a circuit breaker; waiting is handed in, as it differs."""
+
+    def __init__(
+        self,
+        config: QdrantStoreConfig,
+        sleep: Callable[[float], Awaitable[object]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.breaker = _Breaker(config.breaker, clock)
+        self._policy = config.retry
+        self._sleep = sleep
+        self._clock = clock
+
+    async def send(self, operation: str, request: Callable[[], Awaitable[_T]]) -> _T:
+        """Send a request until it succeeds, or there is no sense in going on."""
+        begun = self._clock()
+        for attempt in itertools.count():
+            self.breaker.enter("server", operation)
+            try:
+                answer = await request()
+            except BackendError as error:
+                # A 4xx is an answer: it says nothing against the health of the server.
+                self.breaker.leave(failed=error.retryable and not isinstance(error, RateLimitedError))
+                wait = self._wait(error, attempt)
+                if wait is None or self._clock() + wait > begun + self._policy.deadline_s:
+                    raise
+            except BaseException:
+                self.breaker.give_up()
+                raise
+            else:
+                self.breaker.leave(failed=False)
+                return answer
+            await self._sleep(wait)
+        raise AssertionError("unreachable")  # pragma: no cover - count() does not end
+
+    def _wait(self, error: BackendError, attempt: int) -> float | None:
+        """Seconds to wait after a failed attempt, counted from 0; None where it was the last."""
+        if not error.retryable or attempt + 1 >= self._policy.attempts:
+            return None
+        jitter = random.uniform(0.0, min(self._policy.cap_s, self._policy.base_s * 2.0**attempt))
+        return max(jitter, error.retry_after_s) if isinstance(error, RateLimitedError) else jitter
+
+
+# -----------------------------------------------------------------------------
 # Contracts
 # -----------------------------------------------------------------------------
 
@@ -1164,6 +1393,7 @@ class StateStore(ABC):
         batch, ``total`` None where it is unknown.
         """
         self._ensure_open()
+        self._open()
         total, written = _size(snapshots), 0
         try:
             for batch in _batches(snapshots, self._check):
@@ -1334,6 +1564,9 @@ class StateStore(ABC):
     def _ensure_open(self) -> None:
         if self.is_closed:
             raise _closed()
+
+    def _open(self) -> None:  # noqa: B027 - most stores are open from the beginning
+        """Make ready what checks need; a store that connects on first use does so here."""
 
     def _place(self) -> str:
         return ""
@@ -1849,7 +2082,8 @@ class MemoryStore(StateStore):
 
     def _trim(self, timeline: deque[StateSnapshot]) -> int:
         removable = self._retention.removable([entry.updated_at_unix_ms for entry in timeline])
-        for _ in range(min(removable, len(timeline) - 1)):
+        removable = min(removable, len(timeline) - 1)  # the newest is the latest snapshot, which stays
+        for _ in range(removable):
             timeline.popleft()
         return removable
 
@@ -2092,25 +2326,25 @@ class _Collection:
     metadata: Mapping[str, Any]
 
 
+_Runs = Literal["in place", "in thread", "on loop"]
+
+
 class _Engine(Protocol):
     """What stands between the core and a database of points.
 
     ``indexed``: filters and orders are answered from indexes, not by looking at every point.
-    ``in_place``: calls are short and hold the interpreter, so that a thread would gain nothing.
+    ``runs``: how an asynchronous store calls it. "in place": calls are short and hold the interpreter, so
+    that a thread would gain nothing; "in thread": they block; "on loop": its coroutines suspend.
     ``compact``: nested payload values cost more than JSON strings.
     """
 
     name: str
     indexed: bool
-    in_place: bool
+    runs: _Runs
     compact: bool
 
     async def open_collection(self, collection: _Collection) -> Mapping[str, Any]:
         """Open a collection, creating it where absent; returns the metadata that it was created with."""
-        ...
-
-    async def write(self, collection: str, points: Sequence[_Point], deleted: Sequence[str] = ()) -> None:
-        """Put points, then delete others by id; the points appear all at one moment."""
         ...
 
     async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[_Record]:
@@ -2138,12 +2372,54 @@ class _Engine(Protocol):
         """How many points match."""
         ...
 
+    async def count_by(
+        self, collection: str, key: str, values: Sequence[str], where: _Filter
+    ) -> Mapping[str, int]:
+        """How many points match for each of these values of a keyword; 0 may be left out."""
+        ...
+
     async def close(self) -> None:
         """Flush and release everything."""
         ...
 
+
+class _EmbeddedEngine(_Engine, Protocol):
+    """An engine in this process, which owns its files."""
+
+    async def write(self, collection: str, points: Sequence[_Point], deleted: Sequence[str] = ()) -> None:
+        """Put points, then delete others by id; the points appear all at one moment."""
+        ...
+
     def abandon(self) -> None:
         """Let go of what a forked child inherited, without touching what the parent goes on using."""
+        ...
+
+
+class _Put(NamedTuple):
+    """Points to be put where a guard allows it, which is judged for each point by itself.
+
+    ``mode``: "insert" leaves points that exist alone, "update" those that do not; of those that exist,
+    only ones that match ``over`` are replaced.
+    """
+
+    points: Sequence[_Point]
+    mode: Literal["upsert", "insert", "update"] = "upsert"
+    over: _Filter | None = None
+
+
+class _SharedEngine(_Engine, Protocol):
+    """An engine that other processes write to as well: changes are guarded, and requests may be repeated."""
+
+    async def put(self, collection: str, puts: Sequence[_Put]) -> None:
+        """Put points, one put after another, in one request."""
+        ...
+
+    async def delete(self, collection: str, where: _Filter | Sequence[str]) -> None:
+        """Delete what matches a filter, or has these ids."""
+        ...
+
+    async def status(self, collection: str) -> Mapping[str, Any]:
+        """What the server says of itself and of the collection, asked once and without waiting long."""
         ...
 
 
@@ -2207,12 +2483,27 @@ def _qdrant_local() -> tuple[Any, Callable[[str], Any]]:
     return models, lambda location: _Local(location, force_disable_check_same_thread=True)
 
 
-class _EdgeEngine:
+class _CountsEach:
+    """Counts value by value, which is quickest within the process."""
+
+    async def count(self, collection: str, where: _Filter) -> int:
+        """See _Engine.count."""
+        raise NotImplementedError
+
+    async def count_by(
+        self, collection: str, key: str, values: Sequence[str], where: _Filter
+    ) -> Mapping[str, int]:
+        """See _Engine.count_by."""
+        narrowed = ((value, where._replace(must=(_Equal(key, value), *where.must))) for value in values)
+        return {value: await self.count(collection, each) for value, each in narrowed}
+
+
+class _EdgeEngine(_CountsEach):
     """Qdrant Edge: one shard a collection, in collections/<name>/, its manifest beside it."""
 
     name = "edge"
     indexed = True
-    in_place = True
+    runs: _Runs = "in place"
     compact = True
 
     # Flushing is what lets the write-ahead log shrink. More often costs throughput; more rarely makes the
@@ -2389,7 +2680,7 @@ class _GroupedConnection(sqlite3.Connection):
             self.grouped = False
 
 
-class _LocalEngine:
+class _LocalEngine(_CountsEach):
     """qdrant-client's local mode, made durable, atomic and quick to write.
 
     It keeps all points in memory and, pickled, in SQLite. What is relied on beyond its public interface
@@ -2398,7 +2689,7 @@ class _LocalEngine:
 
     name = "local"
     indexed = False
-    in_place = False
+    runs: _Runs = "in thread"
     compact = False
 
     _REBUILD_EVERY = 20_000  # deleted points stay in memory until the collection is loaded again
@@ -2512,7 +2803,7 @@ class _LocalEngine:
         with _translated(self.name, "page"):
             records, following = self._client.scroll(
                 collection,
-                scroll_filter=self._filter(where),
+                scroll_filter=_models_filter(self._models, where),
                 limit=limit,
                 order_by=order,
                 offset=cursor,
@@ -2531,7 +2822,7 @@ class _LocalEngine:
     async def search(self, collection: str, vector: list[float], where: _Filter, limit: int) -> list[_Record]:
         with _translated(self.name, "search"):
             found = self._client.query_points(
-                collection, query=vector, query_filter=self._filter(where), limit=limit
+                collection, query=vector, query_filter=_models_filter(self._models, where), limit=limit
             )
         return [_Record(str(point.id), point.payload or {}, point.score) for point in found.points]
 
@@ -2540,7 +2831,9 @@ class _LocalEngine:
             held = self._client.collections[collection]
             return len(held.ids) - int(held.deleted.sum())
         with _translated(self.name, "count"):
-            return cast("int", self._client.count(collection, count_filter=self._filter(where)).count)
+            return cast(
+                "int", self._client.count(collection, count_filter=_models_filter(self._models, where)).count
+            )
 
     async def close(self) -> None:
         with _translated(self.name, "close"):
@@ -2550,23 +2843,378 @@ class _LocalEngine:
         """Close the lock file unlocked: unlocking would let others into the parent's directory."""
         self._client._flock_file.close()
 
-    def _filter(self, where: _Filter) -> Any:
-        must, must_not = ([*map(self._condition, conditions)] for conditions in where)
-        return self._models.Filter(must=must, must_not=must_not)
 
-    def _condition(self, condition: _Condition) -> Any:
+def _models_filter(models: Any, where: _Filter) -> Any:
+    """A filter in the models of qdrant-client."""
+    must, must_not = ([_models_condition(models, each) for each in conditions] for conditions in where)
+    return models.Filter(must=must, must_not=must_not)
+
+
+def _models_condition(models: Any, condition: _Condition) -> Any:
+    match condition:
+        case _Equal(key, value):
+            return models.FieldCondition(key=key, match=models.MatchValue(value=value))
+        case _AnyOf(key, values):
+            return models.FieldCondition(key=key, match=models.MatchAny(any=list(values)))
+        case _Range(key, least, most):
+            return models.FieldCondition(key=key, range=models.Range(gte=least, lte=most))
+        case _Text(key, words):
+            return models.FieldCondition(key=key, match=models.MatchText(text=words))
+        case _Absent(key):
+            return models.IsEmptyCondition(is_empty=models.PayloadField(key=key))
+
+
+class _Blocking:
+    """A blocking client whose methods are coroutines, which never suspend."""
+
+    def __init__(self, client: object) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
+        method = getattr(self._client, name)
+
+        async def call(*arguments: Any, **options: Any) -> Any:
+            return method(*arguments, **options)
+
+        self.__dict__[name] = call
+        return call
+
+
+async def _block(seconds: float) -> None:
+    time.sleep(seconds)  # noqa: ASYNC251 - the waiting of a store that blocks
+
+
+def _qdrant_client() -> Any:
+    try:
+        import qdrant_client
+    except ImportError as error:
+        raise MissingDependencyError(
+            "a Qdrant server needs qdrant-client: pip install qdrant-client"
+        ) from error
+    return qdrant_client
+
+
+class _Where(TypedDict):
+    """What every BackendError says of its origin."""
+
+    backend: str
+    operation: str
+
+
+_SAID_CHARACTERS = 200  # of what a server says, in an error message
+
+
+def _server_error(error: Exception, operation: str, url: str) -> BackendError:
+    """What a failed request to a server means; the message says it in one line and holds no secret."""
+    import httpx
+    from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
+    from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
+
+    asked, where = f"Qdrant at {url}: {operation}", _Where(backend="server", operation=operation)
+    if isinstance(error, ResourceExhaustedResponse):
+        wait = float(error.retry_after_s)
+        return RateLimitedError(f"{asked}: too many requests, wait {wait:g} s", retry_after_s=wait, **where)
+    if isinstance(error, UnexpectedResponse):
+        return _status_error(error.status_code or 0, error.content, asked, where)
+    cause = error.source if isinstance(error, ResponseHandlingException) else error
+    said = _one_line(str(cause))[:_SAID_CHARACTERS] or type(cause).__name__
+    if isinstance(cause, httpx.TimeoutException):
+        message = f"{asked}: no answer in time ({type(cause).__name__})"
+        return BackendTimeoutError(message, retryable=True, **where)
+    if isinstance(cause, httpx.TransportError):
+        hint = "; port 6334 is for gRPC, REST is usually at 6333" if ":6334" in url else ""
+        message = f"{asked}: cannot be reached: {said}{hint}"
+        return BackendUnavailableError(message, retryable=True, **where)
+    return BackendError(f"{asked}: not an answer of Qdrant: {said}", **where)
+
+
+def _status_error(status: int, content: bytes, asked: str, where: _Where) -> BackendError:
+    """What an answer with an error status means."""
+    try:
+        said = str(json.loads(content)["status"]["error"])
+    except (ValueError, KeyError, TypeError):
+        said = content.decode(errors="replace")
+    hints = {401: "; is api_key right?", 403: "; may this api_key do that?"}
+    message = f"{asked}: HTTP {status}: {_one_line(said)[:_SAID_CHARACTERS]}{hints.get(status, '')}"
+    if status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.GATEWAY_TIMEOUT):
+        return BackendTimeoutError(message, retryable=True, **where)
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        return RateLimitedError(message, retry_after_s=0.0, **where)
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        retryable = status in (
+            HTTPStatus.INTERNAL_SERVER_ERROR,
+            HTTPStatus.BAD_GATEWAY,
+            HTTPStatus.SERVICE_UNAVAILABLE,
+        )
+        return BackendUnavailableError(message, retryable=retryable, **where)
+    return BackendRejectedError(message, **where)
+
+
+_STATUS_TIMEOUT = 5.0  # seconds
+_LEAST_SERVER = (1, 17)  # conditional upserts with update modes
+
+
+class _ServerEngine:
+    """A Qdrant server or cluster over REST: qdrant-client, blocking or asynchronous, behind one form."""
+
+    name = "server"
+    indexed = True
+    compact = False
+
+    def __init__(self, config: QdrantStoreConfig, runs: _Runs) -> None:
+        package = _qdrant_client()
+        import httpx
+
+        self.runs: _Runs = runs
+        self._config = config
+        self._models = package.models
+        self._url = cast("str", config.url)
+        blocking = runs == "in place"
+        headers = {} if config.api_key is None else {"api-key": config.api_key}  # as api_key= it would warn
+        limits = httpx.Limits(max_connections=config.pool_size, max_keepalive_connections=config.pool_size)
+        shared: dict[str, Any] = {"headers": headers, "limits": limits, "verify": config.verify}
+        kind = package.QdrantClient if blocking else package.AsyncQdrantClient
+        client = kind(url=self._url, check_compatibility=False, **shared)
+        http = client._client.openapi_client.client  # no public parameter tells the two timeouts apart
+        timeout = httpx.Timeout(config.request_timeout, connect=config.connect_timeout)
+        (http._client if blocking else http._async_client).timeout = timeout
+        raw = (httpx.Client if blocking else httpx.AsyncClient)(
+            base_url=client._client.rest_uri, timeout=timeout, **shared
+        )
+        self._client: Any = _Blocking(client) if blocking else client
+        self._raw: Any = _Blocking(raw) if blocking else raw
+        self.resilience = _Resilience(config, _block if blocking else _sleep)
+
+    async def _send(self, operation: str, request: Callable[[], Awaitable[Any]]) -> Any:
+        async def translated() -> Any:
+            try:
+                return await request()
+            except Exception as error:
+                raise _server_error(error, operation, self._url) from error
+
+        return await self.resilience.send(operation, translated)
+
+    async def open_collection(self, collection: _Collection) -> Mapping[str, Any]:
+        await self._check_version()
+        info = await self._describe(collection.name)
+        if info is None:
+            await self._create(collection)
+            info = await self._describe(collection.name)
+        params = info.config.params
+        vectors = params.vectors
+        size, distance = getattr(vectors, "size", None), getattr(vectors, "distance", None)
+        metadata = dict(info.config.metadata or {})
+        if metadata and (size != metadata.get("vector_size") or distance != self._models.Distance.COSINE):
+            raise SchemaMismatchError(
+                f"{self._url}: collection {collection.name!r} has vectors of size {size}, distance {distance}; "
+                f"{metadata.get('vector_size')} and Cosine are needed"
+            )
+        if metadata:
+            await self._create_indexes(collection, set(info.payload_schema))
+        return metadata
+
+    async def _check_version(self) -> None:
+        version = (await self._send("info", self._client.info)).version
+        numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+        if numbers < _LEAST_SERVER:
+            least = ".".join(map(str, _LEAST_SERVER))
+            raise UnsupportedServerError(f"{self._url}: Qdrant {version}; {least} or newer is needed")
+
+    async def _describe(self, name: str) -> Any:
+        try:
+            return await self._send("describe", lambda: self._client.get_collection(name))
+        except BackendRejectedError as error:
+            if getattr(error.__cause__, "status_code", None) == HTTPStatus.NOT_FOUND:
+                return None
+            raise
+
+    async def _create(self, collection: _Collection) -> None:
+        models, config = self._models, self._config
+        vectors = models.VectorParams(size=collection.vector_size, distance=models.Distance.COSINE)
+        try:
+            await self._send(
+                "create",
+                lambda: self._client.create_collection(
+                    collection.name,
+                    vectors_config=vectors,
+                    shard_number=config.shard_number,
+                    replication_factor=config.replication_factor,
+                    write_consistency_factor=config.write_consistency_factor,
+                    metadata=dict(collection.metadata),
+                ),
+            )
+        except BackendRejectedError as error:
+            if getattr(error.__cause__, "status_code", None) != HTTPStatus.CONFLICT:  # another one was faster
+                raise
+
+    async def _create_indexes(self, collection: _Collection, there: set[str]) -> None:
+        for key, kind in collection.indexes.items():
+            if key not in there:
+                await self._create_index(collection.name, key, kind)
+
+    async def _create_index(self, name: str, key: str, kind: _IndexKind) -> None:
         models = self._models
-        match condition:
-            case _Equal(key, value):
-                return models.FieldCondition(key=key, match=models.MatchValue(value=value))
-            case _AnyOf(key, values):
-                return models.FieldCondition(key=key, match=models.MatchAny(any=list(values)))
-            case _Range(key, least, most):
-                return models.FieldCondition(key=key, range=models.Range(gte=least, lte=most))
-            case _Text(key, words):
-                return models.FieldCondition(key=key, match=models.MatchText(text=words))
-            case _Absent(key):
-                return models.IsEmptyCondition(is_empty=models.PayloadField(key=key))
+        schema = (
+            models.KeywordIndexParams(type="keyword", is_tenant=True)
+            if kind == "tenant"
+            else models.PayloadSchemaType(kind)
+        )
+        await self._send(
+            "index", lambda: self._client.create_payload_index(name, key, field_schema=schema, wait=True)
+        )
+
+    async def put(self, collection: str, puts: Sequence[_Put]) -> None:
+        operations = [self._upsert(put) for put in puts]
+        ordering = self._config.write_ordering
+        if len(operations) == 1:
+            only = operations[0]
+            await self._send(
+                "upsert",
+                lambda: self._client.upsert(
+                    collection,
+                    points=only.points,
+                    update_filter=only.update_filter,
+                    update_mode=only.update_mode,
+                    ordering=ordering,
+                    wait=True,
+                ),
+            )
+        else:
+            batch = [self._models.UpsertOperation(upsert=operation) for operation in operations]
+            await self._send(
+                "upsert",
+                lambda: self._client.batch_update_points(collection, batch, ordering=ordering, wait=True),
+            )
+
+    def _upsert(self, put: _Put) -> Any:
+        models = self._models
+        return models.PointsList(
+            points=[
+                models.PointStruct(id=point.id, vector=point.vector, payload=point.payload)
+                for point in put.points
+            ],
+            update_filter=None if put.over is None else _models_filter(models, put.over),
+            update_mode=None if put.mode == "upsert" else models.UpdateMode(f"{put.mode}_only"),
+        )
+
+    async def delete(self, collection: str, where: _Filter | Sequence[str]) -> None:
+        models = self._models
+        selector = (
+            models.FilterSelector(filter=_models_filter(models, where))
+            if isinstance(where, _Filter)
+            else models.PointIdsList(points=list(where))
+        )
+        ordering = self._config.write_ordering
+        await self._send(
+            "delete", lambda: self._client.delete(collection, selector, ordering=ordering, wait=True)
+        )
+
+    async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[_Record]:
+        found = await self._send(
+            "retrieve",
+            lambda: self._client.retrieve(
+                collection, list(ids), with_payload=payload, consistency=self._config.read_consistency
+            ),
+        )
+        return [_Record(str(record.id), record.payload or {}) for record in found]
+
+    async def page(
+        self,
+        collection: str,
+        where: _Filter,
+        *,
+        limit: int,
+        cursor: Any = None,
+        newest_by: str | None = None,
+        payload: bool = True,
+    ) -> _Page:
+        models = self._models
+        order = newest_by and models.OrderBy(key=newest_by, direction=models.Direction.DESC)
+        records, following = await self._send(
+            "page",
+            lambda: self._client.scroll(
+                collection,
+                scroll_filter=_models_filter(models, where),
+                limit=limit,
+                offset=cursor,
+                order_by=order,
+                with_payload=payload or [newest_by],
+                consistency=self._config.read_consistency,
+            ),
+        )
+        return _Page([_Record(str(record.id), record.payload or {}) for record in records], following)
+
+    async def search(self, collection: str, vector: list[float], where: _Filter, limit: int) -> list[_Record]:
+        found = await self._send(
+            "search",
+            lambda: self._client.query_points(
+                collection,
+                query=vector,
+                query_filter=_models_filter(self._models, where),
+                limit=limit,
+                consistency=self._config.read_consistency,
+            ),
+        )
+        return [_Record(str(point.id), point.payload or {}, point.score) for point in found.points]
+
+    async def count(self, collection: str, where: _Filter) -> int:
+        counted = await self._send(
+            "count", lambda: self._client.count(collection, _models_filter(self._models, where), exact=True)
+        )
+        return cast("int", counted.count)
+
+    async def count_by(
+        self, collection: str, key: str, values: Sequence[str], where: _Filter
+    ) -> Mapping[str, int]:
+        narrowed = _models_filter(self._models, where._replace(must=(_AnyOf(key, values), *where.must)))
+        found = await self._send(
+            "count",
+            lambda: self._client.facet(
+                collection,
+                key,
+                facet_filter=narrowed,
+                limit=len(values),
+                exact=True,
+                consistency=self._config.read_consistency,
+            ),
+        )
+        return {hit.value: hit.count for hit in found.hits}
+
+    async def status(self, collection: str) -> Mapping[str, Any]:
+        """Asked without retry and breaker, and within ``_STATUS_TIMEOUT`` seconds each."""
+        found: dict[str, Any] = {"version": (await self._ask("GET", "")).get("version")}
+        place = f"collections/{urlquote(collection, safe='')}"
+        described = await self._ask("GET", place, absent_ok=True)
+        if described:
+            latest = {"filter": {"must": [{"key": "kind", "match": {"value": "latest"}}]}, "exact": True}
+            found["collection"] = described["result"]
+            found["users"] = (await self._ask("POST", f"{place}/points/count", json=latest))["result"][
+                "count"
+            ]
+        return found
+
+    async def _ask(
+        self, method: str, path: str, *, absent_ok: bool = False, **options: Any
+    ) -> dict[str, Any]:
+        """One plain request, for what may not wait."""
+        try:
+            answer = await self._raw.request(method, f"/{path}", timeout=_STATUS_TIMEOUT, **options)
+            if answer.status_code == HTTPStatus.NOT_FOUND and absent_ok:
+                return {}
+            if answer.status_code >= HTTPStatus.BAD_REQUEST:
+                asked = f"Qdrant at {self._url}: health"
+                where = _Where(backend="server", operation="health")
+                raise _status_error(answer.status_code, answer.content, asked, where)  # noqa: TRY301
+            return cast("dict[str, Any]", answer.json())
+        except BackendError:
+            raise
+        except Exception as error:
+            raise _server_error(error, "health", self._url) from error
+
+    async def close(self) -> None:
+        with _translated(self.name, "close"):
+            await self._client.close()
+            await (self._raw.close() if self.runs == "in place" else self._raw.aclose())
 
 
 class _LockFile:
@@ -2641,7 +3289,7 @@ class _Directory:
         """Run one coroutine of a core to its end, alone."""
         try:
             if self._orphaned:
-                raise StoreError(f"{self.path}: the store was opened before the fork; open it after the fork")
+                raise _forked(self.path)
             with self._lock:
                 if self._closed:
                     raise _closed()
@@ -2669,6 +3317,10 @@ class _Directory:
         self.engine.abandon()
 
 
+def _forked(place: str) -> StoreError:
+    return StoreError(f"{place}: the store was opened before the fork; open it after the fork")
+
+
 def _make_directory(path: str) -> None:
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -2678,7 +3330,7 @@ def _make_directory(path: str) -> None:
         raise StoreError(f"{path}: cannot be made: {error}") from error
 
 
-def _engine(path: Path, config: QdrantStoreConfig) -> _Engine:
+def _engine(path: Path, config: QdrantStoreConfig) -> _EmbeddedEngine:
     """The engine that wrote a directory, or the one chosen for a new one."""
     written = _engine_of(path)
     if written is not None and config.engine not in ("auto", written):
@@ -2707,6 +3359,7 @@ _DIRECTORIES: dict[str, _Directory] = {}
 _ABANDONED: list[
     _Directory
 ] = []  # kept, so that a forked child never runs the clean-up of the parent's objects
+_SERVERS: weakref.WeakSet[Any] = weakref.WeakSet()  # connections of this process; the class stands below
 _directories_lock = threading.RLock()  # reentrant: a store may be collected, and released, while it is held
 
 
@@ -2717,6 +3370,8 @@ def _after_fork_in_child() -> None:
         directory.abandon()
         _ABANDONED.append(directory)
     _DIRECTORIES.clear()
+    for server in _SERVERS:
+        server.abandon()
 
 
 if hasattr(os, "register_at_fork"):
@@ -2735,12 +3390,19 @@ _INDEXES: Mapping[str, _IndexKind] = {
 }
 _LATEST = _Equal("kind", "latest")
 _HISTORY = _Equal("kind", "history")
+_LAST_BITS = 1e-12  # by so much an engine may change a float
 _MOST_MATCHES = 2**31 - 1
+_MAX_COUNTED = 10_000  # users whose writes are counted on a server
 _ALL_OF_A_USER = 1_000_000  # more entries than the history of one user can sensibly have
 
 
 def _payload(snapshot: StateSnapshot, kind: str, *, compact: bool) -> dict[str, Any]:
+    """The payload of a point, its axes nested or, where that is cheaper, as a JSON string.
+
+    Qdrant Edge may change a float in its last bit; in the compact form there is a text of the confidence too.
+    """
     axes = snapshot.axes
+    exact = {"exact_confidence": repr(snapshot.confidence)} if compact and snapshot.confidence != 1.0 else {}
     return {
         "user_id": snapshot.user_id,
         "updated_at_unix_ms": snapshot.updated_at_unix_ms,
@@ -2749,6 +3411,7 @@ def _payload(snapshot: StateSnapshot, kind: str, *, compact: bool) -> dict[str, 
         "schema_version": snapshot.schema_version,
         "axes": axes._shape.json_form % axes._values if compact else dict(axes),
         "kind": kind,
+        **exact,
     }
 
 
@@ -2761,10 +3424,10 @@ def _snapshot(payload: Mapping[str, Any]) -> StateSnapshot:
             json.loads(axes) if isinstance(axes, str) else axes,
             payload["updated_at_unix_ms"],
             payload["source"],
-            payload["confidence"],
+            float(payload.get("exact_confidence", payload["confidence"])),
             payload["schema_version"],
         )
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise BackendError(
             f"a point does not hold a state snapshot: {error}", backend="qdrant", operation="decode"
         ) from error
@@ -2777,7 +3440,7 @@ def _where(search: _Search) -> _Filter:
     if search.source is not None:
         must.append(_Equal("source", search.source.value))
     if search.min_confidence is not None:
-        must.append(_Range("confidence", least=search.min_confidence))
+        must.append(_Range("confidence", least=search.min_confidence - _LAST_BITS))
     if search.since is not None or search.until is not None:
         must.append(_Range("updated_at_unix_ms", search.since, search.until))
     excluded = () if search.exclude_user_id is None else (_Equal("user_id", search.exclude_user_id),)
@@ -2856,41 +3519,189 @@ class _Draft:
         del self.times[:excess]
 
 
-class _Core:
-    """The logic of the Qdrant stores over an engine whose collection this process owns.
+class _Core(ABC):
+    """The logic of the Qdrant stores that every engine shares.
 
-    One coroutine runs at a time, alone; it awaits the engine and itself, nothing else. Besides the
-    collection there are, bounded by ``cache_size``: the latest snapshots and recent history of the users
-    last touched, and the times of their histories. An engine without indexes has the times of all users.
+    It awaits the engine and itself, nothing else.
     """
 
-    def __init__(self, engine: _Engine, config: QdrantStoreConfig, schema: _Schema) -> None:
+    schema: _Schema
+    batch = _BATCH
+
+    def __init__(self, engine: _Engine, config: QdrantStoreConfig) -> None:
         self.engine = engine
         self.config = config
-        self.schema = schema
         self._collection = config.collection_name
         self._retention = _Retention.of(config)
+
+    @abstractmethod
+    def cached(self, user_id: str) -> StateSnapshot | None:
+        """The latest snapshot where a cache has it. Safe without a lock: it only looks."""
+
+    @abstractmethod
+    async def find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
+        """The latest snapshots of those of these users who have one."""
+
+    @abstractmethod
+    async def get_history(self, user_id: str, window: _Window) -> list[StateSnapshot]: ...
+
+    @abstractmethod
+    async def write(self, snapshots: Sequence[StateSnapshot]) -> None: ...
+
+    @abstractmethod
+    async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None: ...
+
+    @abstractmethod
+    async def delete(self, user_id: str) -> bool: ...
+
+    @abstractmethod
+    async def _times_of(self, user_id: str) -> list[int]:
+        """The times of a user's history, ascending, hidden ones included."""
+
+    @abstractmethod
+    async def _remove(self, times: Mapping[str, list[int]]) -> None:
+        """Remove entries of histories."""
+
+    async def _open_schema(self) -> _Schema:
+        """Open the collection, creating it where absent."""
+        fresh = _Schema.of(self.config)
+        wanted = {
+            "format_version": _FORMAT_VERSION,
+            "axes": list(fresh.axes),
+            "vector_size": fresh.vector_size,
+        }
+        collection = _Collection(self._collection, fresh.vector_size, _INDEXES, wanted)
+        return _recorded_schema(self.config, await self.engine.open_collection(collection))
+
+    def begin(self, operation: Callable[[_Core], Coroutine[Any, Any, _T]]) -> Coroutine[Any, Any, _T]:
+        """The coroutine of an operation; one that needs the collection opens it first."""
+        return operation(self)
+
+    def check(self, snapshot: StateSnapshot) -> None:
+        """Raise ValidationError unless this is a snapshot that the store can keep."""
+        self.schema.check(_a_snapshot(snapshot).axes)
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        return (await self.find([user_id])).get(user_id)
+
+    async def upsert_latest(self, snapshot: StateSnapshot, expected: _Expected) -> None:
+        self.check(snapshot)
+        _check_expected(expected)
+        if expected is ANY:
+            await self.write([snapshot])
+        else:
+            await self.write_expected(snapshot, expected)
+
+    async def search(self, search: _Search) -> list[Match]:
+        vector, where = self.schema.vector(search.axes), _where(search)
+        limit = min(search.limit, _MOST_MATCHES)
+        while True:
+            records = await self.engine.search(self._collection, vector, where, limit)
+            found = ((_snapshot(record.payload), record.score) for record in records)
+            matches = [Match(entry, _clamped(score)) for entry, score in found if search.admits(entry)]
+            if search.history:
+                matches = await self._shown(matches)
+            if len(matches) >= search.limit or len(records) < limit or limit == _MOST_MATCHES:
+                break
+            limit = min(4 * limit, _MOST_MATCHES)  # some were not to be shown: look further
+        return [match for match in matches[: search.limit] if match.score >= search.score_threshold]
+
+    async def _shown(self, matches: list[Match]) -> list[Match]:
+        """Those matches that history shows: one that is not yet trimmed holds more."""
+        overfull = await self._overfull(list({match.snapshot.user_id for match in matches}))
+        return [
+            match
+            for match in matches
+            if match.snapshot.user_id not in overfull or await self._in_history(match.snapshot)
+        ]
+
+    async def _in_history(self, snapshot: StateSnapshot) -> bool:
+        times = await self._times_of(snapshot.user_id)
+        return snapshot.updated_at_unix_ms in times[self._retention.hidden(times) :]
+
+    async def page_of_users(self, cursor: _Cursor) -> tuple[list[str], _Cursor]:
+        page = await self.engine.page(self._collection, _Filter((_LATEST,)), limit=self.batch, cursor=cursor)
+        return [record.payload["user_id"] for record in page.records], page.cursor
+
+    async def count_users(self) -> int:
+        return await self.engine.count(self._collection, _Filter((_LATEST,)))
+
+    async def count_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
+        user_ids, cursor = await self.page_of_users(cursor)
+        counts = await self._count_by_user(user_ids, self._retention.cutoff())
+        return sum(min(self._retention.maximum, count) for count in counts.values()), cursor
+
+    async def _count_by_user(self, user_ids: Sequence[str], least: int = 0) -> Mapping[str, int]:
+        """How many entries the histories of users hold, from a time on."""
+        if not user_ids:
+            return {}
+        where = _Filter((_HISTORY, _Range("updated_at_unix_ms", least)) if least else (_HISTORY,))
+        return await self.engine.count_by(self._collection, "user_id", user_ids, where)
+
+    async def prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
+        user_ids, cursor = await self.page_of_users(cursor)
+        hidden, removed = dict[str, list[int]](), 0
+        for user_id in await self._overfull(user_ids):
+            times = await self._times_of(user_id)
+            removed += self._retention.removable(
+                times
+            )  # the newest entry is the latest snapshot, which stays
+            if number := self._retention.hidden(times):
+                hidden[user_id] = times[:number]
+        if hidden:
+            await self._remove(hidden)
+        return removed, cursor
+
+    async def _overfull(self, user_ids: Sequence[str]) -> list[str]:
+        """The users whose history holds entries that it does not show."""
+        held = await self._count_by_user(user_ids)
+        cutoff = self._retention.cutoff()
+        shown = await self._count_by_user(user_ids, cutoff) if cutoff else held
+        maximum = self._retention.maximum
+        return [user_id for user_id, count in held.items() if count > min(maximum, shown.get(user_id, 0))]
+
+    async def look(self) -> Health:
+        """How many users and how many points there are."""
+        users = await self.count_users()
+        points = await self.engine.count(self._collection, _Filter())
+        return Health("healthy", self.engine.name, 0.0, users, points)
+
+    async def _history_times(self, user_id: str) -> list[int]:
+        where = _Filter((_Equal("user_id", user_id), _HISTORY))
+        page = await self.engine.page(
+            self._collection, where, limit=_ALL_OF_A_USER, newest_by="updated_at_unix_ms", payload=False
+        )
+        return [record.payload["updated_at_unix_ms"] for record in reversed(page.records)]
+
+    def _point(self, snapshot: StateSnapshot, suffix: str | int, **extra: str) -> _Point:
+        kind = "latest" if suffix == "latest" else "history"
+        payload = _payload(snapshot, kind, compact=self.engine.compact)
+        vector = self.schema.vector(snapshot.axes)
+        return _Point(_point_id(snapshot.user_id, suffix), vector, {**payload, **extra} if extra else payload)
+
+
+class _OwnedCore(_Core):
+    """A collection that this process owns, in a directory.
+
+    One coroutine runs at a time, alone. Besides the collection there are, bounded by ``cache_size``: the
+    latest snapshots and recent history of the users last touched, and the times of their histories. An
+    engine without indexes has the times of all users.
+    """
+
+    def __init__(self, engine: _EmbeddedEngine, config: QdrantStoreConfig) -> None:
+        super().__init__(engine, config)
+        self._files = engine
         self._latest: MutableMapping[str, StateSnapshot] = FIFOCache(config.cache_size)
         self._recent: MutableMapping[str, _Recent] = FIFOCache(
             config.cache_size, getsizeof=lambda recent: len(recent.snapshots) + 1
         )
         self._times: MutableMapping[str, list[int]] = FIFOCache(config.cache_size) if engine.indexed else {}
 
-    @classmethod
-    async def open(cls, engine: _Engine, config: QdrantStoreConfig) -> _Core:
-        fresh = _Schema.of(config)
-        wanted = {
-            "format_version": _FORMAT_VERSION,
-            "axes": list(fresh.axes),
-            "vector_size": fresh.vector_size,
-        }
-        found = await engine.open_collection(
-            _Collection(config.collection_name, fresh.vector_size, _INDEXES, wanted)
-        )
-        core = cls(engine, config, _recorded_schema(config, found))
-        if not engine.indexed:
-            await core._learn_times()
-        return core
+    async def open(self) -> None:
+        """Open the collection, and learn what an engine without indexes cannot be asked."""
+        self.schema = await self._open_schema()
+        if not self.engine.indexed:
+            await self._learn_times()
 
     async def _learn_times(self) -> None:
         cursor, histories = None, list[tuple[str, int]]()
@@ -2913,14 +3724,11 @@ class _Core:
     # Reads
 
     def cached(self, user_id: str) -> StateSnapshot | None:
-        """The latest snapshot where the cache has it. Safe without the lock: it only looks."""
+        """See _Core.cached."""
         try:
             return self._latest[user_id]
         except (KeyError, TypeError):
             return None
-
-    async def get_latest(self, user_id: str) -> StateSnapshot | None:
-        return (await self.find([user_id])).get(user_id)
 
     async def find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
         found = {user_id: latest for user_id in user_ids if (latest := self.cached(user_id)) is not None}
@@ -2960,50 +3768,19 @@ class _Core:
         _keep(self._recent, user_id, recent)
         return recent
 
-    async def search(self, search: _Search) -> list[Match]:
-        vector, where = self.schema.vector(search.axes), _where(search)
-        limit = min(search.limit, _MOST_MATCHES)
-        while True:
-            records = await self.engine.search(self._collection, vector, where, limit)
-            matches = [Match(_snapshot(record.payload), _clamped(record.score)) for record in records]
-            if search.history:
-                matches = [match for match in matches if await self._in_history(match.snapshot)]
-            if len(matches) >= search.limit or len(records) < limit or limit == _MOST_MATCHES:
-                break
-            limit = min(4 * limit, _MOST_MATCHES)  # some were hidden by the bounds of history: look further
-        return [match for match in matches[: search.limit] if match.score >= search.score_threshold]
-
-    async def _in_history(self, snapshot: StateSnapshot) -> bool:
-        times = await self._times_of(snapshot.user_id)
-        first = self._retention.hidden(times)
-        return snapshot.updated_at_unix_ms in times[first:]
-
     async def page_of_users(self, cursor: _Cursor) -> tuple[list[str], _Cursor]:
-        if not self.engine.indexed:
-            return _next_page(iter(list(self._times)) if cursor is None else cursor)
-        page = await self.engine.page(self._collection, _Filter((_LATEST,)), limit=_BATCH, cursor=cursor)
-        return [record.payload["user_id"] for record in page.records], page.cursor
+        if self.engine.indexed:
+            return await super().page_of_users(cursor)
+        return _next_page(iter(list(self._times)) if cursor is None else cursor)
 
     async def count_users(self) -> int:
-        if not self.engine.indexed:
-            return len(self._times)
-        return await self.engine.count(self._collection, _Filter((_LATEST,)))
+        return await super().count_users() if self.engine.indexed else len(self._times)
 
-    async def count_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
-        user_ids, cursor = await self.page_of_users(cursor)
-        if not self.engine.indexed:
-            histories = [self._times[user_id] for user_id in user_ids if user_id in self._times]
-            return sum(len(times) - self._retention.hidden(times) for times in histories), cursor
-        shown = _Range("updated_at_unix_ms", least=self._retention.cutoff())
-        counted = [
-            await self.engine.count(self._collection, _Filter((_Equal("user_id", user_id), _HISTORY, shown)))
-            for user_id in user_ids
-        ]
-        return sum(min(self._retention.maximum, count) for count in counted), cursor
-
-    async def look(self) -> tuple[int, int]:
-        """How many users and how many points there are."""
-        return await self.count_users(), await self.engine.count(self._collection, _Filter())
+    async def _count_by_user(self, user_ids: Sequence[str], least: int = 0) -> Mapping[str, int]:
+        if self.engine.indexed:
+            return await super()._count_by_user(user_ids, least)
+        histories = ((user_id, self._times.get(user_id, [])) for user_id in user_ids)
+        return {user_id: len(times) - bisect_left(times, least) for user_id, times in histories}
 
     # Writes
 
@@ -3021,17 +3798,10 @@ class _Core:
         for user_id, draft in drafts.items():
             self._remember(user_id, draft)
 
-    def check(self, snapshot: StateSnapshot) -> None:
-        """Raise ValidationError unless this is a snapshot that the store can keep."""
-        self.schema.check(_a_snapshot(snapshot).axes)
-
-    async def upsert_latest(self, snapshot: StateSnapshot, expected: _Expected) -> None:
-        self.check(snapshot)
-        _check_expected(expected)
-        if expected is not ANY:
-            latest = await self.get_latest(snapshot.user_id)
-            if latest != expected:
-                raise _conflict(snapshot.user_id, expected, latest)
+    async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None:
+        latest = await self.get_latest(snapshot.user_id)
+        if latest != expected:
+            raise _conflict(snapshot.user_id, expected, latest)
         await self.write([snapshot])
 
     async def delete(self, user_id: str) -> bool:
@@ -3044,23 +3814,12 @@ class _Core:
         self._times.pop(user_id, None)
         return True
 
-    async def prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
-        user_ids, cursor = await self.page_of_users(cursor)
-        hidden, removed = dict[str, list[int]](), 0
-        for user_id in user_ids:
-            times = await self._times_of(user_id)
-            hidden[user_id] = times[: self._retention.hidden(times)]
-            removed += self._retention.removable(
-                times
-            )  # the newest entry is the latest snapshot, which stays
-        ids = [_point_id(user_id, time_ms) for user_id, times in hidden.items() for time_ms in times]
-        if ids:
-            await self._change(hidden, [], ids)
-        for user_id, times in hidden.items():
-            if times:
-                _keep(self._times, user_id, (await self._times_of(user_id))[len(times) :])
-                self._recent.pop(user_id, None)
-        return removed, cursor
+    async def _remove(self, times: Mapping[str, list[int]]) -> None:
+        ids = [_point_id(user_id, time_ms) for user_id, old in times.items() for time_ms in old]
+        await self._change(times, [], ids)
+        for user_id, old in times.items():
+            _keep(self._times, user_id, (await self._times_of(user_id))[len(old) :])
+            self._recent.pop(user_id, None)
 
     async def _drafts(self, user_ids: Iterable[str]) -> dict[str, _Draft]:
         """What is there of these users; the histories of new users are known to be empty."""
@@ -3075,31 +3834,19 @@ class _Core:
     async def _times_of(self, user_id: str) -> list[int]:
         times = self._times.get(user_id)
         if times is None:
-            times = await self._read_times(user_id) if self.engine.indexed else []
+            times = await self._learn(user_id) if self.engine.indexed else []
         return times
 
-    async def _read_times(self, user_id: str) -> list[int]:
-        where = _Filter((_Equal("user_id", user_id), _HISTORY))
-        page = await self.engine.page(
-            self._collection, where, limit=_ALL_OF_A_USER, newest_by="updated_at_unix_ms", payload=False
-        )
-        times = [record.payload["updated_at_unix_ms"] for record in reversed(page.records)]
+    async def _learn(self, user_id: str) -> list[int]:
+        times = await self._history_times(user_id)
         _keep(self._times, user_id, times)
         return times
-
-    def _point(self, snapshot: StateSnapshot, suffix: str | int) -> _Point:
-        kind = "latest" if suffix == "latest" else "history"
-        return _Point(
-            _point_id(snapshot.user_id, suffix),
-            self.schema.vector(snapshot.axes),
-            _payload(snapshot, kind, compact=self.engine.compact),
-        )
 
     async def _change(
         self, user_ids: Iterable[str], points: Sequence[_Point], deleted: Sequence[str]
     ) -> None:
         try:
-            await self.engine.write(self._collection, points, deleted)
+            await self._files.write(self._collection, points, deleted)
         except BaseException:
             # How much of it was done is unknown: look again at the next use.
             for user_id in user_ids:
@@ -3132,13 +3879,223 @@ class _Core:
         """After a failed write, take the times of a history from the engine."""
         self._times.pop(user_id, None)
         if not self.engine.indexed and await self.get_latest(user_id) is not None:
-            await self._read_times(user_id)
+            await self._learn(user_id)
 
     def forget_everything(self) -> None:
         """Empty the caches, so that no read is answered from them."""
         self._latest.clear()
         self._recent.clear()
         self._times.clear()
+
+
+class _SharedCore(_Core):
+    """A collection on a server, which other processes write to as well; opened by the first operation.
+
+    Many threads and tasks run at once, so that nothing here is relied on between two requests but what the
+    server guards. Every latest point has a random ``revision``; one written conditionally also names the
+    revision that it ``replaces``, "" for none.
+    """
+
+    batch = 500  # a request holds more than a step in the process
+
+    def __init__(self, engine: _SharedEngine, config: QdrantStoreConfig) -> None:
+        super().__init__(engine, config)
+        self._server = engine
+        self.is_open = False
+        self._since_trim: dict[str, int] = {}
+        self._latest: dict[str, tuple[float, StateSnapshot]] = {}
+
+    async def begin(self, operation: Callable[[_Core], Coroutine[Any, Any, _T]]) -> _T:
+        """See _Core.begin."""
+        await self.ensure_open()
+        return await operation(self)
+
+    async def ensure_open(self) -> None:
+        """Connect and open the collection, unless that has been done."""
+        if not self.is_open:
+            self.schema = await self._open_schema()
+            self.is_open = True
+
+    # Reads
+
+    def cached(self, user_id: str) -> StateSnapshot | None:
+        """See _Core.cached."""
+        if not self._latest:
+            return None
+        until, latest = self._latest.get(user_id, (0.0, None))
+        return latest if time.monotonic() < until else None
+
+    async def find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
+        ids = [_point_id(user_id, "latest") for user_id in user_ids]
+        records = await self.engine.retrieve(self._collection, ids) if ids else []
+        snapshots = [_snapshot(record.payload) for record in records]
+        for snapshot in snapshots:
+            self._keep(snapshot)
+        found = {snapshot.user_id: snapshot for snapshot in snapshots}
+        return {user_id: found[user_id] for user_id in user_ids if user_id in found}
+
+    def _keep(self, snapshot: StateSnapshot) -> None:
+        if self.config.cache_ttl and self.config.cache_size:
+            if len(self._latest) >= self.config.cache_size:
+                self._latest.clear()
+            self._latest[snapshot.user_id] = (time.monotonic() + self.config.cache_ttl, snapshot)
+
+    async def get_history(self, user_id: str, window: _Window) -> list[StateSnapshot]:
+        maximum = self._retention.maximum
+        wanted = min(maximum, window.limit) if window.until == _MAX_TIME_MS else maximum
+        if wanted == 0 or window.limit == 0:
+            return []
+        least = max(window.since, self._retention.cutoff())
+        where = _Filter((_Equal("user_id", user_id), _Range("updated_at_unix_ms", least)))
+        # One more: the latest point is among them, in case a writer died before it wrote the history.
+        page = await self.engine.page(
+            self._collection, where, limit=wanted + 1, newest_by="updated_at_unix_ms"
+        )
+        distinct = {record.payload["updated_at_unix_ms"]: record for record in page.records}
+        newest = [_snapshot(record.payload) for record in itertools.islice(distinct.values(), wanted)]
+        return [entry for entry in newest if entry.updated_at_unix_ms <= window.until][: window.limit]
+
+    async def look(self) -> Health:
+        status = await self._server.status(self._collection)
+        collection = status.get("collection")
+        if collection is None:
+            message = f"collection {self._collection!r} will be made by the first operation"
+            return Health("healthy", self.engine.name, 0.0, 0, 0, message=message, version=status["version"])
+        color = str(collection.get("status"))
+        return Health(
+            "healthy" if color == "green" else "unhealthy" if color == "red" else "degraded",
+            self.engine.name,
+            0.0,
+            status["users"],
+            collection.get("points_count"),
+            message="" if color == "green" else f"the collection is {color}",
+            version=status["version"],
+            collection_status=color,
+            indexed_vectors=collection.get("indexed_vectors_count"),
+        )
+
+    # Writes
+
+    async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
+        newest: dict[str, StateSnapshot] = {}
+        for snapshot in snapshots:
+            known = newest.get(snapshot.user_id)
+            if known is None or snapshot.updated_at_unix_ms >= known.updated_at_unix_ms:
+                newest[snapshot.user_id] = snapshot
+        entries = {(entry.user_id, entry.updated_at_unix_ms): entry for entry in snapshots}
+        history = [self._point(entry, time_ms) for (_, time_ms), entry in entries.items()]
+        await self._server.put(self._collection, self._puts(newest.values(), history))
+        for user_id in newest:
+            self._latest.pop(user_id, None)
+            await self._trim_in_turn(user_id)
+
+    def _puts(self, newest: Iterable[StateSnapshot], history: list[_Point]) -> list[_Put]:
+        """Each latest point unless there is a newer one, and the history."""
+        puts = [
+            _Put(
+                [self._latest_point(entry)],
+                over=_Filter((_Range("updated_at_unix_ms", most=entry.updated_at_unix_ms),)),
+            )
+            for entry in newest
+        ]
+        if self._retention.maximum == 0:
+            return puts
+        if len(puts) == len(history) == 1:
+            return [puts[0]._replace(points=[*puts[0].points, *history])]  # one condition serves both
+        return [_Put(history), *puts]
+
+    def _latest_point(self, snapshot: StateSnapshot, **extra: str) -> _Point:
+        return self._point(snapshot, "latest", revision=uuid.uuid4().hex, **extra)
+
+    async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None:
+        before = await self._latest_payload(snapshot.user_id)
+        found = None if before is None else _snapshot(before)
+        if not _same(found, expected):
+            raise _conflict(snapshot.user_id, expected, found)
+        if found is None or snapshot.updated_at_unix_ms >= found.updated_at_unix_ms:
+            await self._replace(snapshot, before)
+        if self._retention.maximum:
+            await self._server.put(
+                self._collection, [_Put([self._point(snapshot, snapshot.updated_at_unix_ms)])]
+            )
+        self._latest.pop(snapshot.user_id, None)
+        await self._trim_in_turn(snapshot.user_id)
+
+    async def _replace(self, snapshot: StateSnapshot, before: Mapping[str, Any] | None) -> None:
+        """Put the latest point in the place of another one, or of none; ConflictError where that failed."""
+        replaced = "" if before is None else str(before.get("revision", ""))
+        point = self._latest_point(snapshot, replaces=replaced)
+        if before is None:
+            put = _Put([point], mode="insert")
+        else:
+            unchanged = _Equal("revision", replaced) if replaced else _Absent("revision")
+            put = _Put([point], mode="update", over=_Filter((unchanged,)))
+        await self._server.put(self._collection, [put])
+        after = await self._latest_payload(snapshot.user_id)
+        mine = point.payload["revision"]
+        if after is not None and mine in (after.get("revision"), after.get("replaces")):
+            return
+        # Another one replaced what mine was to replace: mine can never happen. Anything else may have come
+        # after mine.
+        never = after is not None and after.get("replaces") == replaced
+        raise _lost(snapshot.user_id, ambiguous=not never)
+
+    async def _latest_payload(self, user_id: str) -> Mapping[str, Any] | None:
+        records = await self.engine.retrieve(self._collection, [_point_id(user_id, "latest")])
+        return records[0].payload if records else None
+
+    async def delete(self, user_id: str) -> bool:
+        there = await self.engine.retrieve(self._collection, [_point_id(user_id, "latest")], payload=False)
+        await self._server.delete(self._collection, _Filter((_Equal("user_id", user_id),)))
+        self._latest.pop(user_id, None)
+        return bool(there)
+
+    async def _trim_in_turn(self, user_id: str) -> None:
+        """Every so many writes of a user, remove what its history does not show."""
+        slack = max(16, self._retention.maximum // 4)
+        written = self._since_trim.get(user_id, 0) + 1
+        if written >= slack:
+            written = 0
+            times = await self._times_of(user_id)
+            if number := self._retention.hidden(times):
+                await self._remove({user_id: times[:number]})
+        if len(self._since_trim) >= _MAX_COUNTED and user_id not in self._since_trim:
+            self._since_trim.clear()
+        self._since_trim[user_id] = written
+
+    async def _times_of(self, user_id: str) -> list[int]:
+        return await self._history_times(user_id)
+
+    async def _remove(self, times: Mapping[str, list[int]]) -> None:
+        ids = [_point_id(user_id, time_ms) for user_id, old in times.items() for time_ms in old]
+        await self._server.delete(self._collection, ids)
+
+    def forget_everything(self) -> None:
+        """Empty the cache."""
+        self._latest.clear()
+
+
+def _same(found: StateSnapshot | None, expected: StateSnapshot | None) -> bool:
+    """Whether two snapshots are equal, but for the last bits of floats that went through a server."""
+    if found is None or expected is None:
+        return found is expected
+    near = all(
+        abs(found.axes[name] - value) <= _LAST_BITS if name in found.axes else False
+        for name, value in expected.axes.items()
+    )
+    alike = attrs.evolve(found, axes=expected.axes, confidence=expected.confidence) == expected
+    confidence = abs(found.confidence - expected.confidence) <= _LAST_BITS
+    return near and alike and confidence and len(found.axes) == len(expected.axes)
+
+
+def _lost(user_id: str, *, ambiguous: bool) -> ConflictError:
+    if ambiguous:
+        message = (
+            "was replaced while it was being written; the write may have happened: read before trying again"
+        )
+    else:
+        message = "was written by someone else first; read it again and retry, or use update()"
+    return ConflictError(f"user {_short_id(user_id)!r}: the latest snapshot {message}", ambiguous=ambiguous)
 
 
 class _ClosedCore:
@@ -3159,7 +4116,7 @@ _CLOSED = cast("_Core", _ClosedCore())
 _UNOPENED = cast("_Core", _UnopenedCore())
 
 
-def _acquire(config: QdrantStoreConfig) -> tuple[_Directory, _Core]:
+def _acquire(config: QdrantStoreConfig) -> tuple[_Directory, _OwnedCore]:
     """The opened directory and the core of a store; the directory is to be released."""
     path = os.path.realpath(Path(cast("str", config.path)).expanduser())
     with _directories_lock:
@@ -3175,10 +4132,11 @@ def _acquire(config: QdrantStoreConfig) -> tuple[_Directory, _Core]:
             raise
 
 
-def _core_in(directory: _Directory, config: QdrantStoreConfig) -> _Core:
-    core: _Core | None = directory.cores.get(config.collection_name)
+def _core_in(directory: _Directory, config: QdrantStoreConfig) -> _OwnedCore:
+    core: _OwnedCore | None = directory.cores.get(config.collection_name)
     if core is None:
-        core = directory.drive(_Core.open(directory.engine, config))
+        core = _OwnedCore(directory.engine, config)
+        directory.drive(core.open())
         directory.cores[config.collection_name] = core
     for field in ("enable_history", "max_history_per_user", "history_retention_days"):
         _agree(directory.path, field, getattr(core.config, field), getattr(config, field))
@@ -3205,6 +4163,14 @@ def _release(directory: _Directory) -> None:
             directory.close()
 
 
+def _tries(timeout: float) -> Iterator[float | None]:
+    """Seconds to wait after each try, None after the last."""
+    deadline = time.monotonic() + timeout
+    while (left := deadline - time.monotonic()) > 0:
+        yield min(0.25, left)
+    yield None
+
+
 def _lock_waits(lock_timeout: float) -> Iterator[float]:
     """Seconds to wait between tries for a lock, until the time is up."""
     deadline = time.monotonic() + lock_timeout
@@ -3212,31 +4178,87 @@ def _lock_waits(lock_timeout: float) -> Iterator[float]:
         yield min(0.05, left)
 
 
-def _embedded_config(config: QdrantStoreConfig | None, options: Mapping[str, Any]) -> QdrantStoreConfig:
+class _Server:
+    """A connection to a server, of one store."""
+
+    def __init__(self, engine: _ServerEngine, path: str) -> None:
+        self.engine = engine
+        self.path = path
+        self._orphaned = False
+        _SERVERS.add(self)
+
+    def check_process(self) -> None:
+        """Raise StoreError in a forked child: two processes cannot share a connection."""
+        if self._orphaned:
+            raise _forked(self.path)
+
+    def drive(self, flow: Coroutine[Any, Any, _T]) -> _T:
+        """Run a coroutine over a blocking connection to its end; many may run at once."""
+        try:
+            self.check_process()
+            return _run(flow)
+        finally:
+            flow.close()
+
+    def close(self) -> None:
+        """Close the blocking connection."""
+        if not self._orphaned:
+            _run(self.engine.close())
+
+    def abandon(self) -> None:
+        """Make every use in a forked child an error."""
+        self._orphaned = True
+
+
+def _connected(config: QdrantStoreConfig, runs: _Runs) -> tuple[_Server, _SharedCore]:
+    """A connection that is used first when it is needed, and the core over it."""
+    _warn_of_plain_key(config)
+    engine = _ServerEngine(config, runs)
+    return _Server(engine, cast("str", config.url)), _SharedCore(engine, config)
+
+
+def _warn_of_plain_key(config: QdrantStoreConfig) -> None:
+    parts = urlsplit(cast("str", config.url))
+    loopback = parts.hostname in ("localhost", "::1") or str(parts.hostname).startswith("127.")
+    if config.api_key and parts.scheme == "http" and not loopback:
+        message = f"the api key is sent in the clear to {parts.hostname}: use https"
+        warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def _qdrant_config(config: QdrantStoreConfig | None, options: Mapping[str, Any]) -> QdrantStoreConfig:
     config = _configured(QdrantStoreConfig, config, options)
-    if config.url is not None:
-        raise NotImplementedError("url=: the store over a Qdrant server is not there yet; use path=")
-    if config.path is None:
-        raise ValidationError("path: a directory is needed")
+    if (config.path is None) == (config.url is None):
+        raise ValidationError("path, url: one of them is needed, a directory or a server")
     return config
 
 
-def _report(directory: _Directory | None, started: float, found: tuple[int, int] | StoreError) -> Health:
-    backend = directory.engine.name if directory is not None else "qdrant"
-    location = None if directory is None else directory.path
+_SLOW_MS = 1_000.0  # a look at a server that takes longer is a sign of trouble
+
+
+def _report(place: _Directory | _Server | None, started: float, found: Health | StoreError) -> Health:
+    """What a look found, and what is known besides."""
+    backend, location = (place.engine.name, place.path) if place is not None else ("qdrant", None)
     latency_ms = (time.perf_counter() - started) * 1000
     if isinstance(found, StoreError):
         return Health("unhealthy", backend, latency_ms, location=location, message=str(found))
-    users, points = found
-    return Health("healthy", backend, latency_ms, users, points, location)
+    signs = [found.message] if found.message else []
+    if isinstance(place, _Server):
+        state = place.engine.resilience.breaker.state
+        signs += [f"the circuit breaker is {state}"] if state != "closed" else []
+        signs += [f"it took {latency_ms:.0f} ms to answer"] if latency_ms > _SLOW_MS else []
+    status = "degraded" if found.status == "healthy" and len(signs) > bool(found.message) else found.status
+    return attrs.evolve(
+        found, status=status, latency_ms=latency_ms, location=location, message="; ".join(signs)
+    )
 
 
 class QdrantStore(StateStore):
-    """A store on disk, through Qdrant embedded in this process.
+    """A store on disk, through Qdrant embedded in this process, or on a Qdrant server.
 
-    Options are the fields of QdrantStoreConfig; ``path`` is the directory. One process owns a directory;
-    within it any number of stores, synchronous and asynchronous, share it. Raises StoreLockedError when
-    another process has it, SchemaMismatchError when it holds something else, MissingDependencyError.
+    Options are the fields of QdrantStoreConfig. ``path`` is a directory, which one process owns; within it
+    any number of stores, synchronous and asynchronous, share it. Raises StoreLockedError when another process
+    has it, SchemaMismatchError when it holds something else, MissingDependencyError. ``url`` is a server or
+    cluster, of version 1.17 or newer, which is connected to on first use.
 
     >>> import tempfile
     >>> directory = tempfile.mkdtemp()
@@ -3248,12 +4270,18 @@ class QdrantStore(StateStore):
     """
 
     def __init__(self, config: QdrantStoreConfig | None = None, **options: Unpack[QdrantOptions]) -> None:
-        self._core = _CLOSED
-        self.config = _embedded_config(config, options)
-        self._directory, self._core = self._acquire()
-        self._release = weakref.finalize(self, _release, self._directory)
+        self.config = _qdrant_config(config, options)
+        self._held: _Directory | _Server
+        self._core: _Core
+        if self.config.url is None:
+            self._held, self._core = directory, _ = self._acquire()
+            release: Callable[[], object] = functools.partial(_release, directory)
+        else:
+            self._held, self._core = server, _ = _connected(self.config, "in place")
+            release = server.close
+        self._release = weakref.finalize(self, release)
 
-    def _acquire(self) -> tuple[_Directory, _Core]:
+    def _acquire(self) -> tuple[_Directory, _OwnedCore]:
         for wait in _lock_waits(self.config.lock_timeout):
             try:
                 return _acquire(self.config)
@@ -3262,11 +4290,16 @@ class QdrantStore(StateStore):
         return _acquire(self.config)
 
     def _drive(self, start: Callable[[_Core], Coroutine[Any, Any, _T]]) -> _T:
-        return self._directory.drive(start(self._core))
+        return self._held.drive(self._core.begin(start))
+
+    def _open(self) -> None:
+        if isinstance(self._core, _SharedCore):
+            self._held.drive(self._core.ensure_open())
 
     @property
     def axes(self) -> tuple[str, ...]:
         """See StateStore.axes."""
+        self._open()
         return self._core.schema.axes
 
     @property
@@ -3290,10 +4323,25 @@ class QdrantStore(StateStore):
         """See StateStore.health."""
         started = time.perf_counter()
         try:
-            found: tuple[int, int] | StoreError = self._drive(lambda core: core.look())
+            found: Health | StoreError = self._held.drive(self._core.look())
         except StoreError as error:
             found = error
-        return _report(self._directory, started, found)
+        return _report(self._held, started, found)
+
+    def wait_until_ready(self, timeout: float = 30.0) -> None:
+        """Wait until the server answers, at most ``timeout`` seconds; a directory is ready at once.
+
+        Raises what the server answers last, such as BackendUnavailableError.
+        """
+        for wait in _tries(timeout):
+            try:
+                self._held.drive(self._core.look())
+            except BackendError as error:
+                if wait is None or not error.retryable:
+                    raise
+                time.sleep(wait)
+            else:
+                return
 
     def close(self) -> None:
         """See StateStore.close."""
@@ -3328,7 +4376,7 @@ class QdrantStore(StateStore):
         return self._drive(lambda core: core.prune_page(cursor))
 
     def _place(self) -> str:
-        return repr(self.config.path)
+        return repr(self.config.path or self.config.url)
 
 
 class AsyncQdrantStore(AsyncStateStore):
@@ -3339,22 +4387,28 @@ class AsyncQdrantStore(AsyncStateStore):
     """
 
     def __init__(self, config: QdrantStoreConfig | None = None, **options: Unpack[QdrantOptions]) -> None:
-        self.config = _embedded_config(config, options)
-        self._core = _UNOPENED
-        self._directory: _Directory | None = None
+        self.config = _qdrant_config(config, options)
+        self._held: _Directory | _Server | None = None
+        self._core: _Core = _UNOPENED
         self._release: Callable[[], object] = _nothing
+        if self.config.url is not None:
+            self._held, self._core = _connected(self.config, "on loop")
 
     async def _open(self) -> None:
-        if self._directory is not None or self._core is _CLOSED:
-            return
+        if isinstance(self._core, _SharedCore):
+            await self._core.ensure_open()
+        elif self._held is None and self._core is not _CLOSED:
+            await self._open_directory()
+
+    async def _open_directory(self) -> None:
         directory, core = await self._acquire()
         if self._core is not _UNOPENED:  # another task was faster, or has closed the store
             _release(directory)
             return
-        self._directory, self._core = directory, core
+        self._held, self._core = directory, core
         self._release = weakref.finalize(self, _release, directory)
 
-    async def _acquire(self) -> tuple[_Directory, _Core]:
+    async def _acquire(self) -> tuple[_Directory, _OwnedCore]:
         for wait in _lock_waits(self.config.lock_timeout):
             try:
                 return await _in_thread(lambda: _acquire(self.config))
@@ -3363,16 +4417,26 @@ class AsyncQdrantStore(AsyncStateStore):
         return await _in_thread(lambda: _acquire(self.config))
 
     async def _drive(self, start: Callable[[_Core], Coroutine[Any, Any, _T]]) -> _T:
-        await self._open()
-        flow, directory = start(self._core), cast("_Directory", self._directory)
-        if directory.engine.in_place:
+        if self._held is None:
+            await self._open()
+        return await self._run(self._core.begin(start))
+
+    async def _run(self, flow: Coroutine[Any, Any, _T]) -> _T:
+        if isinstance(self._held, _Server):
+            try:
+                self._held.check_process()
+                return await flow
+            finally:
+                flow.close()
+        directory = cast("_Directory", self._held)
+        if directory.engine.runs == "in place":
             return directory.drive(flow)
         return await _in_worker(directory, flow)
 
     @property
     def axes(self) -> tuple[str, ...]:
         """See StateStore.axes; known once the store is open."""
-        if self._core is _UNOPENED:
+        if self._core is _UNOPENED or (isinstance(self._core, _SharedCore) and not self._core.is_open):
             return _Schema.of(self.config).axes
         return self._core.schema.axes
 
@@ -3399,15 +4463,35 @@ class AsyncQdrantStore(AsyncStateStore):
         """See StateStore.health."""
         started = time.perf_counter()
         try:
-            found: tuple[int, int] | StoreError = await self._drive(lambda core: core.look())
+            found: Health | StoreError = await self._look()
         except StoreError as error:
             found = error
-        return _report(self._directory, started, found)
+        return _report(self._held, started, found)
+
+    async def wait_until_ready(self, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - as in the other form
+        """See QdrantStore.wait_until_ready."""
+        for wait in _tries(timeout):
+            try:
+                await self._look()
+            except BackendError as error:
+                if wait is None or not error.retryable:
+                    raise
+                await _sleep(wait)
+            else:
+                return
+
+    async def _look(self) -> Health:
+        if self._held is None:
+            await self._open()
+        return await self._run(self._core.look())
 
     async def aclose(self) -> None:
         """See StateStore.close."""
-        self._core = _CLOSED
-        await _shielded(self._release)
+        was_open, self._core = self._core is not _CLOSED, _CLOSED
+        if not isinstance(self._held, _Server):
+            await _shielded(self._release)
+        elif was_open:
+            await _close_connection(self._held)
 
     def _check(self, snapshot: StateSnapshot) -> None:
         self._core.check(snapshot)
@@ -3437,7 +4521,7 @@ class AsyncQdrantStore(AsyncStateStore):
         return await self._drive(lambda core: core.prune_page(cursor))
 
     def _place(self) -> str:
-        return repr(self.config.path)
+        return repr(self.config.path or self.config.url)
 
 
 def _nothing() -> None:
@@ -3474,6 +4558,14 @@ def _limiter(directory: _Directory) -> Any:
         limiter = CapacityLimiter(1)
         directory.limiter.set(limiter)
     return limiter
+
+
+async def _close_connection(server: _Server) -> None:
+    """Close an asynchronous connection, also while being cancelled."""
+    import anyio
+
+    with anyio.CancelScope(shield=True):
+        await server.engine.close()
 
 
 async def _shielded(release: Callable[[], object]) -> None:
@@ -3906,11 +4998,6 @@ class _Table:
 
 
 # Showing things
-
-
-def _one_line(text: str) -> str:
-    """Take line ends and terminal controls out of a message."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text).strip()
 
 
 def _complain(message: str) -> None:
