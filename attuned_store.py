@@ -41,6 +41,7 @@ import operator
 import os
 import random
 import re
+import secrets
 import shutil
 import sqlite3
 import sys
@@ -3006,7 +3007,7 @@ class _ServerEngine:
         metadata = dict(info.config.metadata or {})
         if metadata and (size != metadata.get("vector_size") or distance != self._models.Distance.COSINE):
             raise SchemaMismatchError(
-                f"{self._url}: collection {collection.name!r} has vectors of size {size}, distance {distance}; "
+                f"{self._url}: collection {collection.name!r} has vectors of {size}, distance {distance}; "
                 f"{metadata.get('vector_size')} and Cosine are needed"
             )
         if metadata:
@@ -3392,6 +3393,7 @@ _LATEST = _Equal("kind", "latest")
 _HISTORY = _Equal("kind", "history")
 _LAST_BITS = 1e-12  # by so much an engine may change a float
 _MOST_MATCHES = 2**31 - 1
+_LINEAGE = 32  # revisions that a point on a server remembers
 _MAX_COUNTED = 10_000  # users whose writes are counted on a server
 _ALL_OF_A_USER = 1_000_000  # more entries than the history of one user can sensibly have
 
@@ -3673,7 +3675,7 @@ class _Core(ABC):
         )
         return [record.payload["updated_at_unix_ms"] for record in reversed(page.records)]
 
-    def _point(self, snapshot: StateSnapshot, suffix: str | int, **extra: str) -> _Point:
+    def _point(self, snapshot: StateSnapshot, suffix: str | int, **extra: Any) -> _Point:
         kind = "latest" if suffix == "latest" else "history"
         payload = _payload(snapshot, kind, compact=self.engine.compact)
         vector = self.schema.vector(snapshot.axes)
@@ -3892,8 +3894,9 @@ class _SharedCore(_Core):
     """A collection on a server, which other processes write to as well; opened by the first operation.
 
     Many threads and tasks run at once, so that nothing here is relied on between two requests but what the
-    server guards. Every latest point has a random ``revision``; one written conditionally also names the
-    revision that it ``replaces``, "" for none.
+    server guards. Every latest point has a random ``revision``; one written conditionally also names what it
+    ``replaces``: the revision before it and those that that one replaced, "" for none at all. So a writer
+    whose own point is gone already still finds out whether it was ever there.
     """
 
     batch = 500  # a request holds more than a step in the process
@@ -4004,8 +4007,8 @@ class _SharedCore(_Core):
             return [puts[0]._replace(points=[*puts[0].points, *history])]  # one condition serves both
         return [_Put(history), *puts]
 
-    def _latest_point(self, snapshot: StateSnapshot, **extra: str) -> _Point:
-        return self._point(snapshot, "latest", revision=uuid.uuid4().hex, **extra)
+    def _latest_point(self, snapshot: StateSnapshot, **extra: Any) -> _Point:
+        return self._point(snapshot, "latest", revision=secrets.token_hex(8), **extra)
 
     async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None:
         before = await self._latest_payload(snapshot.user_id)
@@ -4024,21 +4027,21 @@ class _SharedCore(_Core):
     async def _replace(self, snapshot: StateSnapshot, before: Mapping[str, Any] | None) -> None:
         """Put the latest point in the place of another one, or of none; ConflictError where that failed."""
         replaced = "" if before is None else str(before.get("revision", ""))
-        point = self._latest_point(snapshot, replaces=replaced)
+        earlier = [] if before is None else list(before.get("replaces", ()))
+        point = self._latest_point(snapshot, replaces=[replaced, *earlier][:_LINEAGE])
         if before is None:
             put = _Put([point], mode="insert")
         else:
             unchanged = _Equal("revision", replaced) if replaced else _Absent("revision")
             put = _Put([point], mode="update", over=_Filter((unchanged,)))
         await self._server.put(self._collection, [put])
-        after = await self._latest_payload(snapshot.user_id)
-        mine = point.payload["revision"]
-        if after is not None and mine in (after.get("revision"), after.get("replaces")):
+        after = await self._latest_payload(snapshot.user_id) or {}
+        seen = [after.get("revision"), *after.get("replaces", ())]
+        if point.payload["revision"] in seen:
             return
-        # Another one replaced what mine was to replace: mine can never happen. Anything else may have come
-        # after mine.
-        never = after is not None and after.get("replaces") == replaced
-        raise _lost(snapshot.user_id, ambiguous=not never)
+        # Another one replaced what mine was to replace: mine can never happen. Without that, an unconditional
+        # write or a deletion may have come after mine.
+        raise _lost(snapshot.user_id, ambiguous=replaced not in seen[1:])
 
     async def _latest_payload(self, user_id: str) -> Mapping[str, Any] | None:
         records = await self.engine.retrieve(self._collection, [_point_id(user_id, "latest")])

@@ -15,7 +15,7 @@ TIMED = "import time; start = time.perf_counter(); import {}; print(time.perf_co
 
 
 def seconds_of_import(module: str, bytecode: Path) -> float:
-    """The import alone, in a new process: without the start of the interpreter, from bytecode written before."""
+    """The import alone, in a new process: without the start of the interpreter, from bytecode at hand."""
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(bytecode), "PYTHONDONTWRITEBYTECODE": ""}
     command = [sys.executable, "-c", TIMED.format(module)]
     root = Path(__file__).parent.parent

@@ -68,8 +68,8 @@ async def scenario(path: Path, engine: Any, snapshots: list[list[StateSnapshot]]
         store = AsyncQdrantStore(path=path, engine=engine, max_history_per_user=1)  # so that prune has work
         async with ticker.phase("opening"):
             await store.health()
-        async with ticker.phase("search_similar"):
-            for user_id in USERS[:20]:
+        for user_id in USERS[:10]:
+            async with ticker.phase("search_similar"):  # each alone: a short call need not suspend
                 assert len(await store.search_similar(user_id)) == 10
         async with ticker.phase("users"):
             assert len([user_id async for user_id in store.users()]) == len(USERS)

@@ -6,6 +6,8 @@ Every test is written with await: a synchronous store is wrapped in `Awaited`. N
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.util
 import math
 import os
@@ -90,6 +92,35 @@ BACKENDS = {
     ),
 }
 FACES = ("sync", "asyncio", "trio")
+
+
+def collection_of(path: Path) -> str:
+    """A collection of its own for what other backends keep in a directory."""
+    return f"test_{hashlib.sha1(str(path).encode()).hexdigest()}"
+
+
+@functools.cache
+def loopback() -> Any:
+    """The loopback server of this test run, started when it is first asked for; conftest closes it."""
+    from qdrant_server import QdrantServer
+
+    return QdrantServer().start()
+
+
+def server_backend(url: Callable[[], str]) -> Backend:
+    """A backend whose stores are collections of one server."""
+    return Backend(
+        lambda path, **options: QdrantStore(url=url(), **{"collection_name": collection_of(path), **options}),
+        lambda path, **options: AsyncQdrantStore(
+            url=url(), **{"collection_name": collection_of(path), **options}
+        ),
+        library="qdrant_client",
+    )
+
+
+BACKENDS["server"] = server_backend(lambda: loopback().url)
+if "QDRANT_TEST_URL" in os.environ:
+    BACKENDS["real"] = server_backend(lambda: os.environ["QDRANT_TEST_URL"])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 
 pytest.register_assert_rewrite("conformance")
 
-from conformance import BACKENDS, FACES, Case, Clock, Open, cases  # noqa: E402
+from conformance import BACKENDS, FACES, Case, Clock, Open, cases, loopback  # noqa: E402
 
 import attuned_store  # noqa: E402
 from attuned_store import AsyncStateStore, StateStore  # noqa: E402
@@ -25,6 +25,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         backends = getattr(metafunc.cls, "backends", tuple(BACKENDS))
         faces = getattr(metafunc.cls, "faces", FACES)
         metafunc.parametrize("case", cases(backends, faces))
+
+
+def pytest_sessionfinish() -> None:
+    """Close the loopback server, if a test asked for it."""
+    if loopback.cache_info().currsize:
+        loopback().close()
 
 
 @pytest.fixture
