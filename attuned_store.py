@@ -3266,6 +3266,7 @@ class _Directory:
         self.path = path
         self.durability = config.durability
         self.stores = 0
+        self.opening = threading.Lock()  # of collections; the other lock may be waited for while it is held
         self.cores: dict[str, Any] = {}  # by collection; the core stands below
         self.limiter: Any = None  # of the worker threads of asynchronous stores
         self._orphaned = self._closed = False
@@ -3562,7 +3563,7 @@ class _Core(ABC):
 
     @abstractmethod
     async def _remove(self, times: Mapping[str, list[int]]) -> None:
-        """Remove entries of histories."""
+        """Remove the oldest entries of histories, which are given."""
 
     async def _open_schema(self) -> _Schema:
         """Open the collection, creating it where absent."""
@@ -3796,9 +3797,12 @@ class _OwnedCore(_Core):
                 points.append(self._point(draft.latest, "latest"))
             points += [self._point(entry, entry.updated_at_unix_ms) for entry in draft.put.values()]
             deleted += [_point_id(user_id, time_ms) for time_ms in draft.removed]
-        await self._change(drafts, points, deleted)
-        for user_id, draft in drafts.items():
-            self._remember(user_id, draft)
+
+        def remember() -> None:
+            for user_id, draft in drafts.items():
+                self._remember(user_id, draft)
+
+        await self._change(drafts, points, deleted, remember)
 
     async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None:
         latest = await self.get_latest(snapshot.user_id)
@@ -3810,18 +3814,20 @@ class _OwnedCore(_Core):
         latest, times = await self.get_latest(user_id), await self._times_of(user_id)
         if latest is None and not times:
             return False
-        points = [_point_id(user_id, "latest"), *(_point_id(user_id, time_ms) for time_ms in times)]
-        await self._change([user_id], [], points)
-        self._forget(user_id)
-        self._times.pop(user_id, None)
+        ids = [_point_id(user_id, "latest"), *(_point_id(user_id, time_ms) for time_ms in times)]
+        await self._change([user_id], [], ids, lambda: self._forget(user_id))
         return True
 
     async def _remove(self, times: Mapping[str, list[int]]) -> None:
         ids = [_point_id(user_id, time_ms) for user_id, old in times.items() for time_ms in old]
-        await self._change(times, [], ids)
-        for user_id, old in times.items():
-            _keep(self._times, user_id, (await self._times_of(user_id))[len(old) :])
-            self._recent.pop(user_id, None)
+        left = {user_id: (await self._times_of(user_id))[len(old) :] for user_id, old in times.items()}
+
+        def remember() -> None:
+            for user_id, still in left.items():
+                _keep(self._times, user_id, still)
+                self._recent.pop(user_id, None)
+
+        await self._change(times, [], ids, remember)
 
     async def _drafts(self, user_ids: Iterable[str]) -> dict[str, _Draft]:
         """What is there of these users; the histories of new users are known to be empty."""
@@ -3845,12 +3851,18 @@ class _OwnedCore(_Core):
         return times
 
     async def _change(
-        self, user_ids: Iterable[str], points: Sequence[_Point], deleted: Sequence[str]
+        self,
+        user_ids: Iterable[str],
+        points: Sequence[_Point],
+        deleted: Sequence[str],
+        remember: Callable[[], None],
     ) -> None:
+        """Write, then bring what is known of these users up to date."""
         try:
             await self._files.write(self._collection, points, deleted)
+            remember()
         except BaseException:
-            # How much of it was done is unknown: look again at the next use.
+            # How much of it was done is unknown, also after an interrupt: look again at the next use.
             for user_id in user_ids:
                 self._forget(user_id)
                 await self._relearn(user_id)
@@ -3876,10 +3888,10 @@ class _OwnedCore(_Core):
     def _forget(self, user_id: str) -> None:
         self._latest.pop(user_id, None)
         self._recent.pop(user_id, None)
+        self._times.pop(user_id, None)
 
     async def _relearn(self, user_id: str) -> None:
-        """After a failed write, take the times of a history from the engine."""
-        self._times.pop(user_id, None)
+        """Take the times of a history from an engine that cannot be asked at every use."""
         if not self.engine.indexed and await self.get_latest(user_id) is not None:
             await self._learn(user_id)
 
@@ -4127,12 +4139,13 @@ def _acquire(config: QdrantStoreConfig) -> tuple[_Directory, _OwnedCore]:
         if directory is None:
             directory = _DIRECTORIES[path] = _Directory(path, config)
         directory.stores += 1
-        try:
-            _agree(path, "durability", directory.durability, config.durability)
+    try:
+        _agree(path, "durability", directory.durability, config.durability)
+        with directory.opening:
             return directory, _core_in(directory, config)
-        except BaseException:
-            _release(directory)
-            raise
+    except BaseException:
+        _release(directory)
+        raise
 
 
 def _core_in(directory: _Directory, config: QdrantStoreConfig) -> _OwnedCore:
