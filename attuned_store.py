@@ -108,6 +108,7 @@ __all__ = [
     "BackendRejectedError",
     "BackendTimeoutError",
     "BackendUnavailableError",
+    "BreakerPolicy",
     "CircuitOpenError",
     "ConflictError",
     "Health",
@@ -120,6 +121,7 @@ __all__ = [
     "QdrantStore",
     "QdrantStoreConfig",
     "RateLimitedError",
+    "RetryPolicy",
     "SchemaMismatchError",
     "SnapshotError",
     "SnapshotFields",
@@ -314,6 +316,11 @@ def _one_line(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text).strip()
 
 
+def _kind(value: object) -> str:
+    """The type of a wrong argument, which may be somebody's id, for an error message."""
+    return type(value).__name__
+
+
 def _short_id(user_id: str) -> str:
     """At most the first four characters: ids are personal data and must not fill logs."""
     return user_id if len(user_id) <= _SHOWN_ID_CHARACTERS else user_id[:_SHOWN_ID_CHARACTERS] + "…"
@@ -433,7 +440,7 @@ def _as_dict(axes: Any) -> dict[Any, Any]:
         return dict(axes)  # also a dict: what is checked must be what is kept
     except (TypeError, ValueError):
         raise ValidationError(
-            f"axes: a mapping from axis name to value is needed, got {_shown(axes)}"
+            f"axes: a mapping from axis name to value is needed, got {_kind(axes)}"
         ) from None
 
 
@@ -476,7 +483,7 @@ def _integer(field: str, value: object, lowest: int, highest: int) -> int:
 
 def _user_id(value: object) -> str:
     if not isinstance(value, str):
-        raise ValidationError(f"user_id: a string is needed, got {_shown(value)}")
+        raise ValidationError(f"user_id: a string is needed, got {_kind(value)}")
     if value.__class__ is not str:
         value = str.__str__(value)
     if value.isascii() and value.isprintable() and 1 <= len(value) <= _MAX_USER_ID_BYTES:
@@ -595,7 +602,7 @@ class StateSnapshot:
     def from_dict(cls, fields: Mapping[str, Any]) -> StateSnapshot:
         """A snapshot from a mapping with the names of its fields. Raises ValidationError."""
         if not isinstance(fields, Mapping):
-            raise ValidationError(f"StateSnapshot: a mapping of its fields is needed, got {_shown(fields)}")
+            raise ValidationError(f"StateSnapshot: a mapping of its fields is needed, got {_kind(fields)}")
         names = {field.name for field in attrs.fields(cls)}
         for name in fields:
             if name not in names:
@@ -619,8 +626,8 @@ class Health:
     """What ``health`` found.
 
     ``status`` is healthy, degraded or unhealthy; ``backend`` memory, edge, local or server; ``latency_ms``
-    how long the look took; ``users`` how many users there are and ``points`` how many snapshots the engine
-    holds (latest ones and history), None where unknown; ``location`` the directory or url. For a server:
+    how long the look took; ``users`` how many users there are and ``points`` how many latest snapshots and
+    how many in history, together; None where unknown; ``location`` the directory or url. For a server:
     its ``version``, and the collection's ``collection_status`` and ``indexed_vectors``.
     """
 
@@ -682,7 +689,9 @@ def _path(value: str | os.PathLike[str]) -> str:
     raise ValidationError(f"path: a directory is needed, got {_shown(value)}")
 
 
-def _check_url(url: str) -> None:
+def _check_url(url: object) -> None:
+    if not isinstance(url, str):
+        raise ValidationError(f"url: a string is needed, got {_kind(url)}")
     problem = None
     try:
         parts = urlsplit(url)
@@ -828,8 +837,8 @@ class MemoryStoreConfig:
         try:
             return cls(**found)
         except ValidationError as error:
-            field_name = str(error).partition(":")[0]
-            raise ValidationError(f"{_variable(field_name)}: {error}") from None
+            field_name, _, rule = str(error).partition(":")
+            raise ValidationError(f"{_variable(field_name)}:{rule}") from None
 
 
 @attrs.frozen(kw_only=True)
@@ -1101,7 +1110,7 @@ def _successor(user_id: str, latest: StateSnapshot | None, new: object) -> State
     if new is None:
         return None
     if not isinstance(new, StateSnapshot):
-        raise ValidationError(f"update: the function must return a StateSnapshot or None, got {_shown(new)}")
+        raise ValidationError(f"update: the function must return a StateSnapshot or None, got {_kind(new)}")
     if new.user_id != user_id:
         raise ValidationError("user_id: the function of an update must return a snapshot of the same user")
     if latest is not None and new.updated_at_unix_ms <= latest.updated_at_unix_ms:
@@ -1115,12 +1124,12 @@ def _successor(user_id: str, latest: StateSnapshot | None, new: object) -> State
 def _a_snapshot(value: object) -> StateSnapshot:
     if isinstance(value, StateSnapshot):
         return value
-    raise ValidationError(f"snapshot: a StateSnapshot is needed, got {_shown(value)}")
+    raise ValidationError(f"snapshot: a StateSnapshot is needed, got {_kind(value)}")
 
 
 def _check_expected(expected: object) -> None:
     if not (expected is ANY or expected is None or isinstance(expected, StateSnapshot)):
-        raise ValidationError(f"expected: a StateSnapshot, None or ANY is needed, got {_shown(expected)}")
+        raise ValidationError(f"expected: a StateSnapshot, None or ANY is needed, got {_kind(expected)}")
 
 
 def _conflict(user_id: str, expected: StateSnapshot | None, found: StateSnapshot | None) -> ConflictError:
@@ -1257,21 +1266,32 @@ def _next_page(remaining: Iterator[str]) -> tuple[list[str], Iterator[str] | Non
 
 
 def _batches(
-    snapshots: Iterable[StateSnapshot], check: Callable[[StateSnapshot], object]
+    snapshots: Iterable[StateSnapshot], check: Callable[[StateSnapshot], object], size: int
 ) -> Iterator[list[StateSnapshot]]:
     """Cut into batches, checked before they are handed out: a list or tuple whole, others batch by batch."""
     if isinstance(snapshots, StateSnapshot) or not isinstance(snapshots, Iterable):
-        raise ValidationError(f"snapshots: an iterable of StateSnapshot is needed, got {_shown(snapshots)}")
+        raise ValidationError(f"snapshots: an iterable of StateSnapshot is needed, got {_kind(snapshots)}")
     known = isinstance(snapshots, list | tuple)
     if known:
         for snapshot in snapshots:
             check(snapshot)
-    remaining = iter(snapshots)
-    while batch := list(itertools.islice(remaining, _BATCH)):
+    failures: list[Exception] = []
+    remaining = _until_failure(iter(snapshots), failures)
+    while batch := list(itertools.islice(remaining, size)):
         if not known:
             for snapshot in batch:
                 check(snapshot)
         yield batch
+    for failure in failures:
+        raise failure
+
+
+def _until_failure(items: Iterator[_T], failures: list[Exception]) -> Iterator[_T]:
+    """Note an error of the caller's iterator, so that what came before it is dealt with first."""
+    try:
+        yield from items
+    except Exception as failure:  # noqa: BLE001 - it is raised again
+        failures.append(failure)
 
 
 def _size(snapshots: Iterable[StateSnapshot]) -> int | None:
@@ -1281,11 +1301,11 @@ def _size(snapshots: Iterable[StateSnapshot]) -> int | None:
         return None
 
 
-def _id_batches(user_ids: Iterable[str]) -> Iterator[list[str]]:
+def _id_batches(user_ids: Iterable[str], size: int) -> Iterator[list[str]]:
     if isinstance(user_ids, str) or not isinstance(user_ids, Iterable):
-        raise ValidationError(f"user_ids: an iterable of user ids is needed, got {_shown(user_ids)}")
+        raise ValidationError(f"user_ids: an iterable of user ids is needed, got {_kind(user_ids)}")
     checked = list(dict.fromkeys(_user_id(user_id) for user_id in user_ids))
-    return (checked[start : start + _BATCH] for start in range(0, len(checked), _BATCH))
+    return (checked[start : start + size] for start in range(0, len(checked), size))
 
 
 def _patch(
@@ -1397,7 +1417,7 @@ class StateStore(ABC):
         self._open()
         total, written = _size(snapshots), 0
         try:
-            for batch in _batches(snapshots, self._check):
+            for batch in _batches(snapshots, self._check, self._batch_size()):
                 self._write_batch(batch)
                 written += len(batch)
                 if progress is not None:
@@ -1449,7 +1469,7 @@ class StateStore(ABC):
         """The latest snapshots of those of these users who have one, by user id."""
         self._ensure_open()
         found: dict[str, StateSnapshot] = {}
-        for batch in _id_batches(user_ids):
+        for batch in _id_batches(user_ids, self._batch_size()):
             found.update(self._find(batch))
         return found
 
@@ -1568,6 +1588,10 @@ class StateStore(ABC):
 
     def _open(self) -> None:  # noqa: B027 - most stores are open from the beginning
         """Make ready what checks need; a store that connects on first use does so here."""
+
+    def _batch_size(self) -> int:
+        """How many snapshots or users one step of a long operation takes."""
+        return _BATCH
 
     def _place(self) -> str:
         return ""
@@ -1713,7 +1737,7 @@ class AsyncStateStore(ABC):
         await self._open()
         total, written = _size(snapshots), 0
         try:
-            for batch in _batches(snapshots, self._check):
+            for batch in _batches(snapshots, self._check, self._batch_size()):
                 await self._write_batch(batch)
                 written += len(batch)
                 if progress is not None:
@@ -1758,7 +1782,7 @@ class AsyncStateStore(ABC):
         """See StateStore.get_many."""
         self._ensure_open()
         found: dict[str, StateSnapshot] = {}
-        for batch in _id_batches(user_ids):
+        for batch in _id_batches(user_ids, self._batch_size()):
             if found:
                 await _sleep(0)
             found.update(await self._find(batch))
@@ -1841,6 +1865,9 @@ class AsyncStateStore(ABC):
     def _ensure_open(self) -> None:
         if self.is_closed:
             raise _closed()
+
+    def _batch_size(self) -> int:
+        return _BATCH
 
     def _place(self) -> str:
         return ""
@@ -2043,7 +2070,7 @@ class MemoryStore(StateStore):
         if self._closed:
             return Health("unhealthy", "memory", 0.0, message="the store is closed")
         timelines = list(self._timelines.values())
-        points = sum(map(len, timelines))
+        points = len(timelines) + (sum(map(len, timelines)) if self._retention.maximum else 0)
         return Health("healthy", "memory", (time.perf_counter() - started) * 1000, len(timelines), points)
 
     def close(self) -> None:
@@ -3271,10 +3298,11 @@ class _Directory:
         self.limiter: Any = None  # of the worker threads of asynchronous stores
         self._orphaned = self._closed = False
         self._lock = threading.Lock()
+        _engine_class(Path(path), config)  # a missing library is found before anything is made
         _make_directory(path)
         self._lock_file = self._take_lock()
         try:
-            self.engine = _engine(Path(path), config)
+            self.engine: _EmbeddedEngine = _engine_class(Path(path), config)(Path(path), config.durability)
         except BaseException:
             self._lock_file.close()
             raise
@@ -3332,22 +3360,23 @@ def _make_directory(path: str) -> None:
         raise StoreError(f"{path}: cannot be made: {error}") from error
 
 
-def _engine(path: Path, config: QdrantStoreConfig) -> _EmbeddedEngine:
-    """The engine that wrote a directory, or the one chosen for a new one."""
+def _engine_class(path: Path, config: QdrantStoreConfig) -> type[_EdgeEngine | _LocalEngine]:
+    """The engine that wrote a directory, or the one for a new one; its library is there."""
     written = _engine_of(path)
     if written is not None and config.engine not in ("auto", written):
         raise SchemaMismatchError(
             f'{path}: written by engine="{written}", not by "{config.engine}"; '
-            f'open it with engine="auto", or copy it into another directory'
+            f'open it with engine="auto", or export it and import that elsewhere'
         )
+    if (written or config.engine) == "auto":
+        with contextlib.suppress(MissingDependencyError):
+            _qdrant_edge()
+            return _EdgeEngine
     if (written or config.engine) == "edge":
-        return _EdgeEngine(path, config.durability)
-    if (written or config.engine) == "local":
-        return _LocalEngine(path, config.durability)
-    try:
-        return _EdgeEngine(path, config.durability)
-    except MissingDependencyError:
-        return _LocalEngine(path, config.durability)
+        _qdrant_edge()
+        return _EdgeEngine
+    _qdrant_local()
+    return _LocalEngine
 
 
 def _engine_of(path: Path) -> Literal["edge", "local"] | None:
@@ -3358,9 +3387,7 @@ def _engine_of(path: Path) -> Literal["edge", "local"] | None:
 
 
 _DIRECTORIES: dict[str, _Directory] = {}
-_ABANDONED: list[
-    _Directory
-] = []  # kept, so that a forked child never runs the clean-up of the parent's objects
+_ABANDONED: list[_Directory] = []  # kept, so that a forked child never cleans up the parent's objects
 _SERVERS: weakref.WeakSet[Any] = weakref.WeakSet()  # connections of this process; the class stands below
 _directories_lock = threading.RLock()  # reentrant: a store may be collected, and released, while it is held
 
@@ -3491,6 +3518,11 @@ def _recorded_schema(config: QdrantStoreConfig, found: Mapping[str, Any]) -> _Sc
         if asked is not None and asked != there:
             raise SchemaMismatchError(f"{place} has {name} {there}; this store asks for {asked}")
     return _Schema(recorded, vector_size)
+
+
+def _lacks(times: Sequence[int], latest: StateSnapshot) -> bool:
+    """Whether a history was off when the latest snapshot was written."""
+    return not times or times[-1] != latest.updated_at_unix_ms
 
 
 class _Draft:
@@ -3669,6 +3701,20 @@ class _Core(ABC):
         points = await self.engine.count(self._collection, _Filter())
         return Health("healthy", self.engine.name, 0.0, users, points)
 
+    async def _newest(self, user_id: str, wanted: int, least: int = 0) -> list[StateSnapshot]:
+        """The newest entries of a history from a time on, newest first, in one request.
+
+        The latest point is among them, hence one more, in case history does not hold it: a writer on a server
+        died before it wrote the history, or history was off.
+        """
+        since = (_Range("updated_at_unix_ms", least),) if least else ()
+        where = _Filter((_Equal("user_id", user_id), *since))
+        page = await self.engine.page(
+            self._collection, where, limit=wanted + 1, newest_by="updated_at_unix_ms"
+        )
+        distinct = {record.payload["updated_at_unix_ms"]: record for record in page.records}
+        return [_snapshot(record.payload) for record in itertools.islice(distinct.values(), wanted)]
+
     async def _history_times(self, user_id: str) -> list[int]:
         where = _Filter((_Equal("user_id", user_id), _HISTORY))
         page = await self.engine.page(
@@ -3757,19 +3803,22 @@ class _OwnedCore(_Core):
         if wanted == 0:
             return _Recent((), complete=maximum == 0)
         if user_id in self._times or not self.engine.indexed:
-            times = self._times.get(user_id, [])[-wanted:]
-            ids = [_point_id(user_id, time_ms) for time_ms in times]
-            records = await self.engine.retrieve(self._collection, ids) if ids else []
+            snapshots = await self._newest_by_id(user_id, wanted)
         else:
-            where = _Filter((_Equal("user_id", user_id), _HISTORY))
-            page = await self.engine.page(
-                self._collection, where, limit=wanted, newest_by="updated_at_unix_ms"
-            )
-            records = page.records
-        snapshots = sorted((_snapshot(record.payload) for record in records), key=_time_of, reverse=True)
+            snapshots = await self._newest(user_id, wanted)
         recent = _Recent(tuple(snapshots), complete=len(snapshots) < wanted or wanted == maximum)
         _keep(self._recent, user_id, recent)
         return recent
+
+    async def _newest_by_id(self, user_id: str, wanted: int) -> list[StateSnapshot]:
+        """As _newest, where the times are known."""
+        latest, times = await self.get_latest(user_id), self._times.get(user_id, [])
+        ids = [_point_id(user_id, time_ms) for time_ms in times[-wanted:]]
+        records = await self.engine.retrieve(self._collection, ids) if ids else []
+        snapshots = sorted((_snapshot(record.payload) for record in records), key=_time_of, reverse=True)
+        if latest is not None and _lacks(times, latest):
+            snapshots = [latest, *snapshots][:wanted]
+        return snapshots
 
     async def page_of_users(self, cursor: _Cursor) -> tuple[list[str], _Cursor]:
         if self.engine.indexed:
@@ -3832,12 +3881,13 @@ class _OwnedCore(_Core):
     async def _drafts(self, user_ids: Iterable[str]) -> dict[str, _Draft]:
         """What is there of these users; the histories of new users are known to be empty."""
         latest = await self.find(list(user_ids))
-        return {
-            user_id: _Draft(
-                latest.get(user_id), list(await self._times_of(user_id)) if user_id in latest else []
-            )
-            for user_id in user_ids
-        }
+        drafts = {user_id: _Draft(None, []) for user_id in user_ids}
+        for user_id, snapshot in latest.items():
+            draft = drafts[user_id] = _Draft(snapshot, list(await self._times_of(user_id)))
+            if _lacks(draft.times, snapshot) and self._retention.maximum:
+                draft.times.append(snapshot.updated_at_unix_ms)
+                draft.put[snapshot.updated_at_unix_ms] = snapshot
+        return drafts
 
     async def _times_of(self, user_id: str) -> list[int]:
         times = self._times.get(user_id)
@@ -3960,14 +4010,7 @@ class _SharedCore(_Core):
         wanted = min(maximum, window.limit) if window.until == _MAX_TIME_MS else maximum
         if wanted == 0 or window.limit == 0:
             return []
-        least = max(window.since, self._retention.cutoff())
-        where = _Filter((_Equal("user_id", user_id), _Range("updated_at_unix_ms", least)))
-        # One more: the latest point is among them, in case a writer died before it wrote the history.
-        page = await self.engine.page(
-            self._collection, where, limit=wanted + 1, newest_by="updated_at_unix_ms"
-        )
-        distinct = {record.payload["updated_at_unix_ms"]: record for record in page.records}
-        newest = [_snapshot(record.payload) for record in itertools.islice(distinct.values(), wanted)]
+        newest = await self._newest(user_id, wanted, max(window.since, self._retention.cutoff()))
         return [entry for entry in newest if entry.updated_at_unix_ms <= window.until][: window.limit]
 
     async def look(self) -> Health:
@@ -4117,11 +4160,15 @@ class _ClosedCore:
     """What a closed store has in place of its core: every use raises."""
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
         raise _closed()
 
 
 class _UnopenedCore:
     """What an asynchronous store has in place of its core until it is first awaited."""
+
+    batch = _BATCH
 
     def cached(self, user_id: str) -> None:
         """Nothing is known before opening."""
@@ -4242,6 +4289,10 @@ def _warn_of_plain_key(config: QdrantStoreConfig) -> None:
 
 
 def _qdrant_config(config: QdrantStoreConfig | None, options: Mapping[str, Any]) -> QdrantStoreConfig:
+    if options.get("path") is not None:
+        options = {"url": None, **options}  # what is asked for here counts, whatever the configuration says
+    elif options.get("url") is not None:
+        options = {"path": None, **options}
     config = _configured(QdrantStoreConfig, config, options)
     if (config.path is None) == (config.url is None):
         raise ValidationError("path, url: one of them is needed, a directory or a server")
@@ -4391,6 +4442,9 @@ class QdrantStore(StateStore):
     def _prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
         return self._drive(lambda core: core.prune_page(cursor))
 
+    def _batch_size(self) -> int:
+        return self._core.batch
+
     def _place(self) -> str:
         return repr(self.config.path or self.config.url)
 
@@ -4451,9 +4505,9 @@ class AsyncQdrantStore(AsyncStateStore):
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """See StateStore.axes; known once the store is open."""
+        """See StateStore.axes; raises StoreError before the store is open."""
         if self._core is _UNOPENED or (isinstance(self._core, _SharedCore) and not self._core.is_open):
-            return _Schema.of(self.config).axes
+            raise StoreError("the axes are known once the store is open: await an operation first")
         return self._core.schema.axes
 
     @property
@@ -4535,6 +4589,9 @@ class AsyncQdrantStore(AsyncStateStore):
 
     async def _prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
         return await self._drive(lambda core: core.prune_page(cursor))
+
+    def _batch_size(self) -> int:
+        return self._core.batch
 
     def _place(self) -> str:
         return repr(self.config.path or self.config.url)
@@ -4623,13 +4680,15 @@ def _target_options(target: str | os.PathLike[str] | None) -> tuple[bool, dict[s
 
 
 def _default_target() -> str:
-    return os.environ.get("ATTUNED_STORE") or os.environ.get("QDRANT_URL") or _DEFAULT_TARGET
+    named = map(os.environ.get, ("ATTUNED_STORE", "QDRANT_URL", "ATTUNED_STORE_PATH"))
+    return next(filter(None, named), _DEFAULT_TARGET)
 
 
 def open_store(target: str | os.PathLike[str] | None = None, **options: Unpack[QdrantOptions]) -> StateStore:
     """A synchronous store: "memory://", a path or "file://<path>", or "http(s)://<host>:6333".
 
-    Without a target: what ATTUNED_STORE names, else QDRANT_URL, else ./attuned_state. Options are the fields
+    Without a target: what ATTUNED_STORE names, else QDRANT_URL, else ATTUNED_STORE_PATH, else
+    ./attuned_state. Options are the fields
     of the store's configuration; those not given come from the environment (see from_env). Raises
     ValidationError for a target of another kind, and what the store raises on opening.
     """

@@ -39,9 +39,13 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QdrantStore]:
         yield store
 
 
+def core_of(store: QdrantStore) -> Any:
+    return store._core
+
+
 def shard_of(store: QdrantStore) -> Any:
     """What the store writes to, to be called without the store."""
-    return store._core.engine._shards[store.config.collection_name]  # type: ignore[attr-defined]
+    return core_of(store).engine._shards[store.config.collection_name]
 
 
 def bare_point(snapshot: StateSnapshot, name: str | int, kind: str) -> Any:
@@ -86,7 +90,7 @@ def test_upsert_latest(benchmark: Any, table: Table, store: QdrantStore, tmp_pat
 def test_get_latest_cached(benchmark: Any, table: Table, full: QdrantStore) -> None:
     full.get_many(MANY)
     shard = shard_of(full)
-    ids = [str(full._core._point(full[user_id], "latest").id) for user_id in MANY]
+    ids = [str(core_of(full)._point(full[user_id], "latest").id) for user_id in MANY]
 
     def ours() -> None:
         for user_id in MANY:
@@ -116,7 +120,7 @@ def test_get_history(benchmark: Any, table: Table, full: QdrantStore, cache: str
             where = edge.Filter(must=[of_user, of_kind])
             shard.scroll(edge.ScrollRequest(limit=10, filter=where, with_payload=True, order_by=order))
 
-    forget = full._core.forget_everything if cache == "cold" else tuple
+    forget = core_of(full).forget_everything if cache == "cold" else tuple
     outcome = contest(benchmark, {"store": ours, "bare": bare}, calls=len(users), rounds=ROUNDS, setup=forget)
     table.add(
         f"edge get_history(limit=10), 50,000 points, {cache}",

@@ -80,7 +80,8 @@ def test_get_history(benchmark: Any, table: Table, store: QdrantStore, cache: st
         store.upsert_many(states(MANY, START_MS + age))
     assert store.health().points == 10_000
     users = MANY[:100]
-    client = store._core.engine._client  # type: ignore[attr-defined]
+    core: Any = store._core
+    client = core.engine._client
     order = models.OrderBy(key="updated_at_unix_ms", direction=models.Direction.DESC)
 
     def ours() -> None:
@@ -96,7 +97,7 @@ def test_get_history(benchmark: Any, table: Table, store: QdrantStore, cache: st
         client.scroll(store.config.collection_name, where, limit=10, order_by=order)
         return (time.perf_counter() - started) * len(users)
 
-    forget = store._core._recent.clear if cache == "cold" else tuple  # ids of all users are kept, always
+    forget = core._recent.clear if cache == "cold" else tuple  # ids of all users are kept, always
     outcome = contest(benchmark, {"store": ours, "bare": bare}, calls=len(users), rounds=11, setup=forget)
     table.add(
         f"local get_history(limit=10), 10,000 points, {cache}",

@@ -653,22 +653,47 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, run: Run, file: str) -> None
 
 
 @posix
-def test_what_was_read_before_a_failure_is_written(
+def test_a_file_that_changes_between_the_readings(
     path: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where reading fails in the middle of writing, what came before is kept, and the error says how much."""
+    """Where a file is cut after it was checked, the error says so, and how much was written."""
     file = tmp_path / "a.csv"
     rows = [f"user{n:05},0.5" for n in range(5_000)]
     file.write_text("\n".join(["user_id,calm", *rows]))
-    original = attuned_store._Table.snapshots  # type: ignore[attr-defined]
+    original = attuned_store._Table.snapshots
 
     def cut(table: Any) -> Iterator[StateSnapshot]:
         os.truncate(file, file.stat().st_size // 2)
         yield from original(table)
 
-    monkeypatch.setattr(attuned_store._Table, "snapshots", cut)  # type: ignore[attr-defined]
+    monkeypatch.setattr(attuned_store._Table, "snapshots", cut)
     one_line(run("--store", path, "import", file), 1, "the file changed while it was read")
     assert 2_000 < len(kept(path)) < 3_000
+
+
+def test_what_was_read_before_a_failure_is_written(
+    path: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where reading fails in the middle of writing, what came before is kept, and the error says how much."""
+    file = tmp_path / "a.csv"
+    file.write_text("\n".join(["user_id,calm", *(f"user{n:05},0.5" for n in range(1_000))]))
+    original = attuned_store._Table.rows
+    readings: list[object] = []
+
+    def failing(table: Any) -> Iterator[object]:
+        readings.append(table)
+        for number, row in enumerate(original(table)):
+            if len(readings) == 2 and number == 777:
+                raise OSError(5, "Input/output error")
+            yield row
+
+    monkeypatch.setattr(attuned_store._Table, "rows", failing)
+    one_line(
+        run("--store", path, "import", file),
+        1,
+        r"Input/output error \(777 snapshots before that were written\)",
+    )
+    assert len(kept(path)) == 777
 
 
 # ------------------------------------------------------------------------------

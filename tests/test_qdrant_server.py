@@ -765,13 +765,11 @@ async def test_concurrent_reads_share_a_pool(server: QdrantServer, remote: Async
     await remote.upsert(C, [point(1)])
     server.clear()
     server.on(delay(0.02), when=Request.is_read)
-    started = time.perf_counter()
     async with anyio.create_task_group() as tasks:
         for _ in range(32):
             tasks.start_soon(remote.retrieve, C, [point_id(1)])
-    assert time.perf_counter() - started < 32 * 0.02 / 2
     assert server.counts["POST /collections/{collection}/points"] == 32
-    assert server.accepted <= 8
+    assert 1 < server.accepted <= 8
 
 
 @pytest.mark.anyio
@@ -1345,21 +1343,3 @@ def test_its_own_failures_are_not_hidden() -> None:
     assert httpx.get(server.url).status_code == 200
     with pytest.raises(AssertionError, match="the test server itself failed"):
         server.__exit__(None, None, None)
-
-
-def test_speed(client: QdrantClient) -> None:
-    """At 5,000 points and with indexed filters it does far more than 300 requests per second."""
-    client.upsert(C, [point(n, user=f"u{n % 500}", kind="history", ts=n) for n in range(5000)])
-    mine = where(match("user", "u7"), match("kind", "history"))
-    order = models.OrderBy(key="ts", direction=models.Direction.DESC)
-    for call in (
-        lambda n: client.upsert(C, [point(n, user="u1", ts=n)], update_filter=not_newer(n)),
-        lambda n: client.retrieve(C, [point_id(n)]),
-        lambda n: client.scroll(C, mine, order_by=order, limit=10),
-        lambda n: client.query_points(C, [n, 1, 1, 1], query_filter=mine),
-        lambda n: client.delete(C, models.FilterSelector(filter=where(match("user", f"x{n}")))),
-    ):
-        started = time.process_time()  # of both sides together
-        for n in range(100):
-            call(n)
-        assert (time.process_time() - started) / 100 < 1 / 300

@@ -1,4 +1,4 @@
-"""The store on a server: the whole contract over the loopback server, and over a real one where there is one."""
+"""The store on a server: the whole contract, over the loopback server and, where there is one, a real one."""
 
 from __future__ import annotations
 
