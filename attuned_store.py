@@ -3386,6 +3386,18 @@ def _engine_of(path: Path) -> Literal["edge", "local"] | None:
     return "edge" if edge else "local" if local else None
 
 
+def _collection_exists(config: QdrantStoreConfig) -> bool:
+    """Whether a directory holds the collection, as far as can be seen without opening it."""
+    path = Path(cast("str", config.path)).expanduser()
+    match _engine_of(path):
+        case "edge":
+            return (path / "collections" / config.collection_name).exists()
+        case "local":
+            return config.collection_name in _read_json(path / "meta.json").get("collections", {})
+        case None:
+            return False
+
+
 _DIRECTORIES: dict[str, _Directory] = {}
 _ABANDONED: list[_Directory] = []  # kept, so that a forked child never cleans up the parent's objects
 _SERVERS: weakref.WeakSet[Any] = weakref.WeakSet()  # connections of this process; the class stands below
@@ -5202,10 +5214,16 @@ def _target_of(args: argparse.Namespace) -> str:
 
 
 def _is_absent(target: str) -> bool:
-    """Whether opening the target would make a new directory of it."""
+    """Whether opening the target would make a new directory or collection."""
     _, place = _target_options(target)
-    path: str | None = place.get("path")
-    return path is not None and not Path(path).is_file() and _engine_of(Path(path)) is None
+    if not place:
+        return False
+    config = attrs.evolve(QdrantStoreConfig.from_env(), **place)
+    if config.url is None:
+        return not Path(cast("str", config.path)).is_file() and not _collection_exists(config)
+    with QdrantStore(config) as store:
+        health = store.health()
+        return health.status != "unhealthy" and health.collection_status is None
 
 
 def _require_store(args: argparse.Namespace) -> None:

@@ -1407,3 +1407,17 @@ def test_progress_shows_on_a_terminal(path: Path, start: Start, tmp_path: Path) 
 def test_no_progress_without_a_terminal(mood: Path, run: Run) -> None:
     """Nothing is shown on a stderr that is no terminal."""
     assert run("--store", mood, "count").err == ""
+
+
+def test_a_reading_command_makes_no_collection(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that reads refuses a collection that a directory does not have, and makes none."""
+    place = str(tmp_path / "store")
+    assert main(["--store", place, "put", "ann", "warmth=0.5"]) == 0
+    before = sorted(path.name for path in (tmp_path / "store" / "collections").iterdir())
+    monkeypatch.setenv("QDRANT_COLLECTION", "other")
+    capsys.readouterr()
+    assert main(["--store", place, "count"]) == 1
+    assert "there is no store" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "store" / "collections").iterdir()) == before

@@ -55,6 +55,8 @@ from qdrant_server import (
     truncate,
 )
 
+pytestmark = pytest.mark.once  # what is tested is a stand-in of the tests
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
