@@ -10,6 +10,7 @@ import math
 import pickle
 import struct
 import unicodedata
+import uuid
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -566,3 +567,15 @@ def test_the_canonical_axes_are_valid_names() -> None:
 
     assert tuple(snapshot.axes) == CANONICAL_AXES
     assert len(set(CANONICAL_AXES)) == 23
+
+
+@given(st.text(min_size=1, max_size=60), st.one_of(st.just("latest"), st.integers(0, 253_402_300_799_999)))
+def test_point_ids_are_version_5_uuids(user_id: str, suffix: str | int) -> None:
+    """The id of a point is the UUIDv5 of the user and "latest" or the time."""
+    namespace = uuid.uuid5(uuid.NAMESPACE_DNS, "attuned_store")
+    try:
+        name = f"{user_id}::{suffix}"
+        name.encode()
+    except UnicodeEncodeError:
+        return
+    assert attuned_store._point_id(user_id, suffix) == str(uuid.uuid5(namespace, name))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import os
 import random
 import socket
+import ssl
 import subprocess
 import threading
 import time
@@ -81,7 +84,7 @@ from attuned_store import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
@@ -192,39 +195,32 @@ def meanwhile(act: Callable[[], object]) -> Action:
     """Let someone else act, from a thread of his own, before the request goes on."""
 
     async def action(exchange: Exchange) -> Response:
-        import asyncio
-
         await asyncio.to_thread(act)
         return await exchange.proceed()
 
     return action
 
 
-def meet(number: int, *, answered: bool = True) -> Action:
-    """Hold requests until so many are there, the answers of all of them known, or none executed yet."""
-    arrived: list[Exchange] = []
+def meet(number: int) -> Action:
+    """Hold answers back until so many requests have been executed."""
+    done, all_done = itertools.count(1), asyncio.Event()
 
     async def action(exchange: Exchange) -> Response:
-        import asyncio
-
-        response = await exchange.proceed() if answered else None
-        arrived.append(exchange)
-        with anyio.fail_after(30):
-            while len(arrived) < number:
-                await asyncio.sleep(0.001)
-        return response or await exchange.proceed()
+        response = await exchange.proceed()
+        if next(done) >= number:
+            all_done.set()
+        await asyncio.wait_for(all_done.wait(), 30)
+        return response
 
     return action
 
 
 async def caught(operation: Awaitable[object]) -> StoreError:
     """The error of an operation, which must be one of ours, in one line."""
-    try:
-        answer = await operation
-    except StoreError as error:
-        assert len(str(error).splitlines()) == 1, str(error)
-        return error
-    raise AssertionError(f"no error: {answer!r}")
+    with pytest.raises(StoreError) as raised:
+        await operation
+    assert len(str(raised.value).splitlines()) == 1
+    return raised.value
 
 
 # ------------------------------------------------------------------------------
@@ -346,21 +342,24 @@ async def test_requests_say_how_consistent_and_ordered_they_are_to_be(
 # ------------------------------------------------------------------------------
 
 
+HTTP = httpx.Client(verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), timeout=30)  # a second way to the server
+
+
 def make_collection(server: QdrantServer, **changes: Any) -> None:
     """Create the collection as the store would, or with changes, and without indexes."""
     metadata = {"format_version": 1, "axes": list(CANONICAL_AXES), "vector_size": 24}
     body = {"vectors": {"size": 24, "distance": "Cosine"}, "metadata": metadata, **changes}
-    httpx.put(f"{server.url}/collections/{C}", json=body).raise_for_status()
+    HTTP.put(f"{server.url}/collections/{C}", json=body).raise_for_status()
 
 
-def make_indexes(server: QdrantServer) -> None:
-    for key, kind in INDEXES.items():
-        body = {"field_name": key, "field_schema": kind}
-        httpx.put(f"{server.url}/collections/{C}/index", json=body).raise_for_status()
+def make_indexes(server: QdrantServer, keys: Iterable[str] = INDEXES) -> None:
+    for key in keys:
+        body = {"field_name": key, "field_schema": INDEXES[key]}
+        HTTP.put(f"{server.url}/collections/{C}/index", json=body).raise_for_status()
 
 
 def described(server: QdrantServer, collection: str = C) -> dict[str, Any]:
-    answer = httpx.get(f"{server.url}/collections/{collection}").raise_for_status().json()
+    answer = HTTP.get(f"{server.url}/collections/{collection}").raise_for_status().json()
     return cast("dict[str, Any]", answer["result"])
 
 
@@ -448,9 +447,7 @@ async def test_a_half_made_collection_is_completed(
 ) -> None:
     """Where the creator died before it had made the indexes, the next one makes those that are missing."""
     make_collection(server)
-    for key in present:
-        body = {"field_name": key, "field_schema": INDEXES[key]}
-        httpx.put(f"{server.url}/collections/{C}/index", json=body).raise_for_status()
+    make_indexes(server, present)
     server.clear()
 
     await connect().upsert_latest(state())
@@ -920,9 +917,10 @@ async def test_an_ambiguous_update_is_raised_and_not_tried_again(
 
 COUNT_UP = """
 import sys
-from attuned_store import ConflictError, QdrantStore, RetryPolicy
+from attuned_store import BreakerPolicy, ConflictError, QdrantStore, RetryPolicy
 url, times = sys.argv[1], int(sys.argv[2])
-store = QdrantStore(url=url, verify=False, retry=RetryPolicy(attempts=12, base_s=0))
+policies = {"retry": RetryPolicy(attempts=12, base_s=0), "breaker": BreakerPolicy(failures=10**6)}
+store = QdrantStore(url=url, verify=False, **policies)
 store.count()
 print("ready", flush=True); sys.stdin.readline()
 done = unknown = 0
@@ -957,9 +955,9 @@ async def test_a_counter_kept_by_threads_and_tasks_is_exact(
     face: str, connect: Any, server: QdrantServer
 ) -> None:
     """8 threads, or 64 tasks, count by update while one reply in ten is lost: nothing is lost or doubled."""
-    store = connect(retry=RetryPolicy(attempts=12, base_s=0), max_history_per_user=10_000)
+    store = connect(retry=RetryPolicy(attempts=12, base_s=0), breaker=BreakerPolicy(failures=10**6))
     await store.upsert_latest(state())
-    jobs, times = (8, 12) if face == "sync" else (64, 2)
+    jobs, times = (8, 12) if face == "sync" else (64, 1)
     server.on(lose_reply(), when=lambda r: r.is_write() or r.is_read(), probability=0.1)
     outcomes: list[bool] = []
 
@@ -967,10 +965,11 @@ async def test_a_counter_kept_by_threads_and_tasks_is_exact(
         for _ in range(times):
             try:
                 await store.update("ann", counted_up, attempts=10_000)
-                outcomes.append(True)
             except ConflictError as error:
-                assert error.ambiguous
                 outcomes.append(False)
+                assert error.ambiguous  # noqa: PT017 - whether there is one is left to chance
+            else:
+                outcomes.append(True)
 
     await together(store, [count_up] * jobs)
 
@@ -1028,16 +1027,17 @@ async def test_reads_honour_both_bounds_at_every_moment(
     """However much the server still holds, reads show the newest N, and none that is too old."""
     store = connect(max_history_per_user=10, history_retention_days=1)
 
-    for step in range(60):
-        clock.now = NOW + step * 2 * HOUR if step < 40 else clock.now + 5 * HOUR
-        await store.upsert_latest(StateSnapshot("ann", {"warmth": step / 60}, clock.now))
+    for step in range(42):
+        clock.now += (2 if step < 30 else 5) * HOUR
+        await store.upsert_latest(StateSnapshot("ann", {"warmth": step / 42}, clock.now))
         history = await store.get_history("ann", 1_000)
         shown = [at for at in times_kept(server) if clock.now - DAY <= NOW + at][-10:]
         assert [s.updated_at_unix_ms - NOW for s in history] == shown[::-1]
-        assert 4 < len(history) <= 10 or step < 10 or step > 40
-        assert await store.count(history=True) == len(history)
-        found = await store.search_similar({"warmth": 1.0}, history=True, limit=100)
-        assert len(found) == len(history)
+        assert len(history) == 10 or step < 10 or step > 30
+        if step % 4 == 0:
+            assert await store.count(history=True) == len(history)
+            found = await store.search_similar({"warmth": 1.0}, history=True, limit=100)
+            assert len(found) == len(history)
         assert await store.get_history("ann", 1_000, since=clock.now - 3 * DAY) == history
 
 
@@ -1833,6 +1833,7 @@ async def test_a_cache_knows_its_own_writes(connect: Any, server: QdrantServer, 
     assert await store.get_latest("ann") is None
 
 
+@defect("update reads its own stale cache again after every conflict, and gives up")
 async def test_a_cache_that_is_behind_is_no_lasting_conflict(
     connect: Any, server: QdrantServer, other: QdrantStore
 ) -> None:
@@ -1988,8 +1989,6 @@ def test_a_forked_child_is_told_to_open_its_own_store(form: str, ttl: int, serve
 @defect("httpx connections belong to the loop that opened them: Event loop is closed")
 def test_a_store_serves_one_event_loop_after_another(server: QdrantServer) -> None:
     """A store made at the top of a module works in every asyncio.run, as one in memory does."""
-    import asyncio
-
     store = AsyncQdrantStore(url=server.url, verify=False)
 
     for number in range(3):
