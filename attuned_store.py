@@ -2525,12 +2525,12 @@ def _qdrant_local() -> tuple[Any, Callable[[str], Any]]:
     return models, lambda location: _Local(location, force_disable_check_same_thread=True)
 
 
-class _CountsEach:
+class _CountsEach(ABC):
     """Counts value by value, which is quickest within the process."""
 
+    @abstractmethod
     async def count(self, collection: str, where: _Filter) -> int:
         """See _Engine.count."""
-        raise NotImplementedError
 
     async def count_by(
         self, collection: str, key: str, values: Sequence[str], where: _Filter
