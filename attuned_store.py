@@ -395,14 +395,7 @@ class Axes(Mapping[str, float]):
 
     def __new__(cls, axes: Mapping[str, float] | Iterable[tuple[str, float]] = ()) -> Self:
         """Check the axes; what is an Axes already is taken as it is."""
-        if axes.__class__ is cls:  # isinstance() is slow for the subclass of an abstract class
-            return cast("Self", cast("object", axes))
-        given = _as_dict(axes)
-        names = tuple(given)
-        self = object.__new__(cls)
-        _set_shape(self, _SHAPES.get(names) or _shape_of(names))
-        _set_values(self, _unit_values(given))
-        return self
+        return cast("Self", _checked_axes(axes))
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("Axes are immutable; StateSnapshot.patched gives a changed copy")
@@ -443,6 +436,22 @@ _set_shape = cast("Any", Axes._shape).__set__  # the slots' own setters, which g
 _set_values = cast("Any", Axes._values).__set__
 
 
+def _checked_axes(axes: Mapping[str, float] | Iterable[tuple[str, float]]) -> Axes:
+    """What makes Axes. It stands outside of the class because every snapshot is made through it."""
+    if axes.__class__ is Axes:  # isinstance() is slow for the subclass of an abstract class
+        return cast("Axes", cast("object", axes))
+    given = _as_dict(axes)
+    names, values = tuple(given), tuple(given.values())
+    for value in values:
+        if value.__class__ is not float or not 0.0 <= value <= 1.0:
+            values = tuple(_unit(f"axes[{name!r}]", value) for name, value in given.items())
+            break
+    made = object.__new__(Axes)
+    _set_shape(made, _SHAPES.get(names) or _shape_of(names))
+    _set_values(made, values)
+    return made
+
+
 def _as_dict(axes: Any) -> dict[Any, Any]:
     try:
         return dict(axes)  # also a dict: what is checked must be what is kept
@@ -450,14 +459,6 @@ def _as_dict(axes: Any) -> dict[Any, Any]:
         raise ValidationError(
             f"axes: a mapping from axis name to value is needed, got {_kind(axes)}"
         ) from None
-
-
-def _unit_values(axes: Mapping[str, Any]) -> tuple[float, ...]:
-    values = tuple(axes.values())
-    for value in values:
-        if value.__class__ is not float or not 0.0 <= value <= 1.0:
-            return tuple(_unit(f"axes[{name!r}]", value) for name, value in axes.items())
-    return values
 
 
 def _unit(field: str, value: object) -> float:
@@ -515,8 +516,8 @@ def _time_ms(value: object, field: str = "updated_at_unix_ms") -> int:
 
 
 def _source(value: Source | str) -> Source:
-    if isinstance(value, Source):
-        return value
+    if value.__class__ is Source:
+        return cast("Source", cast("object", value))
     source = _SOURCES.get(value) if isinstance(value, str) else None  # callers need not be typed
     if source is None:
         raise ValidationError(f"source: one of {', '.join(_SOURCES)} is needed, got {_shown(value)}")
@@ -546,7 +547,7 @@ class StateSnapshot:
     """
 
     user_id: str
-    axes: Axes = attrs.field(converter=Axes)
+    axes: Axes = attrs.field(converter=_checked_axes)
     updated_at_unix_ms: int = attrs.field(factory=lambda: _now_ms())  # noqa: PLW0108 - looked up anew: tests replace the clock
     source: Source = attrs.field(default=Source.SELF_REPORT, converter=_source)
     confidence: float = 1.0
