@@ -290,6 +290,7 @@ CANONICAL_AXES: Final = (
     "stakes_awareness",
     "privacy_sensitivity",
 )
+_MAX_VECTOR_SIZE = 65_536
 _CANONICAL_VECTOR_SIZE = len(CANONICAL_AXES) + 1  # a spare one: an axis more needs no rebuilding
 
 _NEUTRAL = 0.5
@@ -668,6 +669,9 @@ _Expected = StateSnapshot | Literal[_Any.ANY] | None
 # -----------------------------------------------------------------------------
 
 _TRUE = frozenset({"true", "1", "yes", "y", "on"})
+_LOOPBACK = re.compile(r"127(?:\.\d+){3}|::1")
+_HEADER = re.compile(r"[!-~]+")
+_HOST = re.compile(r"(?:[\w.-]+|\[[0-9a-fA-F:.]+\])(?::\d+)?")  # with its port
 _MAX_FACTOR = 2**31 - 1
 _COLLECTION_NAME = re.compile(r"[^\W.-][\w.-]{0,199}")  # it names files on disk
 _FALSE = frozenset({"false", "0", "no", "n", "off"})
@@ -701,21 +705,18 @@ def _path(value: str | os.PathLike[str]) -> str:
 def _check_url(url: object) -> None:
     if not isinstance(url, str):
         raise ValidationError(f"url: a string is needed, got {_kind(url)}")
-    problem = None
+    if "@" in url:  # whatever stands before it may be a secret
+        raise ValidationError(
+            "url: must not hold a user or password, got one with @; give the key as api_key"
+        )
     try:
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            problem = "http://<host>:6333 or https://<host>:6333 is needed"
-        elif parts.username is not None or parts.password is not None:
-            raise ValidationError("url: must not hold a user or password; give the key as api_key")
-        elif parts.port == 0:
-            problem = "port 0 cannot be connected to"
+        port = parts.port
     except ValueError as error:
-        if isinstance(error, ValidationError):
-            raise
-        problem = str(error)
-    if problem is not None:
-        raise ValidationError(f"url: {problem}, got {_shown(url)}")
+        raise ValidationError(f"url: {error}, got {_shown(url)}") from None
+    usual = parts.scheme in ("http", "https") and not parts.query and not parts.fragment and port != 0
+    if not usual or not parts.hostname or not _HOST.fullmatch(parts.netloc) or url.strip() != url:
+        raise ValidationError(f"url: http://<host>:6333 or https://<host>:6333 is needed, got {_shown(url)}")
 
 
 def _choice(field: str, value: str, choices: tuple[str, ...]) -> None:
@@ -820,7 +821,7 @@ class MemoryStoreConfig:
     def __attrs_post_init__(self) -> None:
         least = len(self.axes or ()) or 1
         if self.vector_size is not None:
-            _integer("vector_size", self.vector_size, least, 65_536)
+            _integer("vector_size", self.vector_size, least, _MAX_VECTOR_SIZE)
         if not isinstance(self.enable_history, bool):
             raise ValidationError(
                 f"enable_history: True or False is needed, got {_shown(self.enable_history)}"
@@ -905,24 +906,30 @@ class QdrantStoreConfig(MemoryStoreConfig):
     def _check_server_fields(self) -> None:
         if self.url is not None:
             _check_url(self.url)
-        if self.api_key is not None and not (isinstance(self.api_key, str) and self.api_key.isascii()):
-            raise ValidationError("api_key: an ASCII string is needed")  # the value is never shown
-        if not isinstance(self.verify, bool | str):
-            raise ValidationError(f"verify: True, False or a path is needed, got {_shown(self.verify)}")
+        if self.api_key is not None and not _HEADER.fullmatch(str(self.api_key)):
+            raise ValidationError(
+                "api_key: printable ASCII characters are needed"
+            )  # the value is never shown
+        if not isinstance(self.verify, bool) and not Path(self.verify).exists():
+            raise ValidationError(
+                f"verify: True, False or a certificate is needed, got {_shown(self.verify)}"
+            )
         for field in ("connect_timeout", "request_timeout"):
             _positive(field, getattr(self, field))
         _positive("cache_ttl", self.cache_ttl, zero=True)
         _integer("pool_size", self.pool_size, 1, 65_535)
         for field in ("shard_number", "replication_factor", "write_consistency_factor"):
-            _integer(field, getattr(self, field) or 1, 1, _MAX_FACTOR)
+            if getattr(self, field) is not None:
+                _integer(field, getattr(self, field), 1, _MAX_FACTOR)
         self._check_policies()
 
     def _check_policies(self) -> None:
         if isinstance(self.read_consistency, int):
             _integer("read_consistency", self.read_consistency, 1, _MAX_FACTOR)
-        else:
-            _choice("read_consistency", self.read_consistency or "all", ("majority", "quorum", "all"))
-        _choice("write_ordering", self.write_ordering or "weak", ("weak", "medium", "strong"))
+        elif self.read_consistency is not None:
+            _choice("read_consistency", self.read_consistency, ("majority", "quorum", "all"))
+        if self.write_ordering is not None:
+            _choice("write_ordering", self.write_ordering, ("weak", "medium", "strong"))
         for field, kind in (("retry", RetryPolicy), ("breaker", BreakerPolicy)):
             value = getattr(self, field)
             if not isinstance(value, kind):
@@ -1188,8 +1195,8 @@ class _Breaker:
             return "closed"
         return "open" if self._clock() < self._opened_at + self._policy.open_s else "half-open"
 
-    def enter(self, backend: str, operation: str) -> None:
-        """Let a request through, or raise CircuitOpenError."""
+    def enter(self, backend: str, operation: str) -> bool:
+        """Let a request through, or raise CircuitOpenError; returns whether it is a probe."""
         with self._lock:
             state = self.state
             if state == "open" or (state == "half-open" and self._probing):
@@ -1201,11 +1208,15 @@ class _Breaker:
                     backend=backend,
                     operation=operation,
                 )
-            self._probing = state == "half-open"
+            probe = state == "half-open"
+            self._probing = self._probing or probe
+            return probe
 
-    def leave(self, *, failed: bool) -> None:
-        """Say how a request that was let through ended."""
+    def leave(self, *, failed: bool, probe: bool = False) -> None:
+        """Say how a request that was let through ended; while the breaker is open, only a probe counts."""
         with self._lock:
+            if self._opened_at is not None and not probe:
+                return
             self._probing = False
             if not failed:
                 self._failures, self._opened_at = 0, None
@@ -1214,10 +1225,17 @@ class _Breaker:
             if self._failures >= self._policy.failures:
                 self._opened_at = self._clock()
 
-    def give_up(self) -> None:
+    def give_up(self, *, probe: bool) -> None:
         """Say that a request was let through and cancelled: nothing was learnt."""
         with self._lock:
-            self._probing = False
+            self._probing = self._probing and not probe
+
+
+def _is_failure(error: BackendError) -> bool:
+    """Whether an error says something against the health of a server. A 4xx does not: it is an answer."""
+    status: int | None = getattr(error.__cause__, "status_code", None)
+    answered = isinstance(error, RateLimitedError) or (status is not None and 400 <= status < 500)  # noqa: PLR2004
+    return error.retryable and not answered
 
 
 class _Resilience:
@@ -1238,20 +1256,21 @@ class _Resilience:
         """Send a request until it succeeds, or there is no sense in going on."""
         begun = self._clock()
         for attempt in itertools.count():
-            self.breaker.enter("server", operation)
+            probe = self.breaker.enter("server", operation)
             try:
                 answer = await request()
             except BackendError as error:
-                # A 4xx is an answer: it says nothing against the health of the server.
-                self.breaker.leave(failed=error.retryable and not isinstance(error, RateLimitedError))
+                self.breaker.leave(failed=_is_failure(error), probe=probe)
                 wait = self._wait(error, attempt)
-                if wait is None or self._clock() + wait > begun + self._policy.deadline_s:
+                if wait is None or self.breaker.state == "open":
+                    raise
+                if self._clock() + wait > begun + self._policy.deadline_s:
                     raise
             except BaseException:
-                self.breaker.give_up()
+                self.breaker.give_up(probe=probe)
                 raise
             else:
-                self.breaker.leave(failed=False)
+                self.breaker.leave(failed=False, probe=probe)
                 return answer
             await self._sleep(wait)
         raise AssertionError("unreachable")  # pragma: no cover - count() does not end
@@ -2318,7 +2337,7 @@ class _Record(NamedTuple):
 
 class _Equal(NamedTuple):
     key: str
-    value: str | int | bool
+    value: str | int  # not bool, which Qdrant Edge 0.9 takes for an integer
 
 
 class _AnyOf(NamedTuple):
@@ -2361,12 +2380,17 @@ _IndexKind = Literal["tenant", "keyword", "integer", "float", "bool", "datetime"
 
 @attrs.frozen
 class _Collection:
-    """What a collection is opened with; ``metadata`` is recorded when it is created."""
+    """What a collection is opened with.
+
+    ``metadata`` is recorded when it is created; ``accept`` raises where that of one that exists will not do,
+    and is asked before anything is touched.
+    """
 
     name: str
     vector_size: int
     indexes: Mapping[str, _IndexKind]
     metadata: Mapping[str, Any]
+    accept: Callable[[Mapping[str, Any]], object] = dict
 
 
 _Runs = Literal["in place", "in thread", "on loop"]
@@ -2461,7 +2485,7 @@ class _SharedEngine(_Engine, Protocol):
         """Delete what matches a filter, or has these ids."""
         ...
 
-    async def status(self, collection: str) -> Mapping[str, Any]:
+    async def status(self, collection: str, seconds: float) -> Mapping[str, Any]:
         """What the server says of itself and of the collection, asked once and without waiting long."""
         ...
 
@@ -2495,11 +2519,21 @@ def _write_file(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StoreError(f"{path}: cannot be read as a manifest: {error}") from error
+    if not isinstance(found, dict):
+        raise StoreError(f"{path}: is no manifest, which is a JSON object")
+    return cast("dict[str, Any]", found)
+
+
+def _check_sizes(points: Sequence[_Point], vector_size: int) -> None:
+    """Refuse a point that does not fit before an engine has taken in those before it."""
+    for point in points:
+        if len(point.vector) != vector_size:
+            raise ValueError(f"point {point.id} has {len(point.vector)} dimensions, not {vector_size}")
 
 
 def _qdrant_edge() -> Any:
@@ -2561,6 +2595,7 @@ class _EdgeEngine(_CountsEach):
         self._path = path / "collections"
         self._power = durability == "power"
         self._shards: dict[str, Any] = {}
+        self._sizes: dict[str, int] = {}
         self._unflushed: dict[str, int] = {}
         self._changes: dict[str, int] = {}
 
@@ -2570,8 +2605,10 @@ class _EdgeEngine(_CountsEach):
         with _translated(self.name, "open"):
             if not directory.exists():
                 self._create(collection, directory, manifest)
-            metadata = cast("Mapping[str, Any]", _read_json(manifest))
+            metadata = _read_json(manifest)
+            collection.accept(metadata)
             self._shards[collection.name] = self._api.EdgeShard.load(str(directory))
+        self._sizes[collection.name] = collection.vector_size
         self._unflushed[collection.name] = self._changes[collection.name] = 0
         return metadata
 
@@ -2602,6 +2639,7 @@ class _EdgeEngine(_CountsEach):
     async def write(self, collection: str, points: Sequence[_Point], deleted: Sequence[str] = ()) -> None:
         api, shard = self._api, self._shards[collection]
         with _translated(self.name, "write"):
+            _check_sizes(points, self._sizes[collection])
             if points:
                 shard.update(api.UpdateOperation.upsert_points([api.Point(*point) for point in points]))
             if deleted:
@@ -2675,7 +2713,16 @@ class _EdgeEngine(_CountsEach):
             self._shards.clear()
 
     def abandon(self) -> None:
-        """Nothing: a shard that is merely dropped leaves the parent's alone."""
+        """Keep the shards for ever, as dropping one writes to the parent's files; let go of their locks."""
+        import ctypes
+
+        for shard in self._shards.values():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(shard))
+        logs = [(self._path / name / "wal").stat() for name in self._shards]
+        for descriptor in Path("/dev/fd").iterdir() if Path("/dev/fd").is_dir() else ():
+            with contextlib.suppress(OSError):
+                if any(os.path.samestat(descriptor.stat(), log) for log in logs):
+                    os.close(int(descriptor.name))
 
     def _filter(self, where: _Filter) -> Any:
         api = self._api
@@ -2742,38 +2789,50 @@ class _LocalEngine(_CountsEach):
         self._models, self._make_client = _qdrant_local()
         self._path = path
         self._power = durability == "power"
+        self._sizes: dict[str, int] = {}  # of the vectors of the collections that are open
         self._removed: dict[str, int] = {}
-        self._client = self._connect()
+        self._connected: Any = None
+        self._connect()
 
-    def _connect(self) -> Any:
-        with _translated(self.name, "open"):
+    @property
+    def _client(self) -> Any:
+        """The client, made anew after a failure has closed it."""
+        if self._connected is None:
+            self._connect()
+        return self._connected
+
+    def _connect(self) -> None:
+        with _translated(self.name, f"open {self._path}"):
             try:
-                return self._make_client(str(self._path))
+                client = self._make_client(str(self._path))
             except RuntimeError as error:
                 if "already accessed" in str(error):
                     raise _locked(self._path) from error
                 raise
+            for name in self._sizes:
+                self._adopt(client.collections[name])
+                self._removed[name] = 0
+        self._connected = client
 
     async def open_collection(self, collection: _Collection) -> Mapping[str, Any]:
-        models = self._models
-        with _translated(self.name, "open"):
-            if not self._client.collection_exists(collection.name):
+        models, client = self._models, self._client
+        with _translated(self.name, f"open {self._path}"):
+            if not client.collection_exists(collection.name):
                 # No payload indexes: local mode has none and warns.
-                self._client.create_collection(
-                    collection.name,
-                    vectors_config=models.VectorParams(
-                        size=collection.vector_size, distance=models.Distance.COSINE
-                    ),
-                    metadata=dict(collection.metadata),
+                vectors = models.VectorParams(size=collection.vector_size, distance=models.Distance.COSINE)
+                client.create_collection(
+                    collection.name, vectors_config=vectors, metadata=dict(collection.metadata)
                 )
-            self._adopt(collection.name)
-            self._removed[collection.name] = 0
-            config = self._client.get_collection(collection.name).config
-        return cast("Mapping[str, Any]", config.metadata or {})
+            config = client.get_collection(collection.name).config
+            metadata = dict(config.metadata or {})
+            collection.accept(metadata)
+            self._adopt(client.collections[collection.name])
+        self._sizes[collection.name] = config.params.vectors.size
+        self._removed[collection.name] = 0
+        return metadata
 
-    def _adopt(self, name: str) -> None:
+    def _adopt(self, collection: Any) -> None:
         """Put our own connection in the place of the collection's."""
-        collection = self._client.collections[name]
         collection.LARGE_DATA_THRESHOLD = sys.maxsize
         persistence = collection.storage
         persistence.storage.close()
@@ -2789,12 +2848,19 @@ class _LocalEngine(_CountsEach):
         persistence, make = held.storage, self._models.PointStruct.model_construct
         structs = [make(id=point.id, vector=point.vector, payload=point.payload) for point in points]
         with _translated(self.name, "write"):
-            with persistence.storage.group():
-                for struct in structs:
-                    persistence.persist(struct)
-                for point_id in deleted:
-                    persistence.delete(point_id)
-            self._apply(held, structs, deleted)
+            _check_sizes(points, self._sizes[collection])
+            try:
+                with persistence.storage.group():
+                    for struct in structs:
+                        persistence.persist(struct)
+                    for point_id in deleted:
+                        persistence.delete(point_id)
+                self._apply(held, structs, deleted)
+            except sqlite3.Error:
+                raise  # nothing was written
+            except BaseException:
+                self._disconnect()  # memory may be behind the disk, after an interrupt too: load it again
+                raise
             self._tidy(collection, len(deleted))
 
     def _apply(self, held: Any, structs: list[Any], deleted: Sequence[str]) -> None:
@@ -2805,25 +2871,20 @@ class _LocalEngine(_CountsEach):
                 held.upsert(structs)
             if deleted:
                 held.delete(list(deleted))
-        except BaseException:
+        finally:
             held.storage = persistence
-            self._reload()  # an interrupt left memory behind the disk
-            raise
-        held.storage = persistence
 
     def _tidy(self, collection: str, removed: int) -> None:
         self._removed[collection] += removed
-        if self._removed[collection] >= max(
-            self._REBUILD_EVERY, len(self._client.collections[collection].ids) // 2
-        ):
-            self._reload()
+        slots = len(self._client.collections[collection].ids)
+        if self._removed[collection] >= max(self._REBUILD_EVERY, slots // 2):
+            self._disconnect()
+            self._connect()
 
-    def _reload(self) -> None:
-        self._client.close()
-        self._client = self._connect()
-        for name in self._removed:
-            self._adopt(name)
-            self._removed[name] = 0
+    def _disconnect(self) -> None:
+        client, self._connected = self._connected, None
+        if client is not None:
+            client.close()
 
     async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[_Record]:
         with _translated(self.name, "retrieve"):
@@ -2841,7 +2902,7 @@ class _LocalEngine(_CountsEach):
         payload: bool = True,
     ) -> _Page:
         if newest_by is None and where == _Filter():
-            return self._slice(collection, cursor or 0, limit)
+            return self._slice(collection, cursor or 0, limit, payload=payload)
         models = self._models
         order = newest_by and models.OrderBy(key=newest_by, direction=models.Direction.DESC)
         with _translated(self.name, "page"):
@@ -2851,16 +2912,16 @@ class _LocalEngine(_CountsEach):
                 limit=limit,
                 order_by=order,
                 offset=cursor,
-                with_payload=payload or [newest_by],
+                with_payload=payload or (False if newest_by is None else [newest_by]),
             )
         return _Page([_Record(str(record.id), record.payload or {}) for record in records], following)
 
-    def _slice(self, collection: str, start: int, limit: int) -> _Page:
+    def _slice(self, collection: str, start: int, limit: int, *, payload: bool) -> _Page:
         """All points in the order of their coming: scroll() would sort them anew for every page."""
         held = self._client.collections[collection]
         stop = min(start + limit, len(held.ids_inv))
         rows = (row for row in range(start, stop) if not held.deleted[row])
-        records = [_Record(str(held.ids_inv[row]), held.payload[row]) for row in rows]
+        records = [_Record(str(held.ids_inv[row]), held.payload[row] if payload else {}) for row in rows]
         return _Page(records, stop if stop < len(held.ids_inv) else None)
 
     async def search(self, collection: str, vector: list[float], where: _Filter, limit: int) -> list[_Record]:
@@ -2881,11 +2942,12 @@ class _LocalEngine(_CountsEach):
 
     async def close(self) -> None:
         with _translated(self.name, "close"):
-            self._client.close()
+            self._disconnect()
 
     def abandon(self) -> None:
         """Close the lock file unlocked: unlocking would let others into the parent's directory."""
-        self._client._flock_file.close()
+        if self._connected is not None:
+            self._connected._flock_file.close()
 
 
 def _models_filter(models: Any, where: _Filter) -> Any:
@@ -2951,13 +3013,15 @@ _SAID_CHARACTERS = 200  # of what a server says, in an error message
 def _server_error(error: Exception, operation: str, url: str) -> BackendError:
     """What a failed request to a server means; the message says it in one line and holds no secret."""
     import httpx
-    from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
+    from qdrant_client.common.client_exceptions import QdrantException, ResourceExhaustedResponse
     from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
     asked, where = f"Qdrant at {url}: {operation}", _Where(backend="server", operation=operation)
     if isinstance(error, ResourceExhaustedResponse):
         wait = float(error.retry_after_s)
         return RateLimitedError(f"{asked}: too many requests, wait {wait:g} s", retry_after_s=wait, **where)
+    if isinstance(error, QdrantException) and "Retry-After" in str(error):  # not a whole number
+        return RateLimitedError(f"{asked}: too many requests", retry_after_s=1.0, **where)
     if isinstance(error, UnexpectedResponse):
         return _status_error(error.status_code or 0, error.content, asked, where)
     cause = error.source if isinstance(error, ResponseHandlingException) else error
@@ -3044,17 +3108,23 @@ class _ServerEngine:
         if info is None:
             await self._create(collection)
             info = await self._describe(collection.name)
-        params = info.config.params
-        vectors = params.vectors
-        size, distance = getattr(vectors, "size", None), getattr(vectors, "distance", None)
+        if info is None:
+            raise BackendError(
+                f"{self._url}: collection {collection.name!r} vanished while it was being opened",
+                backend=self.name,
+                operation="open",
+                retryable=True,
+            )
         metadata = dict(info.config.metadata or {})
-        if metadata and (size != metadata.get("vector_size") or distance != self._models.Distance.COSINE):
+        collection.accept(metadata)
+        vectors = info.config.params.vectors
+        found = getattr(vectors, "size", None), getattr(vectors, "distance", None)
+        if found != (metadata.get("vector_size"), self._models.Distance.COSINE):
             raise SchemaMismatchError(
-                f"{self._url}: collection {collection.name!r} has vectors of {size}, distance {distance}; "
+                f"{self._url}: collection {collection.name!r} has vectors of {found[0]}, distance {found[1]}; "
                 f"{metadata.get('vector_size')} and Cosine are needed"
             )
-        if metadata:
-            await self._create_indexes(collection, set(info.payload_schema))
+        await self._create_indexes(collection, set(info.payload_schema))
         return metadata
 
     async def _check_version(self) -> None:
@@ -3224,25 +3294,29 @@ class _ServerEngine:
         )
         return {hit.value: hit.count for hit in found.hits}
 
-    async def status(self, collection: str) -> Mapping[str, Any]:
-        """Asked without retry and breaker, and within ``_STATUS_TIMEOUT`` seconds each."""
-        found: dict[str, Any] = {"version": (await self._ask("GET", "")).get("version")}
+    async def status(self, collection: str, seconds: float) -> Mapping[str, Any]:
+        """Asked without retry and breaker."""
+        deadline = time.monotonic() + seconds
         place = f"collections/{urlquote(collection, safe='')}"
-        described = await self._ask("GET", place, absent_ok=True)
-        if described:
-            latest = {"filter": {"must": [{"key": "kind", "match": {"value": "latest"}}]}, "exact": True}
-            found["collection"] = described["result"]
-            found["users"] = (await self._ask("POST", f"{place}/points/count", json=latest))["result"][
-                "count"
-            ]
+        latest = {"filter": {"must": [{"key": "kind", "match": {"value": "latest"}}]}, "exact": True}
+        try:
+            found: dict[str, Any] = {"version": (await self._ask("GET", "", deadline))["version"]}
+            described = await self._ask("GET", place, deadline, absent_ok=True)
+            if described:
+                found["collection"] = dict(described["result"])
+                counted = await self._ask("POST", f"{place}/points/count", deadline, json=latest)
+                found["users"] = int(counted["result"]["count"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise _server_error(error, "health", self._url) from error
         return found
 
     async def _ask(
-        self, method: str, path: str, *, absent_ok: bool = False, **options: Any
+        self, method: str, path: str, deadline: float, *, absent_ok: bool = False, **options: Any
     ) -> dict[str, Any]:
         """One plain request, for what may not wait."""
         try:
-            answer = await self._raw.request(method, f"/{path}", timeout=_STATUS_TIMEOUT, **options)
+            left = max(0.001, deadline - time.monotonic())
+            answer = await self._raw.request(method, f"/{path}", timeout=left, **options)
             if answer.status_code == HTTPStatus.NOT_FOUND and absent_ok:
                 return {}
             if answer.status_code >= HTTPStatus.BAD_REQUEST:
@@ -3272,8 +3346,13 @@ class _LockFile:
             os.close(self._descriptor)
             raise
 
-    def close(self) -> None:
-        """Release the lock; in a forked child only this process's hold on it."""
+    def release(self) -> None:
+        """Give the lock up, also where a child that was just forked still has the file open."""
+        _unlock_descriptor(self._descriptor)
+        os.close(self._descriptor)
+
+    def abandon(self) -> None:
+        """Let go of the file in a forked child; the lock stays the parent's."""
         os.close(self._descriptor)
 
 
@@ -3284,12 +3363,22 @@ if sys.platform == "win32":
 
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
 
+    def _unlock_descriptor(descriptor: int) -> None:
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+
 else:
 
     def _lock_descriptor(descriptor: int) -> None:
         import fcntl
 
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _unlock_descriptor(descriptor: int) -> None:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def _run(flow: Coroutine[Any, Any, _T]) -> _T:
@@ -3309,6 +3398,8 @@ class _Directory:
         self.path = path
         self.durability = config.durability
         self.stores = 0
+        self.used = False  # by a store, now or before
+        self.gone = threading.Event()
         self.opening = threading.Lock()  # of collections; the other lock may be waited for while it is held
         self.cores: dict[str, Any] = {}  # by collection; the core stands below
         self.limiter: Any = None  # of the worker threads of asynchronous stores
@@ -3320,7 +3411,7 @@ class _Directory:
         try:
             self.engine: _EmbeddedEngine = _engine_class(Path(path), config)(Path(path), config.durability)
         except BaseException:
-            self._lock_file.close()
+            self._lock_file.release()
             raise
 
     def _take_lock(self) -> _LockFile:
@@ -3347,9 +3438,16 @@ class _Directory:
         """Give up a store's hold on the directory, and close it with the last."""
         with _directories_lock:
             self.stores -= 1
-            if self.stores == 0 and _DIRECTORIES.get(self.path) is self:
-                del _DIRECTORIES[self.path]
-                self._close()
+            if self.stores > 0 or _DIRECTORIES.get(self.path) is not self:
+                return
+        # Without the lock of all directories: an operation that is waited for here may collect a store of
+        # another one, which then wants that lock. Who opens this directory meanwhile waits for ``gone``.
+        try:
+            self._close()
+        finally:
+            with _directories_lock:
+                _DIRECTORIES.pop(self.path, None)
+            self.gone.set()
 
     def _close(self) -> None:
         """Flush and release; nothing happens in a forked child, where the files are the parent's."""
@@ -3360,14 +3458,14 @@ class _Directory:
             try:
                 _run(self.engine.close())
             finally:
-                self._lock_file.close()
+                self._lock_file.release()
 
     def abandon(self) -> None:
         """Make every use in a forked child an error, and leave the parent's files and locks alone."""
         self._orphaned = True
         for core in self.cores.values():
             core.forget_everything()
-        self._lock_file.close()
+        self._lock_file.abandon()
         self.engine.abandon()
 
 
@@ -3407,7 +3505,15 @@ def _engine_of(path: Path) -> Literal["edge", "local"] | None:
     edge, local = (path / "collections").exists(), (path / "meta.json").exists()
     if edge and local:
         raise StoreError(f"{path}: holds the files of two engines (collections/ of edge, meta.json of local)")
+    if edge and not local and _is_of_a_server(path):
+        raise StoreError(f"{path}: holds collections of something else, such as a Qdrant server")
     return "edge" if edge else "local" if local else None
+
+
+def _is_of_a_server(path: Path) -> bool:
+    """Whether there are collections, none of which has a manifest of ours."""
+    names = [entry.name for entry in (path / "collections").iterdir() if not entry.name.startswith(".")]
+    return bool(names) and not any(name.endswith(".json") for name in names)
 
 
 def _collection_exists(config: QdrantStoreConfig) -> bool:
@@ -3499,6 +3605,15 @@ def _snapshot(payload: Mapping[str, Any]) -> StateSnapshot:
         ) from error
 
 
+def _field_of(record: _Record, field: str) -> Any:
+    """A field of a payload that need not hold a snapshot."""
+    try:
+        return record.payload[field]
+    except KeyError:
+        message = f"a point does not hold a state snapshot: it has no {field}"
+        raise BackendError(message, backend="qdrant", operation="decode") from None
+
+
 def _where(search: _Search) -> _Filter:
     must: list[_Condition] = [_HISTORY if search.history else _LATEST]
     if search.user_id is not None:
@@ -3537,23 +3652,26 @@ def _keep(cache: MutableMapping[str, _T], key: str, value: _T) -> None:
 
 def _recorded_schema(config: QdrantStoreConfig, found: Mapping[str, Any]) -> _Schema:
     """The schema of a collection, if it is ours and what the configuration asks for."""
-    version, vector_size = found.get("format_version"), found.get("vector_size")
-    axes: list[str] | None = found.get("axes")
     place = f"{config.path or config.url}: collection {config.collection_name!r}"
-    if not isinstance(version, int) or not isinstance(axes, list) or not isinstance(vector_size, int):
-        raise SchemaMismatchError(f"{place} was not made by attuned_store; choose another collection_name")
-    if version > _FORMAT_VERSION:
+    version, axes, vector_size = (found.get(key) for key in ("format_version", "axes", "vector_size"))
+    if isinstance(version, int) and version > _FORMAT_VERSION:
         raise SchemaMismatchError(
             f"{place} has format {version}; this version reads up to {_FORMAT_VERSION}: upgrade attuned-store"
         )
-    recorded = _axis_names(axes) or ()
+    try:
+        recorded = _axis_names(axes) or ()
+        size = _integer("vector_size", vector_size, max(1, len(recorded)), _MAX_VECTOR_SIZE)
+    except (TypeError, ValidationError):
+        recorded, size = (), 0
+    if version != _FORMAT_VERSION or not recorded:
+        raise SchemaMismatchError(f"{place} was not made by attuned_store; choose another collection_name")
     for name, asked, there in (
         ("axes", config.axes, recorded),
-        ("vector_size", config.vector_size, vector_size),
+        ("vector_size", config.vector_size, size),
     ):
         if asked is not None and asked != there:
             raise SchemaMismatchError(f"{place} has {name} {there}; this store asks for {asked}")
-    return _Schema(recorded, vector_size)
+    return _Schema(recorded, size)
 
 
 def _lacks(times: Sequence[int], latest: StateSnapshot) -> bool:
@@ -3641,8 +3759,9 @@ class _Core(ABC):
             "axes": list(fresh.axes),
             "vector_size": fresh.vector_size,
         }
-        collection = _Collection(self._collection, fresh.vector_size, _INDEXES, wanted)
-        return _recorded_schema(self.config, await self.engine.open_collection(collection))
+        accept = functools.partial(_recorded_schema, self.config)
+        collection = _Collection(self._collection, fresh.vector_size, _INDEXES, wanted, accept)
+        return accept(await self.engine.open_collection(collection))
 
     def begin(self, operation: Callable[[_Core], Coroutine[Any, Any, _T]]) -> Coroutine[Any, Any, _T]:
         """The coroutine of an operation; one that needs the collection opens it first."""
@@ -3692,7 +3811,7 @@ class _Core(ABC):
 
     async def page_of_users(self, cursor: _Cursor) -> tuple[list[str], _Cursor]:
         page = await self.engine.page(self._collection, _Filter((_LATEST,)), limit=self.batch, cursor=cursor)
-        return [record.payload["user_id"] for record in page.records], page.cursor
+        return [str(_field_of(record, "user_id")) for record in page.records], page.cursor
 
     async def count_users(self) -> int:
         return await self.engine.count(self._collection, _Filter((_LATEST,)))
@@ -3731,8 +3850,8 @@ class _Core(ABC):
         maximum = self._retention.maximum
         return [user_id for user_id, count in held.items() if count > min(maximum, shown.get(user_id, 0))]
 
-    async def look(self) -> Health:
-        """How many users and how many points there are."""
+    async def look(self, seconds: float) -> Health:  # noqa: ARG002 - what is in the process is asked at once
+        """How many users and how many points there are, found out within so many seconds."""
         users = await self.count_users()
         points = await self.engine.count(self._collection, _Filter())
         return Health("healthy", self.engine.name, 0.0, users, points)
@@ -3748,7 +3867,7 @@ class _Core(ABC):
         page = await self.engine.page(
             self._collection, where, limit=wanted + 1, newest_by="updated_at_unix_ms"
         )
-        distinct = {record.payload["updated_at_unix_ms"]: record for record in page.records}
+        distinct = {_field_of(record, "updated_at_unix_ms"): record for record in page.records}
         return [_snapshot(record.payload) for record in itertools.islice(distinct.values(), wanted)]
 
     async def _history_times(self, user_id: str) -> list[int]:
@@ -3756,7 +3875,7 @@ class _Core(ABC):
         page = await self.engine.page(
             self._collection, where, limit=_ALL_OF_A_USER, newest_by="updated_at_unix_ms", payload=False
         )
-        return [record.payload["updated_at_unix_ms"] for record in reversed(page.records)]
+        return [_field_of(record, "updated_at_unix_ms") for record in reversed(page.records)]
 
     def _point(self, snapshot: StateSnapshot, suffix: str | int, **extra: Any) -> _Point:
         kind = "latest" if suffix == "latest" else "history"
@@ -4029,7 +4148,7 @@ class _SharedCore(_Core):
 
     def cached(self, user_id: str) -> StateSnapshot | None:
         """See _Core.cached."""
-        if not self._latest:
+        if not self._latest or user_id.__class__ is not str:
             return None
         until, latest = self._latest.get(user_id, (0.0, None))
         return latest if time.monotonic() < until else None
@@ -4057,8 +4176,8 @@ class _SharedCore(_Core):
         newest = await self._newest(user_id, wanted, max(window.since, self._retention.cutoff()))
         return [entry for entry in newest if entry.updated_at_unix_ms <= window.until][: window.limit]
 
-    async def look(self) -> Health:
-        status = await self._server.status(self._collection)
+    async def look(self, seconds: float) -> Health:
+        status = await self._server.status(self._collection, seconds)
         collection = status.get("collection")
         if collection is None:
             message = f"collection {self._collection!r} will be made by the first operation"
@@ -4110,6 +4229,7 @@ class _SharedCore(_Core):
         return self._point(snapshot, "latest", revision=secrets.token_hex(8), **extra)
 
     async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None:
+        self._latest.pop(snapshot.user_id, None)  # what was read for this may be stale
         before = await self._latest_payload(snapshot.user_id)
         found = None if before is None else _snapshot(before)
         if not _same(found, expected):
@@ -4158,12 +4278,18 @@ class _SharedCore(_Core):
         written = self._since_trim.get(user_id, 0) + 1
         if written >= slack:
             written = 0
-            times = await self._times_of(user_id)
-            if number := self._retention.hidden(times):
-                await self._remove({user_id: times[:number]})
+            await self._trim(user_id)
         if len(self._since_trim) >= _MAX_COUNTED and user_id not in self._since_trim:
             self._since_trim.clear()
         self._since_trim[user_id] = written
+
+    async def _trim(self, user_id: str) -> None:
+        try:
+            times = await self._times_of(user_id)
+            if number := self._retention.hidden(times):
+                await self._remove({user_id: times[:number]})
+        except BackendError as error:  # what was to be written has been: its turn comes again
+            _LOGGER.warning("trimming the history of a user failed: %s", error)
 
     async def _times_of(self, user_id: str) -> list[int]:
         return await self._history_times(user_id)
@@ -4225,11 +4351,7 @@ _UNOPENED = cast("_Core", _UnopenedCore())
 def _acquire(config: QdrantStoreConfig) -> tuple[_Directory, _OwnedCore]:
     """The opened directory and the core of a store; the directory is to be released."""
     path = os.path.realpath(Path(cast("str", config.path)).expanduser())
-    with _directories_lock:
-        directory = _DIRECTORIES.get(path)
-        if directory is None:
-            directory = _DIRECTORIES[path] = _Directory(path, config)
-        directory.stores += 1
+    directory = _directory_at(path, config)
     try:
         _agree(path, "durability", directory.durability, config.durability)
         with directory.opening:
@@ -4237,6 +4359,20 @@ def _acquire(config: QdrantStoreConfig) -> tuple[_Directory, _OwnedCore]:
     except BaseException:
         directory.release()
         raise
+
+
+def _directory_at(path: str, config: QdrantStoreConfig) -> _Directory:
+    """The opened directory, with one store more on it."""
+    while True:
+        with _directories_lock:
+            directory = _DIRECTORIES.get(path)
+            if directory is None:
+                directory = _DIRECTORIES[path] = _Directory(path, config)
+            if directory.stores > 0 or not directory.used:
+                directory.stores += 1
+                directory.used = True
+                return directory
+        directory.gone.wait()
 
 
 def _core_in(directory: _Directory, config: QdrantStoreConfig) -> _OwnedCore:
@@ -4273,12 +4409,12 @@ def _release_unclosed(held: _Directory | _Server) -> None:
         _LOGGER.info("closing %s failed: %s", held.path, error)
 
 
-def _tries(timeout: float) -> Iterator[float | None]:
-    """Seconds to wait after each try, None after the last."""
+def _tries(timeout: float) -> Iterator[tuple[float, float | None]]:
+    """Seconds that a try may take, and seconds to wait after it; None after the last."""
     deadline = time.monotonic() + timeout
     while (left := deadline - time.monotonic()) > 0:
-        yield min(0.25, left)
-    yield None
+        yield min(left, _STATUS_TIMEOUT), min(0.25, left)
+    yield min(max(timeout, 0.1), 0.5), None
 
 
 def _lock_waits(lock_timeout: float) -> Iterator[float]:
@@ -4291,8 +4427,9 @@ def _lock_waits(lock_timeout: float) -> Iterator[float]:
 class _Server:
     """A connection to a server, of one store."""
 
-    def __init__(self, engine: _ServerEngine, path: str) -> None:
+    def __init__(self, engine: _ServerEngine, core: _SharedCore, path: str) -> None:
         self.engine = engine
+        self.core = core
         self.path = path
         self._orphaned = False
         _SERVERS.add(self)
@@ -4318,18 +4455,20 @@ class _Server:
     def abandon(self) -> None:
         """Make every use in a forked child an error."""
         self._orphaned = True
+        self.core.forget_everything()
 
 
 def _connected(config: QdrantStoreConfig, runs: _Runs) -> tuple[_Server, _SharedCore]:
     """A connection that is used first when it is needed, and the core over it."""
     _warn_of_plain_key(config)
     engine = _ServerEngine(config, runs)
-    return _Server(engine, cast("str", config.url)), _SharedCore(engine, config)
+    core = _SharedCore(engine, config)
+    return _Server(engine, core, cast("str", config.url)), core
 
 
 def _warn_of_plain_key(config: QdrantStoreConfig) -> None:
     parts = urlsplit(cast("str", config.url))
-    loopback = parts.hostname in ("localhost", "::1") or str(parts.hostname).startswith("127.")
+    loopback = parts.hostname == "localhost" or _LOOPBACK.fullmatch(str(parts.hostname))
     if config.api_key and parts.scheme == "http" and not loopback:
         message = f"the api key is sent in the clear to {parts.hostname}: use https"
         warnings.warn(message, UserWarning, stacklevel=4)
@@ -4436,7 +4575,7 @@ class QdrantStore(StateStore):
         """See StateStore.health."""
         started = time.perf_counter()
         try:
-            found: Health | StoreError = self._held.drive(self._core.look())
+            found: Health | StoreError = self._held.drive(self._core.look(_STATUS_TIMEOUT))
         except StoreError as error:
             found = error
         return _report(self._held, started, found)
@@ -4446,9 +4585,9 @@ class QdrantStore(StateStore):
 
         Raises what the server answers last, such as BackendUnavailableError.
         """
-        for wait in _tries(timeout):
+        for left, wait in _tries(timeout):
             try:
-                self._held.drive(self._core.look())
+                self._held.drive(self._core.look(left))
             except BackendError as error:
                 if wait is None or not error.retryable:
                     raise
@@ -4529,10 +4668,10 @@ class AsyncQdrantStore(AsyncStateStore):
     async def _acquire(self) -> tuple[_Directory, _OwnedCore]:
         for wait in _lock_waits(self.config.lock_timeout):
             try:
-                return await _in_thread(lambda: _acquire(self.config))
+                return await _acquire_in_thread(self.config)
             except StoreLockedError:
                 await _sleep(wait)
-        return await _in_thread(lambda: _acquire(self.config))
+        return await _acquire_in_thread(self.config)
 
     async def _drive(self, start: Callable[[_Core], Coroutine[Any, Any, _T]]) -> _T:
         if self._held is None:
@@ -4592,16 +4731,16 @@ class AsyncQdrantStore(AsyncStateStore):
         """See StateStore.health."""
         started = time.perf_counter()
         try:
-            found: Health | StoreError = await self._look()
+            found: Health | StoreError = await self._look(_STATUS_TIMEOUT)
         except StoreError as error:
             found = error
         return _report(self._held, started, found)
 
     async def wait_until_ready(self, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - as in the other form
         """See QdrantStore.wait_until_ready."""
-        for wait in _tries(timeout):
+        for left, wait in _tries(timeout):
             try:
-                await self._look()
+                await self._look(left)
             except BackendError as error:
                 if wait is None or not error.retryable:
                     raise
@@ -4609,10 +4748,10 @@ class AsyncQdrantStore(AsyncStateStore):
             else:
                 return
 
-    async def _look(self) -> Health:
+    async def _look(self, seconds: float) -> Health:
         if self._held is None:
             await self._open()
-        return await self._run(self._core.look())
+        return await self._run(self._core.look(seconds))
 
     async def aclose(self) -> None:
         """See StateStore.close."""
@@ -4620,8 +4759,8 @@ class AsyncQdrantStore(AsyncStateStore):
         if isinstance(self._held, _Server):
             if was_open:
                 await _close_connection(self._held)
-        elif self._finalizer is not None and self._finalizer.detach():
-            await _shielded(cast("_Directory", self._held).release)
+        elif self._finalizer is not None:
+            await _release_in_thread(cast("_Directory", self._held), self._finalizer)
 
     def _check(self, snapshot: StateSnapshot) -> None:
         self._core.check(snapshot)
@@ -4672,7 +4811,8 @@ async def _in_worker(directory: _Directory, flow: Coroutine[Any, Any, _T]) -> _T
         return await _in_thread(lambda: directory.drive(flow), _limiter(directory))
     finally:
         if inspect.getcoroutinestate(flow) == inspect.CORO_CREATED:
-            flow.close()
+            with contextlib.suppress(ValueError):  # the worker has started it just now, and will close it
+                flow.close()
 
 
 def _limiter(directory: _Directory) -> Any:
@@ -4697,12 +4837,43 @@ async def _close_connection(server: _Server) -> None:
         await server.engine.close()
 
 
-async def _shielded(release: Callable[[], object]) -> None:
-    """Close in a worker thread, also while being cancelled: nobody would do it later."""
+async def _acquire_in_thread(config: QdrantStoreConfig) -> tuple[_Directory, _OwnedCore]:
+    """Open in a worker thread; what it opens for a task that was cancelled meanwhile is released."""
+    lock, wanted, opened = threading.Lock(), [True], list[tuple[_Directory, _OwnedCore]]()
+
+    def acquire() -> None:
+        found = _acquire(config)
+        with lock:
+            if wanted:
+                opened.append(found)
+                return
+        found[0].release()
+
+    try:
+        await _in_thread(acquire)
+    except BaseException:
+        with lock:
+            wanted.clear()
+        for directory, _ in opened:
+            directory.release()
+        raise
+    return opened[0]
+
+
+async def _release_in_thread(directory: _Directory, finalizer: weakref.finalize[..., Any]) -> None:
+    """Release in a worker thread, also while being cancelled: nobody would do it later."""
     import anyio
 
-    with anyio.CancelScope(shield=True):
-        await _in_thread(release)
+    def release() -> None:
+        if finalizer.detach():  # once, by whoever comes first
+            directory.release()
+
+    try:
+        with anyio.CancelScope(shield=True):
+            await _in_thread(release)
+    except BaseException:
+        release()  # asyncio's own cancelling knows no shield
+        raise
 
 
 # -----------------------------------------------------------------------------

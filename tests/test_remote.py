@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import itertools
 import json
 import logging
@@ -309,7 +310,7 @@ async def test_the_pool_bounds_the_connections(connect: Any, server: QdrantServe
 
 async def test_connections_that_the_server_closed_are_replaced(connect: Any, server: QdrantServer) -> None:
     """A server that ends idle connections, as every restart does, is not noticed by the caller."""
-    store = connect(retry=PATIENT)
+    store = connect(retry=PATIENT, breaker=BreakerPolicy(failures=10**6))
     await together(store, [functools.partial(store.get_latest, "ann")] * 8)
 
     for _ in range(3):
@@ -1989,11 +1990,15 @@ def test_a_forked_child_is_told_to_open_its_own_store(form: str, ttl: int, serve
 
 
 @defect("httpx connections belong to the loop that opened them: Event loop is closed")
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 def test_a_store_serves_one_event_loop_after_another(server: QdrantServer) -> None:
     """A store made at the top of a module works in every asyncio.run, as one in memory does."""
     store = AsyncQdrantStore(url=server.url, verify=False)
-
-    for number in range(3):
-        asyncio.run(store.upsert_latest(state(at=number)))
+    try:
+        for number in range(3):
+            asyncio.run(store.upsert_latest(state(at=number)))
+    finally:
+        del store
+        gc.collect()  # what is left of the first loop belongs to this test
 
     assert times_kept(server) == [0, 1, 2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -583,6 +584,27 @@ async def test_threads_and_tasks_share_the_breaker(face: str, connect: Any, serv
 
     await together(store, [refused] * 6)
     assert len(server.requests) == 6
+
+
+@defect("each attempt of each concurrent caller counts: 5 in flight at a restart open it for 30 s")
+async def test_a_moment_without_connections_does_not_open_the_breaker(
+    connect: Any, server: QdrantServer
+) -> None:
+    """When a server that is back at once ends 8 connections in use, all 8 callers succeed by retrying."""
+    store = await connect()
+    arrived, all_there = itertools.count(1), asyncio.Event()
+
+    async def drop_together(exchange: Exchange) -> Response:
+        if next(arrived) == 8:
+            all_there.set()
+        await asyncio.wait_for(all_there.wait(), 30)
+        return await drop()(exchange)
+
+    server.on(drop_together, route=RETRIEVE, times=8)
+
+    await together(store, [partial(store.get_latest, "ann")] * 8)
+
+    assert resilience(store).breaker.state == "closed"
 
 
 async def test_stores_have_breakers_of_their_own(connect: Any, server: QdrantServer) -> None:
