@@ -892,7 +892,8 @@ class QdrantStoreConfig(MemoryStoreConfig):
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
-        if not _COLLECTION_NAME.fullmatch(str(self.collection_name)):
+        name = self.collection_name
+        if not (isinstance(name, str) and _COLLECTION_NAME.fullmatch(name)):
             raise ValidationError(
                 "collection_name: 1 to 200 of letters, digits and _ - . (not in front) are needed, "
                 f"got {_shown(self.collection_name)}"
@@ -906,14 +907,13 @@ class QdrantStoreConfig(MemoryStoreConfig):
     def _check_server_fields(self) -> None:
         if self.url is not None:
             _check_url(self.url)
-        if self.api_key is not None and not _HEADER.fullmatch(str(self.api_key)):
+        key = self.api_key
+        if key is not None and not (isinstance(key, str) and _HEADER.fullmatch(key)):
             raise ValidationError(
                 "api_key: printable ASCII characters are needed"
             )  # the value is never shown
-        if not isinstance(self.verify, bool) and not Path(self.verify).exists():
-            raise ValidationError(
-                f"verify: True, False or a certificate is needed, got {_shown(self.verify)}"
-            )
+        if not isinstance(self.verify, bool | str):
+            raise ValidationError(f"verify: True, False or a path is needed, got {_shown(self.verify)}")
         for field in ("connect_timeout", "request_timeout"):
             _positive(field, getattr(self, field))
         _positive("cache_ttl", self.cache_ttl, zero=True)
@@ -1212,10 +1212,13 @@ class _Breaker:
             self._probing = self._probing or probe
             return probe
 
-    def leave(self, *, failed: bool, probe: bool = False) -> None:
-        """Say how a request that was let through ended; while the breaker is open, only a probe counts."""
+    def leave(self, *, failed: bool, probe: bool | None = None) -> None:
+        """Say how a request that was let through ended, by default the probe where there is one.
+
+        While the breaker is open only a probe counts: the others were sent before.
+        """
         with self._lock:
-            if self._opened_at is not None and not probe:
+            if self._opened_at is not None and not (self._probing if probe is None else probe):
                 return
             self._probing = False
             if not failed:
@@ -1225,7 +1228,7 @@ class _Breaker:
             if self._failures >= self._policy.failures:
                 self._opened_at = self._clock()
 
-    def give_up(self, *, probe: bool) -> None:
+    def give_up(self, *, probe: bool = True) -> None:
         """Say that a request was let through and cancelled: nothing was learnt."""
         with self._lock:
             self._probing = self._probing and not probe
@@ -1262,9 +1265,7 @@ class _Resilience:
             except BackendError as error:
                 self.breaker.leave(failed=_is_failure(error), probe=probe)
                 wait = self._wait(error, attempt)
-                if wait is None or self.breaker.state == "open":
-                    raise
-                if self._clock() + wait > begun + self._policy.deadline_s:
+                if wait is None or self._clock() + wait > begun + self._policy.deadline_s:
                     raise
             except BaseException:
                 self.breaker.give_up(probe=probe)
@@ -2475,7 +2476,7 @@ class _Put(NamedTuple):
 
 
 class _SharedEngine(_Engine, Protocol):
-    """An engine that other processes write to as well: changes are guarded, and requests may be repeated."""
+    """An engine that other processes write to as well: changes are guarded, requests may be repeated."""
 
     async def put(self, collection: str, puts: Sequence[_Put]) -> None:
         """Put points, one put after another, in one request."""
@@ -3071,6 +3072,8 @@ class _ServerEngine:
 
     def __init__(self, config: QdrantStoreConfig, runs: _Runs) -> None:
         package = _qdrant_client()
+        import ssl
+
         import httpx
 
         self.runs: _Runs = runs
@@ -3080,7 +3083,9 @@ class _ServerEngine:
         blocking = runs == "in place"
         headers = {} if config.api_key is None else {"api-key": config.api_key}  # as api_key= it would warn
         limits = httpx.Limits(max_connections=config.pool_size, max_keepalive_connections=config.pool_size)
-        shared: dict[str, Any] = {"headers": headers, "limits": limits, "verify": config.verify}
+        verify = config.verify
+        trusted = ssl.create_default_context(cafile=verify) if isinstance(verify, str) else verify
+        shared: dict[str, Any] = {"headers": headers, "limits": limits, "verify": trusted}
         kind = package.QdrantClient if blocking else package.AsyncQdrantClient
         client = kind(url=self._url, check_compatibility=False, **shared)
         http = client._client.openapi_client.client  # no public parameter tells the two timeouts apart
@@ -3121,7 +3126,7 @@ class _ServerEngine:
         found = getattr(vectors, "size", None), getattr(vectors, "distance", None)
         if found != (metadata.get("vector_size"), self._models.Distance.COSINE):
             raise SchemaMismatchError(
-                f"{self._url}: collection {collection.name!r} has vectors of {found[0]}, distance {found[1]}; "
+                f"{self._url}: collection {collection.name!r} has {found[0]} dimensions, {found[1]}; "
                 f"{metadata.get('vector_size')} and Cosine are needed"
             )
         await self._create_indexes(collection, set(info.payload_schema))
@@ -3323,7 +3328,10 @@ class _ServerEngine:
                 asked = f"Qdrant at {self._url}: health"
                 where = _Where(backend="server", operation="health")
                 raise _status_error(answer.status_code, answer.content, asked, where)  # noqa: TRY301
-            return cast("dict[str, Any]", answer.json())
+            found = answer.json()
+            if not isinstance(found, dict):
+                raise TypeError("it is not a JSON object")  # noqa: TRY301
+            return cast("dict[str, Any]", found)
         except BackendError:
             raise
         except Exception as error:
@@ -4409,12 +4417,11 @@ def _release_unclosed(held: _Directory | _Server) -> None:
         _LOGGER.info("closing %s failed: %s", held.path, error)
 
 
-def _tries(timeout: float) -> Iterator[tuple[float, float | None]]:
-    """Seconds that a try may take, and seconds to wait after it; None after the last."""
+def _tries(timeout: float) -> Iterator[tuple[float, float]]:
+    """For every try, the seconds that it may take and the moment after which there is no other."""
     deadline = time.monotonic() + timeout
-    while (left := deadline - time.monotonic()) > 0:
-        yield min(left, _STATUS_TIMEOUT), min(0.25, left)
-    yield min(max(timeout, 0.1), 0.5), None
+    while True:
+        yield max(0.01, min(deadline - time.monotonic(), _STATUS_TIMEOUT)), deadline
 
 
 def _lock_waits(lock_timeout: float) -> Iterator[float]:
@@ -4461,7 +4468,11 @@ class _Server:
 def _connected(config: QdrantStoreConfig, runs: _Runs) -> tuple[_Server, _SharedCore]:
     """A connection that is used first when it is needed, and the core over it."""
     _warn_of_plain_key(config)
-    engine = _ServerEngine(config, runs)
+    try:
+        engine = _ServerEngine(config, runs)
+    except OSError as error:
+        message = f"verify: {_shown(config.verify)} is no usable certificate: {error}"
+        raise ValidationError(message) from error
     core = _SharedCore(engine, config)
     return _Server(engine, core, cast("str", config.url)), core
 
@@ -4585,13 +4596,14 @@ class QdrantStore(StateStore):
 
         Raises what the server answers last, such as BackendUnavailableError.
         """
-        for left, wait in _tries(timeout):
+        for seconds, deadline in _tries(timeout):
             try:
-                self._held.drive(self._core.look(left))
+                self._held.drive(self._core.look(seconds))
             except BackendError as error:
-                if wait is None or not error.retryable:
+                left = deadline - time.monotonic()
+                if left <= 0 or not error.retryable:
                     raise
-                time.sleep(wait)
+                time.sleep(min(0.25, left))
             else:
                 return
 
@@ -4738,13 +4750,14 @@ class AsyncQdrantStore(AsyncStateStore):
 
     async def wait_until_ready(self, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - as in the other form
         """See QdrantStore.wait_until_ready."""
-        for left, wait in _tries(timeout):
+        for seconds, deadline in _tries(timeout):
             try:
-                await self._look(left)
+                await self._look(seconds)
             except BackendError as error:
-                if wait is None or not error.retryable:
+                left = deadline - time.monotonic()
+                if left <= 0 or not error.retryable:
                     raise
-                await _sleep(wait)
+                await _sleep(min(0.25, left))
             else:
                 return
 
