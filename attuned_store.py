@@ -2609,7 +2609,7 @@ class _EdgeEngine(_CountsEach):
             metadata = _read_json(manifest)
             collection.accept(metadata)
             self._shards[collection.name] = self._api.EdgeShard.load(str(directory))
-        self._sizes[collection.name] = collection.vector_size
+        self._sizes[collection.name] = metadata.get("vector_size", collection.vector_size)
         self._unflushed[collection.name] = self._changes[collection.name] = 0
         return metadata
 
