@@ -56,7 +56,7 @@ import warnings
 import weakref
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections import deque
+from collections import Counter, deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -3868,13 +3868,16 @@ class _Core(ABC):
         """The newest entries of a history from a time on, newest first, in one request.
 
         The latest point is among them, hence one more, in case history does not hold it: a writer on a server
-        died before it wrote the history, or history was off.
+        died before it wrote the history, or history was off. Without it the user has been deleted, and what
+        there is was left by a writer that did not know.
         """
         since = (_Range("updated_at_unix_ms", least),) if least else ()
         where = _Filter((_Equal("user_id", user_id), *since))
         page = await self.engine.page(
             self._collection, where, limit=wanted + 1, newest_by="updated_at_unix_ms"
         )
+        if not any(_field_of(record, "kind") == "latest" for record in page.records):
+            return []
         distinct = {_field_of(record, "updated_at_unix_ms"): record for record in page.records}
         return [_snapshot(record.payload) for record in itertools.islice(distinct.values(), wanted)]
 
@@ -4214,9 +4217,10 @@ class _SharedCore(_Core):
         entries = {(entry.user_id, entry.updated_at_unix_ms): entry for entry in snapshots}
         history = [self._point(entry, time_ms) for (_, time_ms), entry in entries.items()]
         await self._server.put(self._collection, self._puts(newest.values(), history))
+        entries_of = Counter(user_id for user_id, _ in entries)
         for user_id in newest:
             self._latest.pop(user_id, None)
-            await self._trim_in_turn(user_id)
+            await self._trim_in_turn(user_id, entries_of[user_id])
 
     def _puts(self, newest: Iterable[StateSnapshot], history: list[_Point]) -> list[_Put]:
         """Each latest point unless there is a newer one, and the history."""
@@ -4280,10 +4284,10 @@ class _SharedCore(_Core):
         self._latest.pop(user_id, None)
         return bool(there)
 
-    async def _trim_in_turn(self, user_id: str) -> None:
-        """Every so many writes of a user, remove what its history does not show."""
+    async def _trim_in_turn(self, user_id: str, entries: int = 1) -> None:
+        """Every so many entries of a user, remove what its history does not show."""
         slack = max(16, self._retention.maximum // 4)
-        written = self._since_trim.get(user_id, 0) + 1
+        written = self._since_trim.get(user_id, 0) + entries
         if written >= slack:
             written = 0
             await self._trim(user_id)
