@@ -86,7 +86,7 @@ from attuned_store import (
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.once, pytest.mark.anyio, pytest.mark.timeout(120)]
 
 C = "attuned_state"
 INFO = "GET /"

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Iterator
 
 pytestmark = [
+    pytest.mark.once,  # the same on every Python
     pytest.mark.anyio,
     pytest.mark.timeout(120),
     # Under trio httpx leaves the body of a request that broke off to the garbage collector.
