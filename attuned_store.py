@@ -5322,8 +5322,19 @@ class _Table:
 def _complain(message: str) -> None:
     """Write one line to stderr, over a progress line; a closed stderr must not stop an import."""
     width = 70 if _is_terminal(sys.stderr) else 0
+    line = ("\r" if width else "") + f"attuned-store: {_one_line(message)}".ljust(width)
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except (OSError, ValueError, AttributeError):
+        _mute(sys.stderr)
+
+
+def _mute(stream: TextIO | None) -> None:
+    """Point a stream nowhere, so that the interpreter does not fail to flush it at exit."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        print(("\r" if width else "") + f"attuned-store: {_one_line(message)}".ljust(width), file=sys.stderr)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, cast("TextIO", stream).fileno())
+        os.close(nowhere)
 
 
 def _say(text: str) -> None:
@@ -6080,14 +6091,6 @@ def _parse_command(argv: Sequence[str]) -> argparse.Namespace:
 # Running
 
 
-def _mute_stdout() -> None:
-    """Point stdout nowhere, so that the interpreter does not fail to flush it at exit."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-
-
 def _report_failure(error: BaseException) -> int:
     """Report what ended the command in one line; the exit status."""
     if isinstance(error, KeyboardInterrupt):
@@ -6122,7 +6125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _run_command(sys.argv[1:] if argv is None else argv)
         getattr(sys.stdout, "flush", int)()
     except BrokenPipeError:
-        _mute_stdout()
+        _mute(sys.stdout)
     except (KeyboardInterrupt, Exception) as error:
         if sys.flags.dev_mode:
             raise
@@ -6136,7 +6139,7 @@ def _flush_stdout() -> None:
     try:
         getattr(sys.stdout, "flush", int)()
     except OSError:
-        _mute_stdout()
+        _mute(sys.stdout)
 
 
 if __name__ == "__main__":
