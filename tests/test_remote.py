@@ -1055,6 +1055,9 @@ async def test_a_failing_trim_does_not_fail_the_write(connect: Any, server: Qdra
     for at in range(20):
         await store.upsert_latest(state(at=at))
 
+    assert await store.get_latest("ann") == state(at=19)
+    assert any("/scroll" in request.path for request in server.requests)  # it was tried
+
 
 # ------------------------------------------------------------------------------
 # Bad input
