@@ -46,6 +46,8 @@ import re
 import secrets
 import shutil
 import sqlite3
+import stat
+import struct
 import sys
 import tempfile
 import threading
@@ -54,10 +56,13 @@ import unicodedata
 import uuid
 import warnings
 import weakref
+import zlib
 from abc import ABC, abstractmethod
+from array import array
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import (
+    AsyncGenerator,
     AsyncIterator,
     Awaitable,
     Callable,
@@ -71,6 +76,7 @@ from collections.abc import (
 )
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
+from importlib import import_module
 from pathlib import Path
 from typing import (
     IO,
@@ -91,11 +97,19 @@ from typing import (
 from urllib.parse import quote as urlquote
 from urllib.parse import urlsplit
 
-import attrs
-from cachetools import FIFOCache
+try:
+    import attrs
+    from cachetools import FIFOCache
+except ImportError as error:
+    raise ImportError("attuned_store needs attrs and cachetools: pip install attrs cachetools") from error
 
 if TYPE_CHECKING:
+    import socket
     from types import TracebackType
+
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
 
 __version__ = "0.1.0"
 
@@ -114,6 +128,7 @@ __all__ = [
     "CircuitOpenError",
     "ConflictError",
     "Health",
+    "History",
     "Match",
     "MemoryOptions",
     "MemoryStore",
@@ -127,6 +142,7 @@ __all__ = [
     "SchemaMismatchError",
     "SnapshotError",
     "SnapshotFields",
+    "SnapshotReport",
     "Source",
     "StateSnapshot",
     "StateStore",
@@ -136,12 +152,24 @@ __all__ = [
     "UnsupportedServerError",
     "UserNotFoundError",
     "ValidationError",
+    "acopy",
+    "alist_snapshots",
+    "asnapshot_on_start",
+    "averify_snapshot",
+    "copy",
+    "list_snapshots",
     "open_async_store",
     "open_store",
+    "snapshot_app",
+    "snapshot_on_start",
+    "verify_snapshot",
 ]
 
 _T = TypeVar("_T")
 _LOGGER = logging.getLogger("attuned_store")
+# For what is slow, which nobody wants on the stderr of a program that has not set up logging.
+_SLOW_LOGGER = logging.getLogger("attuned_store.slow")
+_SLOW_LOGGER.addHandler(logging.NullHandler())
 
 
 # -----------------------------------------------------------------------------
@@ -344,12 +372,14 @@ _SOURCES = {source.value: source for source in Source}
 class _Shape:
     """The names of a set of axes, checked once and then shared by all snapshots that have them."""
 
-    __slots__ = ("index", "json_form", "names")
+    __slots__ = ("heading", "index", "json_form", "names", "packing")
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
         self.index = {name: position for position, name in enumerate(names)}
         self.json_form = "{" + ",".join(f'"{name}":%r' for name in names) + "}"
+        self.heading = ",".join(names) + ":"
+        self.packing = struct.Struct(f">{len(names)}d")
 
 
 _SHAPES: dict[tuple[str, ...], _Shape] = {}
@@ -442,13 +472,17 @@ def _checked_axes(axes: Mapping[str, float] | Iterable[tuple[str, float]]) -> Ax
     if axes.__class__ is Axes:  # isinstance() is slow for the subclass of an abstract class
         return cast("Axes", cast("object", axes))
     given = _as_dict(axes)
-    names, values = tuple(given), tuple(given.values())
+    names = tuple(given)
+    return _axes_with(_SHAPES.get(names) or _shape_of(names), tuple(given.values()))
+
+
+def _axes_with(shape: _Shape, values: tuple[Any, ...]) -> Axes:
     for value in values:
         if value.__class__ is not float or not 0.0 <= value <= 1.0:
-            values = tuple(_unit(f"axes[{name!r}]", value) for name, value in given.items())
+            values = tuple(map(_unit, [f"axes[{name!r}]" for name in shape.names], values))
             break
     made = object.__new__(Axes)
-    _set_shape(made, _SHAPES.get(names) or _shape_of(names))
+    _set_shape(made, shape)
     _set_values(made, values)
     return made
 
@@ -474,8 +508,9 @@ def _is_real(value: object) -> bool:
 
 
 def _number(field: str, value: object) -> float:
-    if _is_real(value) and not math.isnan(cast("float", value)):
-        return float(cast("float", value))
+    with contextlib.suppress(OverflowError):  # an integer that is larger than any float
+        if _is_real(value) and not math.isnan(number := float(cast("float", value))):
+            return number
     raise ValidationError(f"{field}: a number is needed, got {_shown(value)}")
 
 
@@ -579,6 +614,9 @@ class StateSnapshot:
             f"confidence={self.confidence}, schema_version={self.schema_version})"
         )
 
+    def _repr_html_(self) -> str:
+        return _snapshot_html(self)
+
     def __reduce__(self) -> tuple[type[StateSnapshot], tuple[Any, ...]]:
         return StateSnapshot, attrs.astuple(self, recurse=False)
 
@@ -653,6 +691,37 @@ class Health:
     indexed_vectors: int | None = None
 
 
+_Reason = Literal["startup", "api", "manual"]
+
+
+@attrs.frozen(kw_only=True)
+class SnapshotReport:
+    """What became of a snapshot, which is a backup of a store.
+
+    ``status`` is completed, failed or skipped; ``target`` the store (or, where there is none, the file);
+    ``reason`` why it was taken; ``kind`` native, a Qdrant server's own, or portable; ``path`` the file and
+    ``snapshot_name`` its name; ``bytes`` and ``sha256`` of the file; ``points`` how many states it holds (a
+    native one: points, latest ones and history); ``duration_ms`` how long it took; ``message`` what there
+    is to say. None where unknown.
+    """
+
+    status: Literal["completed", "failed", "skipped"]
+    target: str
+    reason: _Reason = "manual"
+    kind: Literal["native", "portable"] | None = None
+    path: Path | None = None
+    snapshot_name: str | None = None
+    bytes: int | None = None
+    sha256: str | None = None
+    points: int | None = None
+    duration_ms: float = 0.0
+    message: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON types, ``path`` a string."""
+        return {**attrs.asdict(self), "path": None if self.path is None else str(self.path)}
+
+
 class _Any(enum.Enum):
     ANY = "ANY"
 
@@ -675,16 +744,23 @@ _HOST = re.compile(r"(?:[\w.-]+|\[[0-9a-fA-F:.]+\])(?::\d+)?")  # with its port
 _MAX_FACTOR = 2**31 - 1
 _COLLECTION_NAME = re.compile(r"[^\W.-][\w.-]{0,199}")  # it names files on disk
 _FALSE = frozenset({"false", "0", "no", "n", "off"})
+_DEFAULT_COLLECTION = "attuned_state"
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether a host, a name or an address, is this machine and can be reached from no other."""
+    return host == "localhost" or _LOOPBACK.fullmatch(host) is not None
 
 
 def _axis_names(value: Iterable[str] | None) -> tuple[str, ...] | None:
     if value is None:
         return None
-    if isinstance(value, str):
-        raise ValidationError(
-            f"axes: names are needed, such as a tuple of strings; got the string {_shown(value)}"
-        )
-    names = _shape_of(tuple(value)).names
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ValidationError(f"axes: names are needed, such as a tuple of strings; got {_shown(value)}")
+    try:
+        names = _shape_of(tuple(value)).names
+    except TypeError:
+        raise ValidationError(f"axes: strings are needed as names, got {_shown(value)}") from None
     if len(set(names)) != len(names):
         raise ValidationError(f"axes: each name once, got {_shown(names)}")
     if not names:
@@ -789,11 +865,13 @@ class QdrantOptions(MemoryOptions, total=False):
     durability: Literal["process", "power"]
     lock_timeout: float
     cache_size: int
+    slow_operation_ms: float | None
     connect_timeout: float
     request_timeout: float
     pool_size: int
     verify: bool | str
     cache_ttl: float
+    snapshot_timeout: float
     shard_number: int | None
     replication_factor: int | None
     write_consistency_factor: int | None
@@ -858,30 +936,33 @@ class QdrantStoreConfig(MemoryStoreConfig):
     ``path`` is a directory (made where absent) for embedded Qdrant, ``url`` a server; ``engine`` which
     embedded form a new directory gets (auto: edge where qdrant-edge-py is installed, else local).
     ``durability`` "process" survives the death of the process, "power" a power cut too, at the cost of a
-    flush per write. ``lock_timeout`` is how many seconds to wait for a directory that another process has
-    open; ``cache_size`` how many snapshots the read cache holds (0: none).
+    flush, which those who write at the same time share. ``lock_timeout`` is how many seconds to wait for a
+    directory that another process has open; ``cache_size`` how many snapshots the read cache holds (0: none).
+    A step that takes longer than ``slow_operation_ms`` is logged as a warning (0 or None: none is).
 
-    For a server: ``api_key``; ``connect_timeout`` and ``request_timeout`` in seconds; ``pool_size``, the
-    number of connections kept; ``verify``, False or the path of a CA certificate; ``cache_ttl``, the seconds
-    for which a read may be answered from memory though other processes write (0: never). A collection is
-    made with ``shard_number``, ``replication_factor`` and ``write_consistency_factor``; requests carry
-    ``read_consistency`` and ``write_ordering``; ``retry`` and ``breaker`` say what follows a failure.
-    Raises ValidationError.
+    For a server: ``api_key``; ``connect_timeout`` and ``request_timeout`` in seconds, ``snapshot_timeout``
+    for making or restoring a native snapshot; ``pool_size``, the number of connections kept; ``verify``,
+    False or the path of a CA certificate; ``cache_ttl``, the seconds for which a read may be answered from
+    memory though other processes write (0: never). A collection is made with ``shard_number``,
+    ``replication_factor`` and ``write_consistency_factor``; requests carry ``read_consistency`` and
+    ``write_ordering``; ``retry`` and ``breaker`` say what follows a failure. Raises ValidationError.
     """
 
     path: str | None = attrs.field(default=None, converter=attrs.converters.optional(_path))
     url: str | None = None
     api_key: str | None = attrs.field(default=None, repr=False)
-    collection_name: str = "attuned_state"
+    collection_name: str = _DEFAULT_COLLECTION
     engine: Literal["auto", "edge", "local"] = "auto"
     durability: Literal["process", "power"] = "process"
     lock_timeout: float = 0.0
     cache_size: int = 10_000
+    slow_operation_ms: float | None = 100.0
     connect_timeout: float = 10.0
     request_timeout: float = 30.0
     pool_size: int = 64
     verify: bool | str = True
     cache_ttl: float = 0.0
+    snapshot_timeout: float = 600.0
     shard_number: int | None = None
     replication_factor: int | None = None
     write_consistency_factor: int | None = None
@@ -902,6 +983,8 @@ class QdrantStoreConfig(MemoryStoreConfig):
         _choice("durability", self.durability, ("process", "power"))
         _positive("lock_timeout", self.lock_timeout, zero=True)
         _integer("cache_size", self.cache_size, 0, _MAX_INTEGER)
+        if self.slow_operation_ms is not None:
+            _positive("slow_operation_ms", self.slow_operation_ms, zero=True)
         self._check_server_fields()
 
     def _check_server_fields(self) -> None:
@@ -914,7 +997,7 @@ class QdrantStoreConfig(MemoryStoreConfig):
             )  # the value is never shown
         if not isinstance(self.verify, bool | str):
             raise ValidationError(f"verify: True, False or a path is needed, got {_shown(self.verify)}")
-        for field in ("connect_timeout", "request_timeout"):
+        for field in ("connect_timeout", "request_timeout", "snapshot_timeout"):
             _positive(field, getattr(self, field))
         _positive("cache_ttl", self.cache_ttl, zero=True)
         _integer("pool_size", self.pool_size, 1, 65_535)
@@ -975,6 +1058,13 @@ def _configured(kind: type[_Config], config: _Config | None, options: Mapping[st
 _FORMAT_VERSION = 1
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "attuned_store")
 _MS_PER_DAY = 86_400_000
+_UNIX_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def _iso_time(milliseconds: int) -> str:
+    """Write milliseconds since 1970 as ISO 8601 in UTC."""
+    moment = _UNIX_EPOCH + timedelta(milliseconds=milliseconds)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _point_id(user_id: str, suffix: str | int) -> str:
@@ -986,6 +1076,35 @@ def _point_id(user_id: str, suffix: str | int) -> str:
     digest = hashlib.sha1(name, usedforsecurity=False).hexdigest()
     variant = "89ab"[int(digest[16], 16) & 3]
     return f"{digest[:8]}-{digest[8:12]}-5{digest[13:16]}-{variant}{digest[17:20]}-{digest[20:32]}"
+
+
+def _axes_text(axes: Axes) -> str:
+    """Axes as "name,name:values", the values as the hexadecimal digits of big-endian doubles.
+
+    It is exact, and written and read in a tenth of the time of JSON.
+    """
+    shape = axes._shape
+    return shape.heading + shape.packing.pack(*axes._values).hex()
+
+
+def _axes_of_text(text: str) -> Axes:
+    """What _axes_text wrote, or the JSON of earlier versions."""
+    if text.startswith("{"):
+        return Axes(json.loads(text))
+    heading, _, digits = text.partition(":")
+    shape = _shape_of_heading(heading)
+    try:
+        return _axes_with(shape, shape.packing.unpack(bytes.fromhex(digits)))
+    except struct.error as error:
+        raise ValueError(f"axes: {error}") from None
+
+
+@functools.lru_cache(_MAX_SHAPES)
+def _shape_of_heading(heading: str) -> _Shape:
+    names = tuple(heading.split(",")) if heading else ()
+    if len(set(names)) < len(names):
+        raise ValueError("axes: a name is there twice")
+    return _shape_of(names)
 
 
 class _Schema:
@@ -1173,6 +1292,276 @@ def _backoff(attempt: int, *, base: float = 0.001, cap: float = 0.1) -> float:
 
 
 # -----------------------------------------------------------------------------
+# Observability
+# -----------------------------------------------------------------------------
+
+# Spans where opentelemetry is installed, metrics where prometheus_client is. A store finds out when it is
+# made, and is then of a subclass that reports what it does; without them nothing is in the way.
+
+_BREAKERS: weakref.WeakSet[Any] = weakref.WeakSet()  # of this process's open stores; the class stands below
+_breakers_lock = threading.RLock()  # reentrant: a store may be collected while it is held
+_CIRCUIT_STATES = {"closed": 0, "half-open": 1, "open": 2}
+_SECONDS = (1e-6, 1e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
+_SNAPSHOT_SECONDS = (0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600)
+_REQUESTS = {"retrieve": "get", "write": "upsert"}  # by other names than the engines'
+
+
+def _circuit_state() -> int:
+    """The worst state of all circuit breakers: 0 closed, 1 half-open, 2 open."""
+    with _breakers_lock:
+        breakers = tuple(_BREAKERS)
+    return max((_CIRCUIT_STATES[breaker.state] for breaker in breakers), default=0)
+
+
+_UNREPORTED = contextlib.nullcontext()
+
+
+class _Metrics:
+    """The metrics of this process, in the default registry of prometheus_client."""
+
+    def __init__(self) -> None:
+        import prometheus_client as prometheus
+
+        by_operation = ["backend", "operation"]
+        self.operations = prometheus.Counter(
+            "attuned_store_operations_total", "Operations of stores.", [*by_operation, "status"]
+        )
+        self.operation_seconds = prometheus.Histogram(
+            "attuned_store_operation_duration_seconds", "Of stores.", by_operation, buckets=_SECONDS
+        )
+        self.request_seconds = prometheus.Histogram(
+            "attuned_qdrant_request_duration_seconds", "Each try of its own.", ["operation"], buckets=_SECONDS
+        )
+        self.errors = prometheus.Counter(
+            "attuned_qdrant_errors_total", "Requests that failed.", ["operation", "kind"]
+        )
+        self.retries = prometheus.Counter("attuned_qdrant_retries_total", "Requests sent again.")
+        self.circuit = prometheus.Gauge(
+            "attuned_qdrant_circuit_state", "0 closed, 1 half-open, 2 open; the worst of all stores."
+        )
+        self.circuit.set_function(_circuit_state)
+        self.snapshot_seconds = prometheus.Histogram(
+            "attuned_snapshot_duration_seconds", "Of snapshots taken and restored.", buckets=_SNAPSHOT_SECONDS
+        )
+        self.snapshot_bytes = prometheus.Gauge("attuned_snapshot_bytes", "Size of the last snapshot file.")
+        self.of = functools.cache(self._of)  # labels() takes as long as a read from memory
+
+    def _of(self, backend: str, operation: str, status: str) -> tuple[Any, Any]:
+        """The counter and the histogram of an operation."""
+        counter = self.operations.labels(backend, operation, status)
+        return counter, self.operation_seconds.labels(backend, operation)
+
+
+def _reported_kind(error: BaseException, *, in_request: bool) -> type[BaseException]:
+    """What an error is called; what an engine itself raises is on its way to be a BackendError."""
+    own = isinstance(error, StoreError) or not isinstance(error, Exception)
+    return BackendError if in_request and not own else type(error)
+
+
+class _Telemetry:
+    """What reports go to: a tracer and metrics, either of which may be None."""
+
+    def __init__(self, trace: Any, metrics: _Metrics | None) -> None:
+        self._trace = trace
+        self._tracer = trace and trace.get_tracer("attuned_store", __version__)
+        self._metrics = metrics
+
+    def _span(
+        self, name: str, attributes: Mapping[str, Any], *, in_request: bool = False
+    ) -> contextlib.AbstractContextManager[Any]:
+        """A span, or None where there is no tracer, or the application has set no provider for it so far."""
+        trace = self._trace
+        if self._tracer is None or (
+            isinstance(self._tracer, trace.ProxyTracer)
+            and isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
+        ):
+            return _UNREPORTED
+        return self._recorded(name, attributes, in_request=in_request)
+
+    @contextlib.contextmanager
+    def _recorded(self, name: str, attributes: Mapping[str, Any], *, in_request: bool) -> Generator[Any]:
+        given = {f"attuned.{key}": value for key, value in attributes.items() if value is not None}
+        with self._tracer.start_as_current_span(
+            name, attributes=given, record_exception=False, set_status_on_exception=False
+        ) as span:
+            try:
+                yield span
+            except BaseException as error:
+                kind = _reported_kind(error, in_request=in_request)
+                span.set_attribute("error.type", kind.__name__)
+                # Not the message: a server's answer, or a value that was refused, may hold a user id.
+                meaning = (kind.__doc__ or "").partition("\n")[0] if issubclass(kind, StoreError) else ""
+                span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, meaning or kind.__name__))
+                raise
+
+    @contextlib.contextmanager
+    def operation(self, name: str, store: _Observable, user_id: str | None) -> Generator[None]:
+        """Report an operation of a store."""
+        began, status, operation = time.perf_counter(), "error", name.rpartition(".")[2]
+        known = {"backend": store._engine_name(), "operation": operation, "user": user_id}
+        try:
+            with self._span(name, known) as span:
+                try:
+                    yield
+                finally:
+                    if span is not None:  # an asynchronous store may have been opened only now
+                        span.set_attribute("attuned.backend", store._engine_name())
+            status = "ok"
+        finally:
+            if self._metrics is not None:
+                counter, histogram = self._metrics.of(store._engine_name(), operation, status)
+                counter.inc()
+                histogram.observe(time.perf_counter() - began)
+
+    @contextlib.contextmanager
+    def request(self, backend: str, operation: str, attempt: int = 1) -> Generator[None]:
+        """Report one try of a request to a backend."""
+        began, name = time.perf_counter(), _REQUESTS.get(operation, operation.partition(" ")[0])
+        metrics = self._metrics
+        if metrics is not None and attempt > 1:
+            metrics.retries.inc()
+        try:
+            attributes = {"backend": backend, "operation": name, "attempt": attempt}
+            with self._span(f"attuned.qdrant.{name}", attributes, in_request=True):
+                yield
+        except BaseException as error:
+            if metrics is not None:
+                metrics.errors.labels(name, _reported_kind(error, in_request=True).__name__).inc()
+            raise
+        finally:
+            if metrics is not None:
+                metrics.request_seconds.labels(name).observe(time.perf_counter() - began)
+
+    def noted(self, answer: _T) -> _T:
+        """Give back what an operation answered; where it is a report of a snapshot, count that."""
+        if isinstance(answer, SnapshotReport) and self._metrics is not None:
+            self._metrics.snapshot_seconds.observe(answer.duration_ms / 1000)
+            self._metrics.snapshot_bytes.set(answer.bytes or 0)
+        return answer
+
+
+@functools.cache
+def _find_telemetry() -> _Telemetry | None:
+    trace: Any = None
+    metrics: _Metrics | None = None
+    with contextlib.suppress(ImportError):
+        from opentelemetry import trace
+    with contextlib.suppress(ImportError, ValueError):  # another copy of this file may have the names
+        metrics = _Metrics()
+    return _Telemetry(trace, metrics) if trace or metrics else None
+
+
+_telemetry_lock = threading.Lock()
+# Found when the first store is made; None where there is neither library.
+_telemetry: _Telemetry | None = None
+
+
+def _reported(backend: str, operation: str, attempt: int = 1) -> contextlib.AbstractContextManager[None]:
+    """Report a request to a server, if there is anything to report to."""
+    return _UNREPORTED if _telemetry is None else _telemetry.request(backend, operation, attempt)
+
+
+_OF_A_USER = {  # the first parameter of what is about one user: it tells who that is
+    "upsert_latest": "snapshot",
+    "patch": "user_id",
+    "update": "user_id",
+    "get_latest": "user_id",
+    "get_history": "user_id",
+    "search_similar": "query",
+    "delete": "user_id",
+}
+_SPANS = {
+    "upsert_latest": "attuned.store.upsert",
+    "upsert_many": "attuned.store.upsert_many",
+    "patch": "attuned.store.patch",
+    "update": "attuned.store.update",
+    "get_latest": "attuned.store.get",
+    "get_many": "attuned.store.get_many",
+    "get_history": "attuned.store.history",
+    "search_similar": "attuned.store.search",
+    "delete": "attuned.store.delete",
+    "count": "attuned.store.count",
+    "prune": "attuned.store.prune",
+    "create_snapshot": "attuned.snapshot.create",
+    "restore_snapshot": "attuned.snapshot.restore",
+}
+
+
+class _Observable(Protocol):
+    def _engine_name(self) -> str: ...
+
+
+_Store = TypeVar("_Store", bound=_Observable)
+
+
+def _observe(store: _Observable) -> None:
+    """Let a store report its operations, if there is anything to report to."""
+    global _telemetry  # noqa: PLW0603 - looked for once in a process, and not before it is needed
+    with _telemetry_lock:
+        _telemetry = _find_telemetry()
+    if _telemetry is not None and not hasattr(store, "_observed_by"):  # as is one that is staged
+        cast("Any", store).__class__ = _observed_class(type(store), _telemetry)
+
+
+@functools.cache
+def _observed_class(kind: type[_Store], telemetry: _Telemetry) -> type[_Store]:
+    """The class that reports what a class of stores does; otherwise it is the same, by name too."""
+    members: dict[str, Any] = {name: _observed(getattr(kind, name), name, telemetry) for name in _SPANS}
+    members["_observed_by"] = telemetry
+    named = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
+    make = cast("Any", type(kind))  # the metaclass
+    return cast("type[_Store]", make(kind.__name__, (kind,), {**named, **members}))
+
+
+def _observed(method: Callable[..., Any], name: str, telemetry: _Telemetry) -> Callable[..., Any]:
+    span = _SPANS[name]
+    first = _OF_A_USER.get(name, "")
+
+    def observation(
+        store: _Observable, arguments: tuple[Any, ...], options: Mapping[str, Any]
+    ) -> contextlib.AbstractContextManager[None]:
+        about = (arguments[0] if arguments else options.get(first)) if first else None
+        return telemetry.operation(span, store, _beginning_of_id(about))
+
+    @functools.wraps(method)
+    async def awaited(store: _Observable, *arguments: Any, **options: Any) -> Any:
+        with observation(store, arguments, options):
+            return telemetry.noted(await method(store, *arguments, **options))
+
+    @functools.wraps(method)
+    def called(store: _Observable, *arguments: Any, **options: Any) -> Any:
+        with observation(store, arguments, options):
+            return telemetry.noted(method(store, *arguments, **options))
+
+    return awaited if inspect.iscoroutinefunction(method) else called
+
+
+def _beginning_of_id(first: object) -> str | None:
+    """The beginning of the id of the user that an operation is about."""
+    user_id = first.user_id if isinstance(first, StateSnapshot) else first
+    if not isinstance(user_id, str):
+        return None
+    return _short_id(user_id).encode(errors="replace").decode()  # it has not been checked
+
+
+_LONG_OPERATIONS = frozenset({"upsert_many", "prune", "read", "stage", "adopt", "discard"})
+
+
+def _warn_if_slow(store: QdrantStore | AsyncQdrantStore, operation: str, began: float, about: object) -> None:
+    """Log a step of an operation, of which everything went through the engine, if it took too long.
+
+    Not those of long operations: their steps hold as much as fits, and whoever calls them expects to wait.
+    """
+    if operation in _LONG_OPERATIONS:
+        return
+    limit_ms, took_ms = store.config.slow_operation_ms, (time.perf_counter() - began) * 1000
+    if limit_ms and took_ms > limit_ms:
+        user_id = _beginning_of_id(about)
+        whose = "" if user_id is None else f", user {user_id!r}"
+        _SLOW_LOGGER.warning("slow: %s took %.0f ms on %s%s", operation, took_ms, store._engine_name(), whose)
+
+
+# -----------------------------------------------------------------------------
 # Resilience
 # -----------------------------------------------------------------------------
 
@@ -1187,6 +1576,13 @@ class _Breaker:
         self._failures = 0
         self._opened_at: float | None = None
         self._probing = False
+        with _breakers_lock:
+            _BREAKERS.add(self)
+
+    def retire(self) -> None:
+        """Count no longer in the state of all breakers: the store is closed."""
+        with _breakers_lock:
+            _BREAKERS.discard(self)
 
     @property
     def state(self) -> Literal["closed", "open", "half-open"]:
@@ -1194,6 +1590,11 @@ class _Breaker:
         if self._opened_at is None:
             return "closed"
         return "open" if self._clock() < self._opened_at + self._policy.open_s else "half-open"
+
+    def is_open_in(self, seconds: float) -> bool:
+        """Whether it lets nothing through now, and will not after so many seconds."""
+        opened_at = self._opened_at
+        return opened_at is not None and self._clock() + seconds < opened_at + self._policy.open_s
 
     def enter(self, backend: str, operation: str) -> bool:
         """Let a request through, or raise CircuitOpenError; returns whether it is a probe."""
@@ -1261,11 +1662,14 @@ class _Resilience:
         for attempt in itertools.count():
             probe = self.breaker.enter("server", operation)
             try:
-                answer = await request()
+                with _reported("server", operation, attempt + 1):
+                    answer = await request()
             except BackendError as error:
                 self.breaker.leave(failed=_is_failure(error), probe=probe)
                 wait = self._wait(error, attempt)
                 if wait is None or self._clock() + wait > begun + self._policy.deadline_s:
+                    raise
+                if self.breaker.is_open_in(wait):  # the next attempt would be refused: this failure says more
                     raise
             except BaseException:
                 self.breaker.give_up(probe=probe)
@@ -1282,6 +1686,1216 @@ class _Resilience:
             return None
         jitter = random.uniform(0.0, min(self._policy.cap_s, self._policy.base_s * 2.0**attempt))
         return max(jitter, error.retry_after_s) if isinstance(error, RateLimitedError) else jitter
+
+
+# -----------------------------------------------------------------------------
+# Files
+# -----------------------------------------------------------------------------
+
+
+def _write_file(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all, even after a power cut."""
+    temporary = _temporary(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    _sync(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+def _sync(*paths: Path) -> None:
+    """Make files, and the names in directories, survive a power cut."""
+    for path in paths:
+        if path.is_dir() and sys.platform == "win32":
+            continue  # which keeps names without being asked
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: cannot be read as a manifest: {error}") from error
+    if not isinstance(found, dict):
+        raise StoreError(f"{path}: is no manifest, which is a JSON object")
+    return cast("dict[str, Any]", found)
+
+
+if sys.platform == "win32":
+
+    def _lock_descriptor(descriptor: int) -> None:
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+
+    def _unlock_descriptor(descriptor: int) -> None:
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+
+else:
+
+    def _lock_descriptor(descriptor: int) -> None:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _unlock_descriptor(descriptor: int) -> None:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+class _LockFile:
+    """The operating system's lock on a file: it goes with the process that holds it."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock_descriptor(self._descriptor)
+        except OSError:
+            os.close(self._descriptor)
+            raise
+
+    def release(self) -> None:
+        """Give the lock up, also where a child that was just forked still has the file open."""
+        _unlock_descriptor(self._descriptor)
+        os.close(self._descriptor)
+
+    def abandon(self) -> None:
+        """Let go of the file in a forked child; the lock stays the parent's."""
+        os.close(self._descriptor)
+
+
+class _NewFile:
+    """A file that appears under a final name whole and durable, or not at all.
+
+    While it is open it is locked, so that what a killed process left is known from what another one is
+    writing, and removed by the next. It is readable by its owner alone: it holds personal data.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        _remove_abandoned(directory)
+        while True:
+            self.path = directory / f".attuned-{secrets.token_hex(8)}.tmp"
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            if self._is_kept(descriptor):
+                break
+            os.close(descriptor)
+        self.file = os.fdopen(descriptor, "w+b")
+
+    def _is_kept(self, descriptor: int) -> bool:
+        """Whether nobody took it for an abandoned one before it was locked."""
+        try:
+            _lock_descriptor(descriptor)
+            return os.path.samestat(os.fstat(descriptor), self.path.stat())
+        except (BlockingIOError, FileNotFoundError):
+            return False
+        except OSError:  # a file system without locks, where none is taken for abandoned either
+            return True
+
+    def commit(self, names: Iterable[str]) -> Path:
+        """Give the file the first of these names that is free in its directory."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        for name in names:
+            final = self.path.with_name(name)
+            if _name_anew(self.path, final):
+                try:
+                    _sync(final.parent)
+                except BaseException:
+                    final.unlink()
+                    raise
+                return final
+        raise FileExistsError("all names are taken")
+
+    def discard(self) -> None:
+        """Close the file, and remove it unless it was given its name."""
+        with contextlib.suppress(OSError):  # the next one removes it
+            self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what could not be written then is not needed now
+            self.file.close()
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Remove what killed processes left: files without a name, and checksums without their snapshot."""
+    orphans = (path for path in directory.glob("*.snap.sha256") if _is_orphan(path))
+    for path in [*directory.glob(".attuned-????????????????.tmp"), *orphans]:
+        with contextlib.suppress(OSError):  # it is being written, or gone by now
+            _remove_unlocked(path)
+
+
+def _is_orphan(checksum: Path) -> bool:
+    snapshot = checksum.with_suffix("")
+    return _SNAPSHOT_NAME.fullmatch(snapshot.name) is not None and not os.path.lexists(snapshot)
+
+
+def _remove_unlocked(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        _lock_descriptor(descriptor)
+        if path.suffix == ".tmp" or _is_orphan(
+            path
+        ):  # still: its snapshot may have come before the lock went
+            path.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def _name_anew(path: Path, final: Path) -> bool:
+    """Give a file a new name unless that is taken, which os.rename would overwrite."""
+    try:
+        os.link(path, final)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        if os.path.lexists(final):
+            return False
+        path.rename(final)
+    return True
+
+
+# -----------------------------------------------------------------------------
+# Archives
+# -----------------------------------------------------------------------------
+
+# A portable snapshot is a gzipped tar: snapshots-00000.jsonl, snapshots-00001.jsonl and so on, one
+# StateSnapshot a line, those of a user together and oldest first; at the end manifest.json, since only then
+# everything is known; and a seal. So it is written and read forward, in pieces, whatever its size. All parts
+# but the last are about 256 KiB: what is larger, or smaller in great number, is not read, so that no file can
+# take up much memory.
+
+_ARCHIVE_VERSION = 1
+_MANIFEST = "manifest.json"
+_BLOCK = 512  # bytes, of tar
+_PART_BYTES = 1 << 18  # of lines in one member, about; compressing them takes 3 ms
+_MAX_PART_BYTES = 1 << 20  # a part that claims more is not read; one line has 100 KB at most
+_MANIFEST_BYTES_PER_PART = 512  # at most, and as much as a part may have besides
+_READ_BYTES = 1 << 16
+_GZIP_MAGIC = b"\x1f\x8b"
+_STATE_FIELDS = frozenset(field.name for field in attrs.fields(StateSnapshot))
+_quoted: Callable[[str], str] = json.encoder.encode_basestring_ascii
+_SnapshotKind = Literal["native", "portable"]
+_RestoreMode = Literal["replace", "merge", "skip"]
+_SUFFIXES: Mapping[_SnapshotKind, str] = {"native": ".snap", "portable": ".attuned"}
+
+
+def _line(snapshot: StateSnapshot) -> str:
+    """A snapshot as one line of JSON, with the names of its fields."""
+    axes = snapshot.axes
+    return (
+        f'{{"user_id":{_quoted(snapshot.user_id)},"axes":{axes._shape.json_form % axes._values},'
+        f'"updated_at_unix_ms":{snapshot.updated_at_unix_ms},"source":"{snapshot.source.value}",'
+        f'"confidence":{snapshot.confidence!r},"schema_version":{snapshot.schema_version}}}\n'
+    )
+
+
+def _part_name(number: int) -> str:
+    return f"snapshots-{number:05d}.jsonl"
+
+
+def _seal(digest: bytes) -> bytes:
+    """An empty gzip member whose extra field (RFC 1952, 2.3.1.1) holds the SHA-256 of what stands before it.
+
+    Other programs read past it. gzip's own checks cover the contents; this one covers every byte of the file.
+    """
+    header = b"\x1f\x8b\x08\x04\x00\x00\x00\x00\x00\xff"
+    extra = b"AS" + len(digest).to_bytes(2, "little") + digest
+    return header + len(extra).to_bytes(2, "little") + extra + b"\x03\x00" + bytes(8)
+
+
+class _Contents(NamedTuple):
+    """What a portable snapshot holds."""
+
+    collection: str
+    axes: tuple[str, ...]
+    users: int
+    snapshots: int
+
+
+class _UserHashes:
+    """Notices users who come twice, at 8 bytes a user."""
+
+    def __init__(self) -> None:
+        self._hashes = [array("q") for _ in range(256)]
+
+    def add(self, user_id: str) -> None:
+        """Take in a user."""
+        found = hash(user_id)
+        self._hashes[found & 0xFF].append(found)
+
+    def repeated(self) -> bool:
+        """Whether some user came twice. Among 1,000 million users, chance makes two alike in 3 % of cases."""
+        return any(len(set(hashes)) < len(hashes) for hashes in self._hashes)
+
+
+class _Counter:
+    """Counts snapshots and users, who come one after another, each user's snapshots oldest first."""
+
+    def __init__(self) -> None:
+        self.users = self.snapshots = 0
+        self.axes: set[str] = set()  # that occur
+        self.hashes = _UserHashes()
+        self._last: StateSnapshot | None = None
+        self._shape: _Shape | None = None
+
+    def add(self, snapshots: Iterable[StateSnapshot]) -> None:
+        """Take in more; raises ValidationError where a user's order is broken."""
+        for snapshot in snapshots:
+            last, self._last = self._last, snapshot
+            self.snapshots += 1
+            if snapshot.axes._shape is not self._shape:
+                self._shape = snapshot.axes._shape
+                self.axes.update(self._shape.names)
+            if last is None or last.user_id != snapshot.user_id:
+                self.users += 1
+                self.hashes.add(snapshot.user_id)
+            elif last.updated_at_unix_ms >= snapshot.updated_at_unix_ms:
+                raise ValidationError("updated_at_unix_ms: a user's snapshots are not in order, or one twice")
+
+
+class _ArchiveWriter:
+    """Writes a portable snapshot into a file, piece by piece."""
+
+    def __init__(self, file: IO[bytes], created_ms: int) -> None:
+        self._file = file
+        self._created_ms = created_ms
+        self._gzip = zlib.compressobj(1, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+        self._digest = hashlib.sha256()
+        self._lines: list[str] = []
+        self._size = 0  # of the lines
+        self._parts: list[dict[str, Any]] = []
+        self.bytes = 0
+        self.counted = _Counter()
+
+    def add(self, snapshots: Sequence[StateSnapshot]) -> None:
+        """Take in snapshots: all of a user, oldest first."""
+        self.counted.add(snapshots)
+        for snapshot in snapshots:
+            line = _line(snapshot)  # of ASCII alone
+            self._lines.append(line)
+            self._size += len(line)
+            if self._size >= _PART_BYTES:
+                self._end_part()
+
+    def _end_part(self) -> None:
+        name, data = _part_name(len(self._parts)), "".join(self._lines).encode()
+        sha256 = hashlib.sha256(data).hexdigest()
+        self._parts.append({"name": name, "size": len(data), "sha256": sha256, "snapshots": len(self._lines)})
+        self._lines, self._size = [], 0
+        self._put_member(name, data)
+
+    def _put_member(self, name: str, data: bytes) -> None:
+        import tarfile
+
+        header = tarfile.TarInfo(name)
+        header.size, header.mtime = len(data), self._created_ms // 1000
+        self._put(header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % _BLOCK))
+
+    def _put(self, data: bytes) -> None:
+        self._put_packed(self._gzip.compress(data))
+
+    def _put_packed(self, packed: bytes) -> None:
+        self._file.write(packed)
+        self._digest.update(packed)
+        self.bytes += len(packed)
+
+    def finish(self, engine: str, collection: str, axes: Sequence[str]) -> str:
+        """Write what stands at the end; returns the SHA-256 of the file."""
+        if self._lines:
+            self._end_part()
+        contents = {
+            "name": collection,
+            "axes": list(axes),
+            "users": self.counted.users,
+            "snapshots": self.counted.snapshots,
+            "parts": self._parts,
+        }
+        manifest = {
+            "format_version": _ARCHIVE_VERSION,
+            "engine": engine,
+            "created_at": _iso_time(self._created_ms),
+            "collections": [contents],
+        }
+        self._put_member(_MANIFEST, json.dumps(manifest, indent=1).encode())
+        self._put(bytes(2 * _BLOCK))
+        self._put_packed(self._gzip.flush())
+        self._put_packed(_seal(self._digest.digest()))
+        return self._digest.hexdigest()
+
+
+class _Unpacked:
+    """The contents of a gzip file, read forward in bounded pieces; SnapshotError where it is damaged."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._gzip = zlib.decompressobj(16 + zlib.MAX_WBITS)
+        self._packed = b""  # what was last read from the file
+        self._ready = bytearray()
+        self._digest = hashlib.sha256()
+
+    def take(self, size: int) -> bytes:
+        """The next so many bytes."""
+        while len(self._ready) < size:
+            if self._gzip.eof:
+                raise SnapshotError("it ends too early")
+            self._ready += self._more()
+        taken = bytes(self._ready[:size])
+        del self._ready[:size]
+        return taken
+
+    def _more(self) -> bytes:
+        packed = self._gzip.unconsumed_tail
+        if not packed:
+            packed = self._read()
+            if not packed:
+                raise SnapshotError("it is cut short")
+        try:
+            return self._gzip.decompress(packed, _PART_BYTES)
+        except zlib.error as error:
+            raise SnapshotError(f"it is damaged: {error}") from error
+
+    def _read(self) -> bytes:
+        self._digest.update(self._packed)
+        self._packed = self._file.read(_READ_BYTES)
+        return self._packed
+
+    def finish(self) -> str:
+        """Check that nothing follows but the seal of all that was read; returns the SHA-256 of the file."""
+        while not self._ready and not self._gzip.eof:
+            self._ready += self._more()
+        if self._ready:
+            raise SnapshotError("something stands behind its end")
+        rest = self._gzip.unused_data
+        self._digest.update(self._packed[: len(self._packed) - len(rest)])
+        seal = _seal(self._digest.digest())
+        rest += self._file.read(len(seal) + 1 - len(rest)) if len(rest) <= len(seal) else b""
+        if rest != seal:
+            raise SnapshotError("it is cut short, altered or packed anew: it does not end with its own seal")
+        self._digest.update(seal)
+        return self._digest.hexdigest()
+
+
+class _ArchiveReader:
+    """Reads a portable snapshot forward, once; everything is checked on the way.
+
+    What is wrong is a SnapshotError. Snapshots come before all is known to be right: who changes a store
+    with them must be able to take that back, or have read them once before.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._unpacked = _Unpacked(file)
+        self._parts: list[dict[str, Any]] = []
+        self._counted = _Counter()
+        self.contents: _Contents | None = None  # known at the end
+        self.sha256 = ""
+
+    def parts(self) -> Iterator[list[StateSnapshot]]:
+        """The snapshots of one member after another."""
+        while True:
+            name, data = self._member()
+            if name == _MANIFEST:
+                break
+            if name != _part_name(len(self._parts)):
+                raise SnapshotError(f"{_shown(name)} should be {_part_name(len(self._parts))}")
+            if self._parts and self._parts[-1]["size"] < _PART_BYTES // 4:
+                raise SnapshotError(f"{self._parts[-1]['name']} is too small for one that is not the last")
+            yield self._part(name, data)
+        if self._counted.hashes.repeated():
+            raise SnapshotError("the snapshots of a user do not stand together")
+        self.contents = self._check_manifest(data)
+        if any(self._unpacked.take(2 * _BLOCK)):
+            raise SnapshotError(f"something stands behind {_MANIFEST}, which is the last")
+        self.sha256 = self._unpacked.finish()
+
+    def _member(self) -> tuple[str, bytes]:
+        import tarfile
+
+        try:
+            header = tarfile.TarInfo.frombuf(self._unpacked.take(_BLOCK), "ascii", "strict")
+        except (tarfile.HeaderError, ValueError) as error:
+            raise SnapshotError(f"it is no archive of ours: {error}") from error
+        if header.type != tarfile.REGTYPE:
+            raise SnapshotError(f"{_shown(header.name)} is not a plain file")
+        most = _MAX_PART_BYTES
+        if header.name == _MANIFEST:
+            most += _MANIFEST_BYTES_PER_PART * len(self._parts)
+        if not 0 <= header.size <= most:
+            raise SnapshotError(f"{_shown(header.name)} would be {header.size} bytes; no part is so large")
+        data = self._unpacked.take(header.size)
+        if any(self._unpacked.take(-header.size % _BLOCK)):
+            raise SnapshotError(f"something stands behind the end of {_shown(header.name)}")
+        return header.name, data
+
+    def _part(self, name: str, data: bytes) -> list[StateSnapshot]:
+        if not data.endswith(b"\n"):
+            raise SnapshotError(f"{name}: its last line has no end")
+        lines = data[:-1].split(b"\n")
+        snapshots: list[StateSnapshot] = []
+        for number, line in enumerate(lines, 1):
+            try:
+                snapshots.append(_snapshot_of_line(line))
+            except (ValueError, RecursionError) as error:
+                raise SnapshotError(f"{name}: line {number}: {_one_line(str(error))}") from error
+        try:
+            self._counted.add(snapshots)
+        except ValidationError as error:
+            raise SnapshotError(f"{name}: {error}") from error
+        sha256 = hashlib.sha256(data).hexdigest()
+        self._parts.append({"name": name, "size": len(data), "sha256": sha256, "snapshots": len(snapshots)})
+        return snapshots
+
+    def _check_manifest(self, data: bytes) -> _Contents:
+        """Compare what the manifest says with what was read."""
+        manifest = _json_object(data)
+        version = manifest.get("format_version")
+        if isinstance(version, int) and version > _ARCHIVE_VERSION:
+            raise SnapshotError(
+                f"it has format {version}; this version reads up to {_ARCHIVE_VERSION}: upgrade attuned-store"
+            )
+        if version != _ARCHIVE_VERSION or not isinstance(manifest.get("collections"), list):
+            raise SnapshotError(f"{_MANIFEST} is not one of a portable snapshot")
+        return self._check_collections(manifest["collections"])
+
+    def _check_collections(self, collections: list[Any]) -> _Contents:
+        if len(collections) != 1 or not isinstance(collections[0], dict):
+            raise SnapshotError(f"it holds {len(collections)} collections; one is read")
+        found = cast("dict[str, Any]", collections[0])
+        counted = self._counted
+        read = {"users": counted.users, "snapshots": counted.snapshots, "parts": self._parts}
+        for key, value in read.items():
+            if found.get(key) != value:
+                raise SnapshotError(f"{_MANIFEST}: {key} differ from what there is")
+        contents = _Contents(str(found.get("name")), _listed_axes(found), counted.users, counted.snapshots)
+        if not counted.axes.issubset(contents.axes):
+            strange = min(counted.axes.difference(contents.axes))
+            raise SnapshotError(f"{_MANIFEST} does not name the axis {strange!r}, which there is")
+        return contents
+
+
+def _snapshot_of_line(line: bytes) -> StateSnapshot:
+    text = line.decode()
+    fields: Any = json.loads(text)
+    if not isinstance(fields, dict) or fields.keys() != _STATE_FIELDS:
+        raise ValueError(f"an object with {', '.join(sorted(_STATE_FIELDS))} is needed, and nothing else")
+    fields = cast("dict[str, Any]", fields)
+    if not isinstance(fields["axes"], dict):
+        raise ValueError("axes: an object is needed")  # noqa: TRY004 - as for every wrong line
+    strings = len(fields) + len(cast("dict[str, Any]", fields["axes"])) + 2  # and the values of two fields
+    if text.count('"') != 2 * strings:  # a name is there twice, or a quote is escaped
+        json.loads(text, object_pairs_hook=_each_once)
+    return StateSnapshot(**fields)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What json makes of an object, which by itself keeps the last of two equal names."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a name is there twice")
+    return made
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    try:
+        found: Any = json.loads(data.decode(), object_pairs_hook=_each_once)
+    except (ValueError, RecursionError) as error:
+        raise SnapshotError(f"{_MANIFEST}: {_one_line(str(error))}") from error
+    if not isinstance(found, dict):
+        raise SnapshotError(f"{_MANIFEST}: a JSON object is needed")
+    return cast("dict[str, Any]", found)
+
+
+def _listed_axes(found: Mapping[str, Any]) -> tuple[str, ...]:
+    try:
+        return _axis_names(found.get("axes")) or ()
+    except (TypeError, ValidationError) as error:
+        raise SnapshotError(f"{_MANIFEST}: {_one_line(str(error))}") from error
+
+
+# Files of snapshots in a directory
+
+_DEFAULT_SNAPSHOT_DIRECTORY = "./data/qdrant/snapshots"
+_SNAPSHOT_NAME = re.compile(r"(\d{8}T\d{6}\.\d{3}Z)-(.+)\.(snap|attuned)")
+
+
+def _stamp(time_ms: int) -> str:
+    """A time as it stands in names: 20260117T120000.123Z."""
+    return _iso_time(time_ms).replace("-", "").replace(":", "")
+
+
+def _snapshot_names(time_ms: int, collection: str, kind: _SnapshotKind) -> Iterator[str]:
+    """The name of a snapshot, and those of the milliseconds that follow, should it be taken."""
+    named = urlquote(collection, safe="", errors="replace")  # a server's own may be anything
+    return (f"{_stamp(moment)}-{named}{_SUFFIXES[kind]}" for moment in itertools.count(time_ms))
+
+
+def _absolute(path: str | os.PathLike[str]) -> Path:
+    expanded = os.path.expanduser(_path(path))  # noqa: PTH111 - Path.expanduser raises for an unknown user
+    return Path(expanded).absolute()
+
+
+def _chosen_directory(directory: str | os.PathLike[str] | None) -> Path:
+    """The directory that was asked for, or the configured one: absolute."""
+    given = os.environ.get("QDRANT_SNAPSHOT_DIR") or _DEFAULT_SNAPSHOT_DIRECTORY
+    return _absolute(given if directory is None else directory)
+
+
+def _snapshot_directory(directory: str | os.PathLike[str] | None) -> Path:
+    """The directory that was asked for, or the configured one: absolute, and there."""
+    path = _chosen_directory(directory)
+    with _snapshot_errors(path, "cannot be made"):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@contextlib.contextmanager
+def _snapshot_errors(path: str | os.PathLike[str], failed: str) -> Generator[None]:
+    """Turn an error of the file system into a SnapshotError, and say which file one is about."""
+    try:
+        yield
+    except OSError as error:
+        raise SnapshotError(f"{path}: {failed}: {error.strerror or error}") from error
+    except SnapshotError as error:
+        if str(path) in str(error):
+            raise
+        raise SnapshotError(f"{path}: {error}") from error.__cause__
+
+
+class _OrderFields(TypedDict):
+    kind: Literal["auto", "native", "portable"]
+    reason: _Reason
+    keep: int | None
+    keep_remote: bool
+
+
+@attrs.frozen(kw_only=True)
+class _Order:
+    """A snapshot to be taken."""
+
+    directory: Path
+    kind: Literal["auto", "native", "portable"]
+    reason: _Reason
+    keep: int | None
+    keep_remote: bool
+    created_ms: int = attrs.field(factory=lambda: _now_ms(), init=False)  # noqa: PLW0108 - looked up anew: tests replace the clock
+    began: float = attrs.field(factory=time.perf_counter, init=False)
+
+    @classmethod
+    def of(cls, directory: str | os.PathLike[str] | None, fields: _OrderFields) -> _Order:
+        """Check what was asked for, then make the directory."""
+        _choice("kind", fields["kind"], ("auto", "native", "portable"))
+        _choice("reason", fields["reason"], ("startup", "api", "manual"))
+        if fields["keep"] is not None:
+            _integer("keep", fields["keep"], 1, _MAX_INTEGER)
+        return cls(**fields, directory=_snapshot_directory(directory))
+
+    def completed(self, path: Path, **found: Any) -> SnapshotReport:
+        """The report of a snapshot that has its file."""
+        report = SnapshotReport(
+            status="completed",
+            reason=self.reason,
+            kind="native" if path.suffix == _SUFFIXES["native"] else "portable",
+            path=path,
+            snapshot_name=path.name,
+            duration_ms=(time.perf_counter() - self.began) * 1000,
+            **found,
+        )
+        _LOGGER.info("snapshot %s: %s, %s bytes, %.0f ms", path.name, path, report.bytes, report.duration_ms)
+        return report
+
+
+class _Origin(NamedTuple):
+    """Which store a snapshot is of."""
+
+    target: str
+    engine: str
+    collection: str
+
+
+class _PortableTaking:
+    """Takes a portable snapshot; as a context manager it leaves the finished file or none."""
+
+    def __init__(self, order: _Order, origin: _Origin, axes: Sequence[str]) -> None:
+        self._order, self._origin, self._axes = order, origin, axes
+        with self._errors():
+            self._new = _NewFile(order.directory)
+        self._writer = _ArchiveWriter(self._new.file, order.created_ms)
+
+    def _errors(self) -> contextlib.AbstractContextManager[None]:
+        return _snapshot_errors(self._order.directory, "cannot be written")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._new.discard()
+
+    def add(self, snapshots: Sequence[StateSnapshot]) -> int:
+        """Take in snapshots, all of a user, oldest first; returns how many there are by now."""
+        with self._errors():
+            self._writer.add(snapshots)
+        return self._writer.counted.snapshots
+
+    def finish(self) -> SnapshotReport:
+        """Give the file its name; then remove older ones, if so many are to be kept."""
+        order, origin = self._order, self._origin
+        with self._errors():
+            sha256 = self._writer.finish(origin.engine, origin.collection, self._axes)
+            self._new.file.flush()
+            if order.keep is not None:
+                _check_written(self._new, sha256)
+            path = self._new.commit(_snapshot_names(order.created_ms, origin.collection, "portable"))
+        _remove_older(path, order.keep)
+        return order.completed(
+            path,
+            target=origin.target,
+            bytes=self._writer.bytes,
+            sha256=sha256,
+            points=self._writer.counted.snapshots,
+        )
+
+
+def _check_written(new: _NewFile, sha256: str) -> None:
+    """Read a portable snapshot back before older ones are given up for it."""
+    new.file.seek(0)
+    reader = _ArchiveReader(new.file)
+    for _ in reader.parts():
+        pass
+    if reader.sha256 != sha256:
+        raise _not_read_back()
+
+
+def _not_read_back() -> SnapshotError:
+    return SnapshotError("what was written is not what is read back; is the disk sound?")
+
+
+def _remove_older(newest: Path, keep: int | None) -> None:
+    """Remove the older snapshots of the same collection and kind, beyond so many."""
+    named = _SNAPSHOT_NAME.fullmatch(newest.name)
+    if keep is None or named is None:
+        return
+    alike = newest.name[len(named[1]) :]
+    try:
+        same = [path for path in _snapshots_in(newest.parent) if path.name[len(named[1]) :] == alike]
+        for path in [path for path in same if path != newest][keep - 1 :]:
+            path.unlink(missing_ok=True)
+            _checksum_file(path).unlink(missing_ok=True)
+    except (OSError, SnapshotError) as error:  # the new one is there: one too many is no failure
+        _LOGGER.warning("removing older snapshots than %s failed: %s", newest, error)
+
+
+def _snapshots_in(directory: Path) -> list[Path]:
+    """The files with names of snapshots, newest first."""
+    with _snapshot_errors(directory, "cannot be listed"):
+        entries = [entry for entry in os.scandir(directory) if _SNAPSHOT_NAME.fullmatch(entry.name)]
+        plain = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+    return [directory / name for name in sorted(plain, reverse=True)]
+
+
+def _checksum_file(path: Path) -> Path:
+    """What holds the SHA-256 of a native snapshot, as sha256sum writes it."""
+    return path.with_name(path.name + ".sha256")
+
+
+class _Offered(NamedTuple):
+    """A snapshot as a server describes it. The name is data: nothing is named after it here."""
+
+    name: str
+    size: int
+    sha256: str | None
+
+
+class _NativeTaking:
+    """Takes in the snapshot of a server; as a context manager it leaves the finished file or none."""
+
+    def __init__(self, order: _Order) -> None:
+        self._order = order
+        with self._errors():
+            self._new = _NewFile(order.directory)
+        self.begin()
+
+    def _errors(self) -> contextlib.AbstractContextManager[None]:
+        return _snapshot_errors(self._order.directory, "cannot be written")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._new.discard()
+
+    def begin(self) -> None:
+        """Start anew: what was taken in of an earlier try is forgotten."""
+        self._digest, self._size = hashlib.sha256(), 0
+        with self._errors():
+            self._new.file.seek(0)
+            self._new.file.truncate()
+
+    def add(self, piece: bytes) -> None:
+        """Take in a piece of the file."""
+        self._digest.update(piece)
+        self._size += len(piece)
+        with self._errors():
+            self._new.file.write(piece)
+
+    def finish(self, origin: _Origin, offered: _Offered, points: int) -> SnapshotReport:
+        """Compare the file with what the server said of it, and give it its name."""
+        order, sha256 = self._order, self._digest.hexdigest()
+        if self._size == 0:
+            raise SnapshotError(f"{origin.target}: the snapshot is empty")
+        if self._size != offered.size:
+            raise SnapshotError(
+                f"{origin.target}: the snapshot has {self._size} bytes, the server said {offered.size}"
+            )
+        if offered.sha256 not in (None, sha256):
+            raise SnapshotError(
+                f"{origin.target}: the snapshot has the SHA-256 {sha256}, the server said {offered.sha256}"
+            )
+        with self._errors():
+            if order.keep is not None:
+                self._check_written(sha256)
+            path = self._commit(origin.collection, sha256)
+        _remove_older(path, order.keep)
+        return order.completed(path, target=origin.target, bytes=self._size, sha256=sha256, points=points)
+
+    def _check_written(self, sha256: str) -> None:
+        """Read the file back before older ones are given up for it."""
+        self._new.file.seek(0)
+        if hashlib.file_digest(cast("Any", self._new.file), "sha256").hexdigest() != sha256:
+            raise _not_read_back()
+
+    def _commit(self, collection: str, sha256: str) -> Path:
+        """Name the file, after its checksum file: it is never without."""
+        checksum = _NewFile(self._order.directory)
+        try:
+            for name in _snapshot_names(self._order.created_ms, collection, "native"):
+                if path := self._commit_as(name, checksum, sha256):
+                    return path
+        finally:
+            checksum.discard()
+        raise AssertionError("unreachable")  # pragma: no cover - the names do not end
+
+    def _commit_as(self, name: str, checksum: _NewFile, sha256: str) -> Path | None:
+        """Give both files their names; None where one is taken."""
+        if os.path.lexists(self._order.directory / name):
+            return None
+        checksum.file.seek(0)
+        checksum.file.write(f"{sha256}  {name}\n".encode())  # of one length under every name
+        try:
+            beside = checksum.commit([_checksum_file(Path(name)).name])
+        except FileExistsError:
+            return None
+        try:
+            return self._new.commit([name])
+        except FileExistsError:
+            beside.unlink()
+            return None
+        except BaseException:
+            beside.unlink()
+            raise
+
+
+class _SavedSnapshot:
+    """A snapshot file to be verified or restored; it may be read more than once."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = _absolute(path)
+        self.kind: _SnapshotKind = "portable"
+        self.contents: _Contents | None = None
+        self.sha256 = ""
+        self._began = time.perf_counter()
+        with self._errors(), self._opened() as file:
+            self.bytes = os.fstat(file.fileno()).st_size
+            kinds: dict[str, _SnapshotKind] = {suffix: kind for kind, suffix in _SUFFIXES.items()}
+            guessed: _SnapshotKind = "portable" if file.read(2) == _GZIP_MAGIC else "native"
+            self.kind = kinds.get(self.path.suffix) or guessed
+
+    def _errors(self) -> contextlib.AbstractContextManager[None]:
+        return _snapshot_errors(self.path, "cannot be read")
+
+    def _opened(self) -> IO[bytes]:
+        if not stat.S_ISREG(self.path.stat().st_mode):
+            raise SnapshotError("is not a file")
+        return self.path.open("rb")
+
+    def parts(self) -> Iterator[list[StateSnapshot]]:
+        """The states of a portable snapshot; what is read at the end may show that it is damaged."""
+        with self._errors(), self._opened() as file:
+            reader = _ArchiveReader(file)
+            yield from reader.parts()
+            if self.sha256 not in ("", reader.sha256):
+                raise SnapshotError("it was changed while it was read")
+            self.contents, self.sha256 = reader.contents, reader.sha256
+
+    def batches(self, size: int, axes: Sequence[str]) -> Iterator[list[StateSnapshot]]:
+        """The states of a portable snapshot, so many at a time, for a store with these axes."""
+        for part in self.parts():
+            shapes = {snapshot.axes._shape for snapshot in part}
+            self._check_axes({name for shape in shapes for name in shape.names}, axes)
+            yield from (part[start : start + size] for start in range(0, len(part), size))
+        self._check_axes(self._known().axes, axes)
+
+    def _check_axes(self, found: Iterable[str], known: Sequence[str]) -> None:
+        strange = sorted(set(found).difference(known))
+        if strange:
+            raise SnapshotError(
+                f"{self.path}: has other axes than the store: {', '.join(strange[:10])}; "
+                f"the store has {', '.join(known)}"
+            )
+
+    @property
+    def total(self) -> int | None:
+        """How many states there are, once that is known."""
+        return None if self.contents is None else self.contents.snapshots
+
+    def check_mode(self, mode: str, *, native: bool) -> None:
+        """Raise ValidationError or SnapshotError where a store cannot do with the file what was asked for."""
+        _choice("mode", mode, ("replace", "merge", "skip"))
+        if self.kind == "native" and not native:
+            raise SnapshotError(
+                f"{self.path}: is no portable snapshot; a native one is restored by a Qdrant server alone"
+            )
+        if self.kind == "native" and mode != "replace":
+            raise ValidationError(f'mode: a native snapshot can only "replace", not {mode}')
+
+    def _known(self) -> _Contents:
+        if self.contents is None:
+            raise SnapshotError("has not been read to its end")
+        return self.contents
+
+    def verify(self, axes: Sequence[str] | None = None, progress: _Progress | None = None) -> None:
+        """Read all of it; raises SnapshotError where something is wrong."""
+        if self.kind == "native":
+            with self._errors(), self._opened() as file:
+                self.sha256 = _check_native(file, self.path)
+            return
+        for done in self.verifying(axes):
+            if progress is not None:
+                progress(done, None)
+
+    def verifying(self, axes: Sequence[str] | None) -> Iterator[int]:
+        """Read all of a portable one; gives the number of states read by and by."""
+        done = 0
+        for part in self.parts():
+            done += len(part)
+            yield done
+        if axes is not None:
+            self._check_axes(self._known().axes, axes)
+
+    def report(self, target: str) -> SnapshotReport:
+        """What became of it."""
+        return SnapshotReport(
+            status="completed",
+            target=target,
+            kind=self.kind,
+            path=self.path,
+            snapshot_name=self.path.name,
+            bytes=self.bytes,
+            sha256=self.sha256 or None,
+            points=self.total,
+            duration_ms=(time.perf_counter() - self._began) * 1000,
+        )
+
+
+class _Hashed:
+    """A file that is read forward, and its SHA-256 so far."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        piece = self._file.read(size)
+        self.digest.update(piece)
+        return piece
+
+    def skip(self, size: int) -> None:
+        while size > 0:
+            piece = self.read(min(size, _READ_BYTES))
+            if not piece:
+                raise SnapshotError("is cut short")
+            size -= len(piece)
+
+
+def _check_native(file: IO[bytes], path: Path) -> str:
+    """Walk through the tar that a native snapshot is, and compare its SHA-256 with the one kept beside it."""
+    hashed = _Hashed(file)
+    while any(block := hashed.read(_BLOCK)):
+        _skip_member(hashed, block)
+    if not block:
+        raise SnapshotError("is cut short")
+    while hashed.read(_READ_BYTES):
+        pass
+    sha256 = hashed.digest.hexdigest()
+    _compare_checksum(sha256, path)
+    return sha256
+
+
+def _skip_member(hashed: _Hashed, block: bytes) -> None:
+    import tarfile
+
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        raise SnapshotError(f"is not a snapshot of a server: {error}") from error
+    if (
+        header.type == tarfile.GNUTYPE_SPARSE
+    ):  # its map may go on in blocks, each of which says whether it does
+        extended = block[482:483]
+        while any(extended):
+            extended = hashed.read(_BLOCK)[504:505]
+    hashed.skip(header.size + -header.size % _BLOCK)
+
+
+def _compare_checksum(sha256: str, path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        kept = _checksum_file(path).read_text(encoding="utf-8", errors="replace").split(maxsplit=1)
+        if kept[:1] != [sha256]:
+            raise SnapshotError(f"is damaged: its SHA-256 is not that of {_checksum_file(path).name}")
+
+
+def verify_snapshot(path: str | os.PathLike[str], *, progress: _Progress | None = None) -> SnapshotReport:
+    """Check a snapshot file, without a store.
+
+    A portable one is read through: its digests, counts and every state. Of a native one, which only a server
+    can read, the SHA-256 that was kept beside it, and its frame. ``progress(done, None)`` is called with the
+    number of states read. Raises SnapshotError, which says what is wrong.
+    """
+    saved = _SavedSnapshot(path)
+    saved.verify(progress=progress)
+    return saved.report(str(saved.path))
+
+
+async def averify_snapshot(
+    path: str | os.PathLike[str], *, progress: _Progress | None = None
+) -> SnapshotReport:
+    """As verify_snapshot, in a worker thread, where ``progress`` is called too."""
+    return await _in_thread(lambda: verify_snapshot(path, progress=progress))
+
+
+def list_snapshots(directory: str | os.PathLike[str]) -> list[SnapshotReport]:
+    """The snapshot files in a directory, newest first; their names are looked at, not their contents.
+
+    Raises SnapshotError for a directory that cannot be listed.
+    """
+    reports: list[SnapshotReport] = []
+    for path in _snapshots_in(_absolute(directory)):
+        try:
+            reports.append(_SavedSnapshot(path).report(str(path)))
+        except SnapshotError:
+            if path.exists():  # else it was removed just now
+                raise
+    return reports
+
+
+async def alist_snapshots(directory: str | os.PathLike[str]) -> list[SnapshotReport]:
+    """As list_snapshots, in a worker thread."""
+    return await _in_thread(lambda: list_snapshots(directory))
+
+
+# -----------------------------------------------------------------------------
+# Notebook
+# -----------------------------------------------------------------------------
+
+# What Jupyter shows of a snapshot, a history and a store: HTML with inline styles alone, everything escaped,
+# of a user id the first four characters; colours that can be read on a light and on a dark page.
+
+_MOST_BARS = 64  # axes of a snapshot
+_MOST_COLUMNS = 50  # snapshots of a history
+_MOST_PLOTTED = 1_000
+_ABOVE, _BELOW = (59, 125, 216), (214, 111, 33)  # blue and orange: told apart by all kinds of eyes
+_FONT = "font-family:sans-serif;font-size:12px;line-height:1.3"
+_CELL = "padding:1px 6px;text-align:left;border:none;white-space:nowrap"
+_NUMBER = "font-variant-numeric:tabular-nums"
+_ROW = "background:none"
+_TABLE = "border-collapse:collapse"
+
+
+def _rgba(value: float) -> str:
+    """The colour of a value in [0, 1]: none at neutral, full at the ends."""
+    red, green, blue = _ABOVE if value > _NEUTRAL else _BELOW
+    return f"rgba({red},{green},{blue},{2 * abs(value - _NEUTRAL):.2f})"
+
+
+def _element(tag: str, style: str, *contents: str, title: str = "") -> str:
+    """An HTML element; its contents are HTML already, its title is not."""
+    hint = f' title="{html.escape(title)}"' if title else ""
+    return f'<{tag} style="{style}"{hint}>{"".join(contents)}</{tag}>'
+
+
+def _table_row(*cells: str) -> str:
+    return _element("tr", _ROW, *(_element("td", _CELL, cell) for cell in cells))
+
+
+def _bar(value: float) -> str:
+    """A bar from neutral, which is in the middle, to the value."""
+    start, width = 100 * min(value, _NEUTRAL), 100 * abs(value - _NEUTRAL)
+    colour = _ABOVE if value > _NEUTRAL else _BELOW
+    fill = f"position:absolute;top:0;height:100%;left:{start:.1f}%;width:{width:.1f}%;background:rgb{colour}"
+    middle = "position:absolute;top:0;height:100%;left:50%;width:1px;background:currentColor;opacity:.6"
+    box = "position:relative;width:140px;height:10px;background:rgba(128,128,128,.15)"
+    return _element("div", box, _element("div", fill), _element("div", middle))
+
+
+def _heading(snapshot: StateSnapshot) -> str:
+    facts = (_iso_time(snapshot.updated_at_unix_ms), snapshot.source, f"confidence {snapshot.confidence:g}")
+    return f"<b>{html.escape(_short_id(snapshot.user_id))}</b> {html.escape(', '.join(facts))}"
+
+
+def _more(count: int, noun: str) -> str:
+    return _element("div", "opacity:.7", f"and {count:,} more {noun}") if count > 0 else ""
+
+
+def _snapshot_html(snapshot: StateSnapshot) -> str:
+    """A snapshot: its axes as bars around neutral."""
+    rows = [
+        _table_row(html.escape(name), _bar(value), _element("span", _NUMBER, f"{value:.3f}"))
+        for name, value in itertools.islice(snapshot.axes.items(), _MOST_BARS)
+    ]
+    shown = _element("table", _TABLE, *rows) if rows else "no axes: neutral"
+    return _element("div", _FONT, _heading(snapshot), shown, _more(len(snapshot.axes) - len(rows), "axes"))
+
+
+def _names_in(history: Iterable[StateSnapshot], order: Iterable[str] = ()) -> list[str]:
+    """The axes that snapshots have, in this order, then in theirs."""
+    there = dict.fromkeys(name for snapshot in history for name in snapshot.axes)
+    return list(dict.fromkeys([*(name for name in order if name in there), *there]))
+
+
+def _cell(snapshot: StateSnapshot, name: str) -> str:
+    """A value as a coloured cell, whose title tells it; without a colour where there is no value."""
+    said = f"{snapshot.axes[name]:.3f}" if name in snapshot.axes else "no value"
+    title = f"{_iso_time(snapshot.updated_at_unix_ms)}, {snapshot.source}, {snapshot.confidence:g}: {said}"
+    colour = f"padding:0;border:none;min-width:12px;height:12px;background:{_rgba(snapshot.axis(name))}"
+    return _element("td", colour, title=title)
+
+
+def _history_html(history: Sequence[StateSnapshot]) -> str:
+    """Snapshots as a heat map: a row for each axis, a column for each snapshot, the newest at the right."""
+    shown = history[:_MOST_COLUMNS][::-1]
+    if not shown:
+        return _element("div", _FONT, "<b>no history</b>")
+    names = _names_in(history)[:_MOST_BARS]
+    rows = (
+        _element("tr", _ROW, _element("td", _CELL, html.escape(name)), *(_cell(each, name) for each in shown))
+        for name in names
+    )
+    users = html.escape(", ".join(map(_short_id, _users_of(shown))))
+    first, last = (_iso_time(shown[end].updated_at_unix_ms) for end in (0, -1))
+    facts = f"<b>{users}</b> {_plural(len(shown), 'snapshot')}, from {first} at the left to {last}"
+    older = _more(len(history) - len(shown), "older snapshots")
+    return _element("div", _FONT, facts, _element("table", _TABLE, *rows), older)
+
+
+class History(list[StateSnapshot]):
+    """What get_history returns: a list, which a notebook shows as a heat map.
+
+    It equals a list of the same snapshots, and what is pickled or copied of it is a plain list.
+    """
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[type[list[StateSnapshot]], tuple[list[StateSnapshot]]]:
+        return list, (self[:],)
+
+    def _repr_html_(self) -> str:
+        return _history_html(self)
+
+
+def _store_html(store: StateStore | AsyncStateStore, health: Health | None) -> str:
+    """A store: where it is, how it is and how much it holds; ``health`` None where nobody asked."""
+    facts: dict[str, object] = {"place": store._place().strip("'"), "engine": store._engine_name()}
+    if store.is_closed:
+        facts["health"] = "closed"
+    elif health is None:
+        facts["health"] = "not asked: await store.health()"
+    else:
+        facts |= {"health": health.status, "users": health.users, "points": health.points}
+        facts |= {"server": health.version, "message": health.message}
+    rows = [
+        _table_row(name, html.escape(f"{fact:,}" if isinstance(fact, int) else str(fact)))
+        for name, fact in facts.items()
+        if fact not in (None, "")
+    ]
+    return _element("div", _FONT, f"<b>{type(store).__name__}</b>", _element("table", _TABLE, *rows))
+
+
+def _alone(user_id: str, latest: StateSnapshot | None) -> list[StateSnapshot]:
+    """What is shown of a user without a history."""
+    if latest is None:
+        raise _unknown_user(user_id)
+    return [latest]
+
+
+def _plotted_names(
+    history: Sequence[StateSnapshot], asked: Iterable[str] | None, order: Sequence[str]
+) -> list[str]:
+    """The axes to plot: those asked for, which the store must have, else those that there is anything of."""
+    if asked is None:
+        return _names_in(history, order) or list(order)
+    names = list(_axis_names(asked) or ())
+    for name in names:
+        if name not in order:
+            raise ValidationError(f"axes: the store has no axis {_shown(name)}; it has {', '.join(order)}")
+    return names
+
+
+def _matplotlib() -> tuple[Any, Any]:
+    try:
+        # Not an import statement, at which a type checker would want matplotlib wherever this file is copied.
+        return import_module("matplotlib.pyplot"), import_module("matplotlib.dates")
+    except ImportError as error:
+        raise MissingDependencyError(
+            'plotting needs matplotlib: pip install matplotlib, or "attuned-store[notebook]"'
+        ) from error
+
+
+def _plot(history: Sequence[StateSnapshot], names: Sequence[str]) -> Any:
+    """Each axis as a line of its own, one below the other: its steps through time, around neutral."""
+    pyplot, dates = _matplotlib()
+    entries = history[::-1]
+    times = [datetime.fromtimestamp(each.updated_at_unix_ms / 1000, UTC) for each in entries]
+    held = (times[-1] - times[0]) * 0.04 or timedelta(hours=1)  # what the last state is drawn for
+    height = max(0.34, 0.7 - 0.04 * len(names))  # few axes get more room each
+    _, plot = pyplot.subplots(figsize=(9, 1.0 + height * len(names)), layout="constrained")
+    for row, name in enumerate(names):
+        _plot_axis(plot, row, [*times, times[-1] + held], [each.axis(name) for each in entries])
+    plot.set_yticks(range(len(names)), names)
+    plot.set_ylim(len(names) - 0.4, -0.6)
+    plot.set_xlim(times[0], times[-1] + held)
+    plot.xaxis.set_major_formatter(dates.ConciseDateFormatter(plot.xaxis.get_major_locator(), tz=UTC))
+    title = f"{_short_id(history[0].user_id)}, values from 0 to 1 around neutral 0.5, times in UTC"
+    plot.set_title(title, loc="left", fontsize="medium")
+    plot.spines[["top", "right", "left"]].set_visible(False)
+    plot.tick_params(axis="y", length=0)
+    return plot
+
+
+def _plot_axis(plot: Any, row: int, times: Sequence[datetime], values: Sequence[float]) -> None:
+    """One axis: filled above neutral in one colour and below in the other, a dot at each snapshot."""
+    heights = [0.9 * (value - _NEUTRAL) for value in [*values, values[-1]]]
+    for colour, part in ((_ABOVE, max), (_BELOW, min)):
+        edge = [row - part(height, 0.0) for height in heights]  # rows are counted downwards
+        fill = [channel / 255 for channel in colour]
+        plot.fill_between(times, row, edge, step="post", color=fill, alpha=0.55, linewidth=0)
+    plot.axhline(row, color="gray", linewidth=0.6)
+    dots = [row - height for height in heights[:-1]]
+    plot.plot(times[:-1], dots, ".", color="gray", markersize=3)
+    at_the_right = plot.get_yaxis_transform()
+    plot.text(1.01, row, f"{values[-1]:.2f}", transform=at_the_right, va="center", fontsize="small")
 
 
 # -----------------------------------------------------------------------------
@@ -1361,6 +2975,37 @@ def _gave_up(user_id: str, attempts: int) -> ConflictError:
     )
 
 
+def _numbered(batches: Iterable[list[StateSnapshot]]) -> Iterator[tuple[int, list[StateSnapshot]]]:
+    """With every batch, how many snapshots there are by its end."""
+    done = 0
+    for batch in batches:
+        done += len(batch)
+        yield done, batch
+
+
+def _users_of(snapshots: Iterable[StateSnapshot]) -> list[str]:
+    return list(dict.fromkeys(snapshot.user_id for snapshot in snapshots))
+
+
+class _Newcomers:
+    """The snapshots of users whom a store did not have before; each user's come together."""
+
+    def __init__(self) -> None:
+        self._adding: str | None = None  # whose snapshots may go on in the next batch
+
+    def among(
+        self, batch: Sequence[StateSnapshot], there: Mapping[str, StateSnapshot]
+    ) -> list[StateSnapshot]:
+        """Those of a batch, of whose users these are there by now."""
+        chosen = [each for each in batch if each.user_id not in there or each.user_id == self._adding]
+        self._adding = chosen[-1].user_id if chosen and chosen[-1] is batch[-1] else None
+        return chosen
+
+
+def _no_native() -> ValidationError:
+    return ValidationError('kind: native snapshots are made by a Qdrant server; take a "portable" one here')
+
+
 class StateStore(ABC):
     """The contract of every synchronous store.
 
@@ -1400,12 +3045,13 @@ class StateStore(ABC):
     def delete(self, user_id: str) -> bool:
         """Remove the latest snapshot and the history of a user; True if there was anything.
 
-        No tombstone is left: an older state written afterwards recreates the user.
+        No tombstone is left: an older state written afterwards recreates the user. Raises ValidationError,
+        BackendError.
         """
 
     @abstractmethod
     def health(self) -> Health:
-        """How the store is; never raises."""
+        """How the store is, and how much it holds; never raises: what is wrong is in the ``message``."""
 
     @abstractmethod
     def close(self) -> None:
@@ -1438,6 +3084,26 @@ class StateStore(ABC):
 
     @abstractmethod
     def _prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]: ...
+
+    @abstractmethod
+    def _origin(self) -> _Origin:
+        """What a snapshot says of where it comes from."""
+
+    @abstractmethod
+    def _page_of_states(self, cursor: _Cursor) -> tuple[list[StateSnapshot], _Cursor]:
+        """All of what some users have, oldest first, as it was at one moment for each."""
+
+    @abstractmethod
+    def _stage(self, token: str) -> Self:
+        """A store to be written to, whose contents then take the place of this one's."""
+
+    @abstractmethod
+    def _adopt(self, staged: Any) -> None:
+        """Let what was staged take the place of the contents."""
+
+    @abstractmethod
+    def _discard(self, staged: Any) -> None:
+        """Give up what was staged."""
 
     # What every engine shares.
 
@@ -1501,7 +3167,10 @@ class StateStore(ABC):
         raise _gave_up(user_id, attempts)
 
     def get_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
-        """The latest snapshots of those of these users who have one, by user id."""
+        """The latest snapshots of those of these users who have one, by user id.
+
+        Each user is read at one moment, not all of them at the same. Raises ValidationError, BackendError.
+        """
         self._ensure_open()
         found: dict[str, StateSnapshot] = {}
         for batch in _id_batches(user_ids, self._batch_size()):
@@ -1513,9 +3182,21 @@ class StateStore(ABC):
     ) -> list[StateSnapshot]:
         """At most ``limit`` snapshots of a user, newest first; [] for an unknown user.
 
-        ``since`` and ``until`` are milliseconds since 1970, UTC, inclusive.
+        ``since`` and ``until`` are milliseconds since 1970, UTC, inclusive. The bounds of the store come
+        first: its newest ``max_history_per_user``, of these what is younger than ``history_retention_days``.
+        Raises ValidationError, BackendError.
         """
-        return self._history(_user_id(user_id), _Window.of(limit, since, until))
+        return History(self._history(_user_id(user_id), _Window.of(limit, since, until)))
+
+    def plot_history(self, user_id: str, axes: Iterable[str] | None = None) -> Any:
+        """Plot how a user's axes went, as one line each around neutral; returns matplotlib's Axes.
+
+        ``axes`` names those to plot, from above to below; None: all that there are values of. At most the
+        newest 1,000 snapshots of the history are shown, or the latest where there is no history. Raises
+        UserNotFoundError, ValidationError for an axis that the store does not have, MissingDependencyError.
+        """
+        shown = self.get_history(user_id, _MOST_PLOTTED) or _alone(user_id, self.get_latest(user_id))
+        return _plot(shown, _plotted_names(shown, axes, self.axes))
 
     def search_similar(
         self,
@@ -1535,8 +3216,11 @@ class StateStore(ABC):
 
         ``query`` is a snapshot, a mapping of axes, or the id of a user, who is then left out of the result
         unless ``exclude_user_id=""``. The score is the cosine of the axes around neutral, from -1 to 1; a
-        neutral state scores 0. ``history=True`` searches all snapshots in history instead. Times are in
-        milliseconds, bounds inclusive. Raises UserNotFoundError for an unknown user, ValidationError.
+        neutral state scores 0. At most ``limit``, which is 1 or more, with a score of ``score_threshold`` or
+        more. The filters: one ``user_id``, a ``source``, at least ``min_confidence`` from 0 to 1, taken
+        between ``since`` and ``until``, both inclusive, in milliseconds since 1970, UTC. ``history=True``
+        searches all snapshots in history instead of the latest ones. Raises UserNotFoundError where the query
+        is an unknown user, ValidationError, BackendError.
         """
         if isinstance(query, str):
             asked = self.get_latest(query)
@@ -1560,7 +3244,10 @@ class StateStore(ABC):
         return self._search(search)
 
     def users(self) -> Iterator[str]:
-        """All user ids, read in pages while the iteration goes on; the order is unspecified."""
+        """All user ids, read in pages while the iteration goes on; the order is unspecified.
+
+        A user who is written or deleted meanwhile may be among them or not. Raises BackendError.
+        """
         first = self._page_of_users(None)
 
         def pages() -> Iterator[str]:
@@ -1579,6 +3266,116 @@ class StateStore(ABC):
     def prune(self) -> int:
         """Remove the history that the bounds hide already; returns how many snapshots were removed."""
         return _total(self._prune_page)
+
+    def create_snapshot(
+        self,
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        kind: Literal["auto", "native", "portable"] = "auto",
+        reason: _Reason = "manual",
+        keep: int | None = None,
+        keep_remote: bool = False,
+        progress: _Progress | None = None,
+    ) -> SnapshotReport:
+        """Write a backup of the store into a directory; the report says where it is.
+
+        The directory is made where absent; without one it is QDRANT_SNAPSHOT_DIR, else
+        ./data/qdrant/snapshots. ``kind`` "portable" is a file that every store can restore, holding for each
+        user a state that existed while it was taken; "native" a Qdrant server's own, which is removed there
+        afterwards unless ``keep_remote``; "auto" native on a server, portable elsewhere. With ``keep``, the
+        new file is read back, then all but the newest so many of this collection and kind are removed: give
+        stores whose collections are of one name directories of their own. ``reason`` goes into the report.
+        ``progress(done, None)`` is called with the number of states written. Raises SnapshotError,
+        ValidationError, BackendError; then there is no new file, and none was removed.
+        """
+        self._ensure_open()
+        fields = _OrderFields(kind=kind, reason=reason, keep=keep, keep_remote=keep_remote)
+        order = _Order.of(directory, fields)
+        if order.kind == "native" or (order.kind == "auto" and self._has_native):
+            return self._create_native(order)
+        self._open()
+        with _PortableTaking(order, self._origin(), self.axes) as taking:
+            cursor = None
+            while True:
+                states, cursor = self._page_of_states(cursor)
+                done = taking.add(states)
+                if progress is not None:
+                    progress(done, None)
+                if cursor is None:
+                    return taking.finish()
+
+    def restore_snapshot(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        mode: _RestoreMode = "replace",
+        progress: _Progress | None = None,
+    ) -> SnapshotReport:
+        """Bring back what a snapshot file holds.
+
+        ``mode`` "replace" makes the store equal to the file: all or nothing, in memory and on disk; on a
+        server in place, where until the end health() is degraded and a second try completes what an
+        interrupted one began. "merge" adds what the file holds, which wins where the times are equal; "skip"
+        adds only users who are absent. Either of these that was interrupted is completed by "merge".
+        ``progress(done, total)`` is called with the number of states written; before that with the number
+        verified, where the file is read twice. Raises SnapshotError for a file that is damaged or of other
+        axes, and changes nothing then.
+        """
+        self._ensure_open()
+        saved = _SavedSnapshot(path)
+        saved.check_mode(mode, native=self._has_native)
+        if saved.kind == "native":
+            self._restore_native(saved)
+        elif mode == "replace":
+            self._open()
+            self._replace_by(saved, progress)
+        else:
+            self._open()
+            self._add_from(saved, mode, progress)
+        return saved.report(self._origin().target)
+
+    def _replace_by(self, saved: _SavedSnapshot, progress: _Progress | None) -> None:
+        if self._has_native:  # a server is changed in place: all must be known to be right before
+            saved.verify(self.axes, progress)
+        staged = self._stage(saved.sha256)
+        try:
+            for done, batch in _numbered(saved.batches(self._batch_size(), self.axes)):
+                staged._write_batch(batch)
+                if progress is not None:
+                    progress(done, saved.total)
+            self._adopt(staged)
+        except BaseException:
+            self._discard(staged)
+            raise
+
+    def _add_from(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress | None) -> None:
+        saved.verify(self.axes, progress)
+        newcomers = _Newcomers()
+        for done, batch in _numbered(saved.batches(self._batch_size(), self.axes)):
+            if mode == "skip":
+                batch = newcomers.among(batch, self._find(_users_of(batch)))  # noqa: PLW2901 - what is left of it
+            if batch:
+                self._write_batch(batch)
+            if progress is not None:
+                progress(done, saved.total)
+
+    def _create_native(self, order: _Order) -> SnapshotReport:  # noqa: ARG002 - for a server to override
+        raise _no_native()
+
+    def _restore_native(self, saved: _SavedSnapshot) -> None:  # noqa: ARG002 - for a server to override
+        raise _no_native()
+
+    @property
+    def _has_native(self) -> bool:
+        """Whether this is a server, which takes snapshots of its own and is changed in place."""
+        return False
+
+    def wait_until_ready(self, timeout: float = 30.0) -> None:  # noqa: ARG002 - for a server to override
+        """Wait until a server answers, at most ``timeout`` seconds; any other store is ready at once.
+
+        Raises what the server answers last, such as BackendUnavailableError.
+        """
+        self._ensure_open()
 
     def __getitem__(self, user_id: str) -> StateSnapshot:
         latest = self.get_latest(user_id)
@@ -1615,7 +3412,7 @@ class StateStore(ABC):
         return _described(self)
 
     def _repr_html_(self) -> str:
-        return _described_html(self, None if self.is_closed else self.health())
+        return _store_html(self, None if self.is_closed else self.health())
 
     def _ensure_open(self) -> None:
         if self.is_closed:
@@ -1627,6 +3424,13 @@ class StateStore(ABC):
     def _batch_size(self) -> int:
         """How many snapshots or users one step of a long operation takes."""
         return _BATCH
+
+    def _engine_name(self) -> str:
+        return "memory"
+
+    def _target(self) -> str:
+        """What open_store opens it with."""
+        return "memory://"
 
     def _place(self) -> str:
         return ""
@@ -1653,15 +3457,6 @@ def _described(store: StateStore | AsyncStateStore) -> str:
     return f"<{type(store).__name__} {' '.join(filter(None, (store._place(), state)))}>"
 
 
-def _described_html(store: StateStore | AsyncStateStore, health: Health | None) -> str:
-    facts = [store._place()]
-    if health is not None:
-        facts += [health.status, f"{health.users} users", f"{health.points} points"]
-    elif store.is_closed:
-        facts.append("closed")
-    return f"<b>{type(store).__name__}</b> {html.escape(', '.join(filter(None, facts)))}"
-
-
 async def _sleep(seconds: float) -> None:
     """Let other tasks run; under trio this needs anyio."""
     try:
@@ -1672,6 +3467,26 @@ async def _sleep(seconds: float) -> None:
         await asyncio.sleep(seconds)
     else:
         await anyio.sleep(seconds)
+
+
+async def _in_thread(call: Callable[[], _T], limiter: Any = None) -> _T:
+    """Run a blocking call in a worker thread; being cancelled meanwhile, wait for it."""
+    try:
+        import anyio.to_thread
+    except ImportError as error:
+        raise MissingDependencyError("this needs anyio: pip install anyio") from error
+    return await anyio.to_thread.run_sync(call, limiter=limiter)
+
+
+async def _shielded(last: Awaitable[object]) -> None:
+    """Await something though being cancelled, as far as the event loop allows that."""
+    try:
+        import anyio
+    except ImportError:
+        await last
+    else:
+        with anyio.CancelScope(shield=True):
+            await last
 
 
 class _Users(AsyncIterator[str]):
@@ -1764,6 +3579,21 @@ class AsyncStateStore(ABC):
     @abstractmethod
     async def _prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]: ...
 
+    @abstractmethod
+    def _origin(self) -> _Origin: ...
+
+    @abstractmethod
+    async def _page_of_states(self, cursor: _Cursor) -> tuple[list[StateSnapshot], _Cursor]: ...
+
+    @abstractmethod
+    async def _stage(self, token: str) -> Self: ...
+
+    @abstractmethod
+    async def _adopt(self, staged: Any) -> None: ...
+
+    @abstractmethod
+    async def _discard(self, staged: Any) -> None: ...
+
     async def upsert_many(
         self, snapshots: Iterable[StateSnapshot], *, progress: _Progress | None = None
     ) -> int:
@@ -1827,7 +3657,14 @@ class AsyncStateStore(ABC):
         self, user_id: str, limit: int = 100, *, since: int | None = None, until: int | None = None
     ) -> list[StateSnapshot]:
         """See StateStore.get_history."""
-        return await self._history(_user_id(user_id), _Window.of(limit, since, until))
+        return History(await self._history(_user_id(user_id), _Window.of(limit, since, until)))
+
+    async def plot_history(self, user_id: str, axes: Iterable[str] | None = None) -> Any:
+        """See StateStore.plot_history."""
+        shown = await self.get_history(user_id, _MOST_PLOTTED) or _alone(
+            user_id, await self.get_latest(user_id)
+        )
+        return _plot(shown, _plotted_names(shown, axes, self.axes))
 
     async def search_similar(
         self,
@@ -1878,6 +3715,102 @@ class AsyncStateStore(ABC):
         """See StateStore.prune."""
         return await _async_total(self._prune_page)
 
+    async def create_snapshot(
+        self,
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        kind: Literal["auto", "native", "portable"] = "auto",
+        reason: _Reason = "manual",
+        keep: int | None = None,
+        keep_remote: bool = False,
+        progress: _Progress | None = None,
+    ) -> SnapshotReport:
+        """See StateStore.create_snapshot; cancelled, it leaves the finished file or none."""
+        self._ensure_open()
+        fields = _OrderFields(kind=kind, reason=reason, keep=keep, keep_remote=keep_remote)
+        order = _Order.of(directory, fields)
+        if order.kind == "native" or (order.kind == "auto" and self._has_native):
+            return await self._create_native(order)
+        await self._open()
+        with _PortableTaking(order, self._origin(), self.axes) as taking:
+            cursor = None
+            while True:
+                states, cursor = await self._page_of_states(cursor)
+                done = taking.add(states)
+                if progress is not None:
+                    progress(done, None)
+                if cursor is None:
+                    return await _in_thread(taking.finish)
+                await _sleep(0)
+
+    async def restore_snapshot(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        mode: _RestoreMode = "replace",
+        progress: _Progress | None = None,
+    ) -> SnapshotReport:
+        """See StateStore.restore_snapshot; cancelled, a replacement changes nothing, but on a server."""
+        self._ensure_open()
+        saved = _SavedSnapshot(path)
+        saved.check_mode(mode, native=self._has_native)
+        if saved.kind == "native":
+            await self._restore_native(saved)
+        elif mode == "replace":
+            await self._open()
+            await self._replace_by(saved, progress)
+        else:
+            await self._open()
+            await self._add_from(saved, mode, progress)
+        return saved.report(self._origin().target)
+
+    async def _replace_by(self, saved: _SavedSnapshot, progress: _Progress | None) -> None:
+        if self._has_native:  # a server is changed in place: all must be known to be right before
+            await self._verify(saved, progress)
+        staged = await self._stage(saved.sha256)
+        try:
+            for done, batch in _numbered(saved.batches(self._batch_size(), self.axes)):
+                await staged._write_batch(batch)
+                if progress is not None:
+                    progress(done, saved.total)
+                await _sleep(0)
+            await self._adopt(staged)
+        except BaseException:
+            await _shielded(self._discard(staged))
+            raise
+
+    async def _add_from(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress | None) -> None:
+        await self._verify(saved, progress)
+        newcomers = _Newcomers()
+        for done, batch in _numbered(saved.batches(self._batch_size(), self.axes)):
+            if mode == "skip":
+                batch = newcomers.among(batch, await self._find(_users_of(batch)))  # noqa: PLW2901 - what is left of it
+            if batch:
+                await self._write_batch(batch)
+            if progress is not None:
+                progress(done, saved.total)
+            await _sleep(0)
+
+    async def _verify(self, saved: _SavedSnapshot, progress: _Progress | None) -> None:
+        for done in saved.verifying(self.axes):
+            if progress is not None:
+                progress(done, None)
+            await _sleep(0)
+
+    async def _create_native(self, order: _Order) -> SnapshotReport:  # noqa: ARG002 - for a server to override
+        raise _no_native()
+
+    async def _restore_native(self, saved: _SavedSnapshot) -> None:  # noqa: ARG002 - for a server to override
+        raise _no_native()
+
+    @property
+    def _has_native(self) -> bool:
+        return False
+
+    async def wait_until_ready(self, timeout: float = 30.0) -> None:  # noqa: ARG002, ASYNC109 - as in the other form
+        """See StateStore.wait_until_ready."""
+        self._ensure_open()
+
     def __aiter__(self) -> AsyncIterator[str]:
         return self.users()
 
@@ -1895,7 +3828,11 @@ class AsyncStateStore(ABC):
         return _described(self)
 
     def _repr_html_(self) -> str:
-        return _described_html(self, None)
+        return _store_html(self, None if self.is_closed else self._glance())
+
+    def _glance(self) -> Health | None:
+        """How the store is, as far as that can be told without awaiting."""
+        return None
 
     def _ensure_open(self) -> None:
         if self.is_closed:
@@ -1903,6 +3840,13 @@ class AsyncStateStore(ABC):
 
     def _batch_size(self) -> int:
         return _BATCH
+
+    def _engine_name(self) -> str:
+        return "memory"
+
+    def _target(self) -> str:
+        """What open_store opens it with."""
+        return "memory://"
 
     def _place(self) -> str:
         return ""
@@ -2053,6 +3997,8 @@ class MemoryStore(StateStore):
     (1, 1.0)
     """
 
+    _reports = True
+
     def __init__(self, config: MemoryStoreConfig | None = None, **options: Unpack[MemoryOptions]) -> None:
         self.config = _configured(MemoryStoreConfig, config, options)
         self._schema = _Schema.of(self.config)
@@ -2063,6 +4009,8 @@ class MemoryStore(StateStore):
         self._lock = threading.Lock()
         self._similarity = _Similarity(self._schema)
         self._closed = False
+        if self._reports:
+            _observe(self)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -2129,6 +4077,7 @@ class MemoryStore(StateStore):
             latest = timeline[-1] if timeline else None
             if latest != expected:
                 raise _conflict(user_id, expected, latest)
+        self._similarity.stale.add(user_id)  # first: an interrupt may come after any line
         if timeline is None:
             self._timelines[user_id] = deque((snapshot,), self._capacity)
         elif snapshot.updated_at_unix_ms > timeline[-1].updated_at_unix_ms:
@@ -2137,7 +4086,6 @@ class MemoryStore(StateStore):
                 self._trim(timeline)
         else:
             self._timelines[user_id] = self._with_older(timeline, snapshot)
-        self._similarity.stale.add(user_id)
 
     def _with_older(self, timeline: deque[StateSnapshot], snapshot: StateSnapshot) -> deque[StateSnapshot]:
         others = [entry for entry in timeline if entry.updated_at_unix_ms != snapshot.updated_at_unix_ms]
@@ -2194,7 +4142,12 @@ class MemoryStore(StateStore):
 
     def _caught_up(self) -> bool:
         with self._lock:
-            return self._similarity.catch_up(self.get_latest)
+            try:
+                return self._similarity.catch_up(self.get_latest)
+            except BaseException:  # an interrupt, say: begin anew
+                self._similarity = _Similarity(self._schema)
+                self._similarity.stale.update(self._timelines)
+                raise
 
     def _scan(self, search: _Search) -> Generator[None, None, list[Match]]:
         """Look at snapshots one by one, where the vectors of the latest ones do not serve."""
@@ -2228,6 +4181,39 @@ class MemoryStore(StateStore):
             timelines = [self._timelines[user_id] for user_id in page if user_id in self._timelines]
             return sum(self._trim(timeline) for timeline in timelines), cursor
 
+    def _origin(self) -> _Origin:
+        return _Origin(self._target(), self._engine_name(), _DEFAULT_COLLECTION)
+
+    def _page_of_states(self, cursor: _Cursor) -> tuple[list[StateSnapshot], _Cursor]:
+        self._ensure_open()
+        remaining: Iterator[str] = iter(list(self._timelines)) if cursor is None else cursor
+        states: list[StateSnapshot] = []
+        for user_id in remaining:
+            states += self._states(user_id)
+            if len(states) >= _BATCH:
+                return states, remaining
+        return states, None
+
+    def _states(self, user_id: str) -> list[StateSnapshot]:
+        """What history shows of a user, and the latest."""
+        timeline = self._timelines.get(user_id)
+        if timeline is None:
+            return []
+        entries = list(timeline.copy())
+        hidden = self._retention.hidden([entry.updated_at_unix_ms for entry in entries])
+        return entries[min(hidden, len(entries) - 1) :]
+
+    def _stage(self, token: str) -> Self:  # noqa: ARG002 - nothing of this one can be left
+        return cast("Self", MemoryStore(self.config))
+
+    def _adopt(self, staged: Any) -> None:
+        with self._lock:
+            self._ensure_open()
+            self._timelines, self._similarity = staged._timelines, staged._similarity
+
+    def _discard(self, staged: Any) -> None:
+        staged.close()
+
 
 def _time_of(snapshot: StateSnapshot) -> int:
     return snapshot.updated_at_unix_ms
@@ -2237,6 +4223,12 @@ def _score_of(match: Match) -> float:
     return match.score
 
 
+class _InnerMemoryStore(MemoryStore):
+    """A store within an asynchronous one, which reports for it."""
+
+    _reports = False
+
+
 class AsyncMemoryStore(AsyncStateStore):
     """MemoryStore for asyncio and trio (which needs anyio).
 
@@ -2244,8 +4236,9 @@ class AsyncMemoryStore(AsyncStateStore):
     """
 
     def __init__(self, config: MemoryStoreConfig | None = None, **options: Unpack[MemoryOptions]) -> None:
-        self._store = MemoryStore(config, **options)
+        self._store = _InnerMemoryStore(config, **options)
         self.config = self._store.config
+        _observe(self)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -2313,6 +4306,24 @@ class AsyncMemoryStore(AsyncStateStore):
     async def _prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
         return self._store._prune_page(cursor)
 
+    def _origin(self) -> _Origin:
+        return self._store._origin()
+
+    async def _page_of_states(self, cursor: _Cursor) -> tuple[list[StateSnapshot], _Cursor]:
+        return self._store._page_of_states(cursor)
+
+    async def _stage(self, token: str) -> Self:  # noqa: ARG002 - nothing of this one can be left
+        return cast("Self", AsyncMemoryStore(self.config))
+
+    async def _adopt(self, staged: Any) -> None:
+        self._store._adopt(staged._store)
+
+    async def _discard(self, staged: Any) -> None:
+        staged._store.close()
+
+    def _glance(self) -> Health:
+        return self._store.health()
+
 
 # -----------------------------------------------------------------------------
 # Engines
@@ -2329,9 +4340,12 @@ class _Point(NamedTuple):
 
 
 class _Record(NamedTuple):
-    """A point as read: ``score`` where it was searched for, an empty payload where none was asked for."""
+    """A point as read: ``score`` where it was searched for, an empty payload where none was asked for.
 
-    id: str
+    ``id`` is as the engine gives it, a string or a UUID.
+    """
+
+    id: object
     payload: Mapping[str, Any]
     score: float = 0.0
 
@@ -2403,7 +4417,7 @@ class _Engine(Protocol):
     ``indexed``: filters and orders are answered from indexes, not by looking at every point.
     ``runs``: how an asynchronous store calls it. "in place": calls are short and hold the interpreter, so
     that a thread would gain nothing; "in thread": they block; "on loop": its coroutines suspend.
-    ``compact``: nested payload values cost more than JSON strings.
+    ``compact``: nested payload values cost more than strings.
     """
 
     name: str
@@ -2454,8 +4468,22 @@ class _Engine(Protocol):
 class _EmbeddedEngine(_Engine, Protocol):
     """An engine in this process, which owns its files."""
 
+    writes: int  # how many have been done
+
     async def write(self, collection: str, points: Sequence[_Point], deleted: Sequence[str] = ()) -> None:
         """Put points, then delete others by id; the points appear all at one moment."""
+        ...
+
+    async def drop(self, collection: str) -> None:
+        """Remove a collection, if there is one."""
+        ...
+
+    async def replace(self, collection: str, by: str) -> None:
+        """Let another open collection take the place of one, at one moment; its own name is then free."""
+        ...
+
+    def flush(self) -> None:
+        """Make what has been written survive a power cut; others may use the engine meanwhile."""
         ...
 
     def abandon(self) -> None:
@@ -2486,16 +4514,60 @@ class _SharedEngine(_Engine, Protocol):
         """Delete what matches a filter, or has these ids."""
         ...
 
+    async def mark(self, collection: str, key: str, value: str | None) -> None:
+        """Record something in the metadata of a collection, or remove it."""
+        ...
+
+    async def mark_of(self, collection: str, key: str) -> str | None:
+        """What ``mark`` recorded; None where there is nothing, or no collection."""
+        ...
+
+    async def finish(self, last: Awaitable[object]) -> None:
+        """Await something though being cancelled."""
+        ...
+
+    async def resolve(self, collection: str) -> str:
+        """The name of the collection that an alias stands for, or the same."""
+        ...
+
+    async def create_snapshot(self, collection: str) -> _Offered:
+        """Let the server make a snapshot of a collection."""
+        ...
+
+    async def download_snapshot(self, collection: str, name: str, taking: _NativeTaking) -> None:
+        """Read a snapshot of the server."""
+        ...
+
+    async def delete_snapshot(self, collection: str, name: str) -> None:
+        """Remove a snapshot from the server."""
+        ...
+
+    async def upload_snapshot(self, collection: str, path: Path, sha256: str) -> None:
+        """Let the server replace a collection, or make it, by what a snapshot file holds."""
+        ...
+
+    async def apart(self, call: Callable[[], _T]) -> _T:
+        """Make a call that blocks, where it holds up nobody else."""
+        ...
+
     async def status(self, collection: str, seconds: float) -> Mapping[str, Any]:
         """What the server says of itself and of the collection, asked once and without waiting long."""
+        ...
+
+    def is_absent(self, collection: str, error: BackendError) -> bool:
+        """Whether an operation failed because there is no such collection, and for no other reason."""
         ...
 
 
 @contextlib.contextmanager
 def _translated(backend: str, operation: str) -> Generator[None]:
-    """Turn what a library raises into a BackendError."""
+    """Turn what a library raises into a BackendError, and report the request to what there is."""
     try:
-        yield
+        if _telemetry is None:  # all that reporting costs where there is nothing to report to
+            yield
+        else:
+            with _telemetry.request(backend, operation):
+                yield
     except StoreError:
         raise
     except Exception as error:
@@ -2508,26 +4580,6 @@ def _locked(path: str | Path) -> StoreLockedError:
         f"{path}: another process has this directory open; close it there, "
         "wait for it with lock_timeout=seconds, or let both use a Qdrant server"
     )
-
-
-def _write_file(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all, even after a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: cannot be read as a manifest: {error}") from error
-    if not isinstance(found, dict):
-        raise StoreError(f"{path}: is no manifest, which is a JSON object")
-    return cast("dict[str, Any]", found)
 
 
 def _check_sizes(points: Sequence[_Point], vector_size: int) -> None:
@@ -2595,27 +4647,75 @@ class _EdgeEngine(_CountsEach):
         self._api = _qdrant_edge()
         self._path = path / "collections"
         self._power = durability == "power"
+        self.writes = 0
         self._shards: dict[str, Any] = {}
+        self._directories: dict[str, Path] = {}  # of the shards
         self._sizes: dict[str, int] = {}
         self._unflushed: dict[str, int] = {}
         self._changes: dict[str, int] = {}
 
     async def open_collection(self, collection: _Collection) -> Mapping[str, Any]:
-        directory = self._path / collection.name
-        manifest = self._path / f"{collection.name}.json"
+        manifest = self._manifest(collection.name)
         with _translated(self.name, "open"):
-            if not directory.exists():
-                self._create(collection, directory, manifest)
+            if not self._generations(collection.name):
+                self._check_never_replaced(manifest)
+                self._create(collection, self._path / collection.name, manifest)
             metadata = _read_json(manifest)
             collection.accept(metadata)
-            self._shards[collection.name] = self._api.EdgeShard.load(str(directory))
+            self._load(collection.name, metadata)
+            self._remove_strays(collection.name, metadata)
         self._sizes[collection.name] = metadata.get("vector_size", collection.vector_size)
-        self._unflushed[collection.name] = self._changes[collection.name] = 0
         return metadata
+
+    def _manifest(self, name: str) -> Path:
+        return self._path / f"{name}.json"
+
+    def _directory(self, name: str, metadata: Mapping[str, Any]) -> Path:
+        """Where the shard of a collection is: one that was replaced has another generation of it."""
+        generation = metadata.get("generation", 0)
+        if not isinstance(generation, int) or generation < 0:
+            raise StoreError(f"{self._manifest(name)}: generation is not a number")
+        return self._path / (f"{name}@{generation}" if generation else name)
+
+    @staticmethod
+    def _check_never_replaced(manifest: Path) -> None:
+        """Raise StoreError where there was data that is missing now; a manifest alone is half a making."""
+        try:
+            generation = _read_json(manifest).get("generation")
+        except StoreError:
+            return
+        if generation:
+            message = f"{manifest}: its data, {manifest.stem}@{generation} beside it, is missing"
+            raise BackendError(message, backend="edge", operation="open")
+
+    def _generations(self, name: str) -> list[Path]:
+        """The directories of a collection; all but one are what a process left that was killed."""
+        later = (path for path in self._path.glob(f"{name}@*") if path.name[len(name) + 1 :].isdecimal())
+        return [path for path in (self._path / name, *later) if path.is_dir()]
+
+    def _load(self, name: str, metadata: Mapping[str, Any]) -> None:
+        directory = self._directory(name, metadata)
+        self._use(name, directory, self._api.EdgeShard.load(str(directory)))
+
+    def _use(self, name: str, directory: Path, shard: Any) -> None:
+        self._shards[name], self._directories[name] = shard, directory
+        self._unflushed[name] = self._changes[name] = 0
+
+    def _remove_strays(self, name: str, metadata: Mapping[str, Any]) -> None:
+        """Remove what a process left that was killed."""
+        used = self._directory(name, metadata)
+        for path in [*self._generations(name), self._unfinished(name)]:
+            if path != used:
+                shutil.rmtree(path, ignore_errors=True)
+        _temporary(self._manifest(name)).unlink(missing_ok=True)
+
+    def _unfinished(self, name: str) -> Path:
+        """Where the shard of a collection is created."""
+        return self._path / f".{name}.new"
 
     def _create(self, collection: _Collection, directory: Path, manifest: Path) -> None:
         """Create under another name, then rename: a collection that is there is complete."""
-        api, beside = self._api, directory.with_name(f".{collection.name}.new")
+        api, beside = self._api, self._unfinished(collection.name)
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         _write_file(manifest, json.dumps(collection.metadata))
@@ -2630,7 +4730,11 @@ class _EdgeEngine(_CountsEach):
         for key, kind in collection.indexes.items():
             shard.update(api.UpdateOperation.create_field_index(key, self._index(kind)))
         shard.close()
+        if self._power:
+            _sync(beside, *beside.rglob("*"))
         beside.rename(directory)
+        if self._power:
+            _sync(self._path, self._path.parent, self._path.parent.parent)
 
     def _index(self, kind: _IndexKind) -> Any:
         if kind == "tenant":
@@ -2646,12 +4750,80 @@ class _EdgeEngine(_CountsEach):
             if deleted:
                 shard.update(api.UpdateOperation.delete_points(list(deleted)))
             self._tidy(collection, len(points) + len(deleted))
+        self.writes += 1
+
+    def flush(self) -> None:
+        """See _EmbeddedEngine.flush."""
+        with _translated(self.name, "flush"):
+            for name, shard in list(self._shards.items()):
+                try:
+                    shard.flush()
+                except Exception:
+                    if self._shards.get(name) is shard:  # else it was closed meanwhile, which flushes
+                        raise
+
+    async def drop(self, collection: str) -> None:
+        with _translated(self.name, "drop"):
+            if shard := self._shards.pop(collection, None):
+                del self._directories[collection]
+                shard.close()
+            for directory in (self._path / collection, self._unfinished(collection)):
+                shutil.rmtree(directory, ignore_errors=True)
+            for file in (self._manifest(collection), _temporary(self._manifest(collection))):
+                file.unlink(missing_ok=True)
+
+    async def replace(self, collection: str, by: str) -> None:
+        """The manifest says which generation of the shard is the one; writing it is the moment."""
+        manifest = self._manifest(collection)
+        metadata = _read_json(manifest)
+        metadata["generation"] = metadata.get("generation", 0) + 1
+        directory = self._directory(collection, metadata)
+        with _translated(self.name, "replace"):
+            shard = self._move(by, directory)
+            try:
+                _sync(*directory.rglob("*"), directory, self._path)
+                self._record(manifest, metadata)
+            except BaseException:
+                if _read_json(manifest) == metadata:  # an interrupt, after the moment
+                    self._switch(collection, directory, shard)
+                else:
+                    shard.close()
+                    shutil.rmtree(directory, ignore_errors=True)
+                raise
+            self._switch(collection, directory, shard)
+            await self.drop(by)
+
+    @staticmethod
+    def _record(manifest: Path, metadata: Mapping[str, Any]) -> None:
+        try:
+            _write_file(manifest, json.dumps(metadata))
+        except OSError as error:
+            if _read_json(manifest) != metadata:
+                raise
+            _LOGGER.warning("%s: may be as before after a power cut: %s", manifest, error)
+
+    def _switch(self, collection: str, directory: Path, shard: Any) -> None:
+        old, before = self._shards[collection], self._directories[collection]
+        self._use(collection, directory, shard)
+        old.close()
+        shutil.rmtree(before, ignore_errors=True)
+
+    def _move(self, name: str, directory: Path) -> Any:
+        """The shard of a collection, closed, moved and loaded again, so that it is known to be whole."""
+        self._shards.pop(name).close()  # which flushes it
+        shutil.rmtree(directory, ignore_errors=True)
+        self._directories.pop(name).rename(directory)
+        try:
+            return self._api.EdgeShard.load(str(directory))
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
 
     def _tidy(self, collection: str, changes: int) -> None:
         shard = self._shards[collection]
         self._unflushed[collection] += changes
         self._changes[collection] += changes
-        if self._power or self._unflushed[collection] >= self._FLUSH_EVERY:
+        if self._unflushed[collection] >= self._FLUSH_EVERY:
             shard.flush()
             self._unflushed[collection] = 0
         changed = self._changes[collection]
@@ -2662,7 +4834,7 @@ class _EdgeEngine(_CountsEach):
     async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[_Record]:
         with _translated(self.name, "retrieve"):
             found = self._shards[collection].retrieve(list(ids), with_payload=payload, with_vector=False)
-        return [_Record(str(record.id), record.payload or {}) for record in found]
+        return [_Record(record.id, record.payload or {}) for record in found]
 
     async def page(
         self,
@@ -2687,10 +4859,8 @@ class _EdgeEngine(_CountsEach):
                 )
             )
         if newest_by is not None and not payload:  # the order comes with its key: no payload need be read
-            return _Page(
-                [_Record(str(record.id), {newest_by: record.order_value}) for record in records], None
-            )
-        return _Page([_Record(str(record.id), record.payload or {}) for record in records], following)
+            return _Page([_Record(record.id, {newest_by: record.order_value}) for record in records], None)
+        return _Page([_Record(record.id, record.payload or {}) for record in records], following)
 
     async def search(self, collection: str, vector: list[float], where: _Filter, limit: int) -> list[_Record]:
         api = self._api
@@ -2699,7 +4869,7 @@ class _EdgeEngine(_CountsEach):
         )
         with _translated(self.name, "search"):
             found = self._shards[collection].query(request)
-        return [_Record(str(record.id), record.payload or {}, record.score) for record in found]
+        return [_Record(record.id, record.payload or {}, record.score) for record in found]
 
     async def count(self, collection: str, where: _Filter) -> int:
         with _translated(self.name, "count"):
@@ -2712,6 +4882,7 @@ class _EdgeEngine(_CountsEach):
                 shard.flush()
                 shard.close()
             self._shards.clear()
+            self._directories.clear()
 
     def abandon(self) -> None:
         """Keep the shards for ever, as dropping one writes to the parent's files; let go of their locks."""
@@ -2719,7 +4890,7 @@ class _EdgeEngine(_CountsEach):
 
         for shard in self._shards.values():
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(shard))
-        logs = [(self._path / name / "wal").stat() for name in self._shards]
+        logs = [(directory / "wal").stat() for directory in self._directories.values()]
         for descriptor in Path("/dev/fd").iterdir() if Path("/dev/fd").is_dir() else ():
             with contextlib.suppress(OSError):
                 if any(os.path.samestat(descriptor.stat(), log) for log in logs):
@@ -2790,6 +4961,7 @@ class _LocalEngine(_CountsEach):
         self._models, self._make_client = _qdrant_local()
         self._path = path
         self._power = durability == "power"
+        self.writes = 0
         self._sizes: dict[str, int] = {}  # of the vectors of the collections that are open
         self._removed: dict[str, int] = {}
         self._connected: Any = None
@@ -2804,6 +4976,7 @@ class _LocalEngine(_CountsEach):
 
     def _connect(self) -> None:
         with _translated(self.name, f"open {self._path}"):
+            self._mend_list()
             try:
                 client = self._make_client(str(self._path))
             except RuntimeError as error:
@@ -2815,6 +4988,12 @@ class _LocalEngine(_CountsEach):
                 self._removed[name] = 0
         self._connected = client
 
+    def _mend_list(self) -> None:
+        """Fill the list of collections, left empty by a process that was killed as it made the directory."""
+        names = self._path / "meta.json"
+        if names.exists() and names.stat().st_size == 0:
+            _write_file(names, json.dumps({"collections": {}, "aliases": {}}))
+
     async def open_collection(self, collection: _Collection) -> Mapping[str, Any]:
         models, client = self._models, self._client
         with _translated(self.name, f"open {self._path}"):
@@ -2824,6 +5003,8 @@ class _LocalEngine(_CountsEach):
                 client.create_collection(
                     collection.name, vectors_config=vectors, metadata=dict(collection.metadata)
                 )
+                if self._power:
+                    self._sync_new(collection.name)
             config = client.get_collection(collection.name).config
             metadata = dict(config.metadata or {})
             collection.accept(metadata)
@@ -2831,6 +5012,18 @@ class _LocalEngine(_CountsEach):
         self._sizes[collection.name] = config.params.vectors.size
         self._removed[collection.name] = 0
         return metadata
+
+    def _sync_new(self, name: str) -> None:
+        """Make a new collection survive a power cut.
+
+        This comes before _adopt: closing a file of SQLite's here would end the locks that it has on it.
+        """
+        directory = self._file_of(name).parent
+        names = (directory, directory.parent, self._path, self._path.parent)
+        _sync(self._path / "meta.json", *directory.iterdir(), *names)
+
+    def _file_of(self, name: str) -> Path:
+        return self._path / "collection" / name / "storage.sqlite"
 
     def _adopt(self, collection: Any) -> None:
         """Put our own connection in the place of the collection's."""
@@ -2841,7 +5034,7 @@ class _LocalEngine(_CountsEach):
             persistence.location, factory=_GroupedConnection, check_same_thread=False
         )
         connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute(f"PRAGMA synchronous={'FULL' if self._power else 'NORMAL'}")
+        connection.execute("PRAGMA synchronous=NORMAL")  # flush() does what FULL would, for many at once
         persistence.storage = connection
 
     async def write(self, collection: str, points: Sequence[_Point], deleted: Sequence[str] = ()) -> None:
@@ -2863,6 +5056,18 @@ class _LocalEngine(_CountsEach):
                 self._disconnect()  # memory may be behind the disk, after an interrupt too: load it again
                 raise
             self._tidy(collection, len(deleted))
+        self.writes += 1
+
+    def flush(self) -> None:
+        """See _EmbeddedEngine.flush.
+
+        What has been committed is in SQLite's log, until SQLite has brought it into the file and synced that.
+        No lock of SQLite's is on the log, so that it may be opened and closed here.
+        """
+        with _translated(self.name, "flush"):
+            for name in list(self._sizes):
+                with contextlib.suppress(FileNotFoundError):
+                    _sync(self._file_of(name).with_name("storage.sqlite-wal"))
 
     def _apply(self, held: Any, structs: list[Any], deleted: Sequence[str]) -> None:
         """Take into memory what is on disk now, without writing it there a second time."""
@@ -2874,6 +5079,28 @@ class _LocalEngine(_CountsEach):
                 held.delete(list(deleted))
         finally:
             held.storage = persistence
+
+    async def drop(self, collection: str) -> None:
+        with _translated(self.name, "drop"):
+            self._sizes.pop(collection, None)
+            if collection in self._client.collections:
+                self._client.collections[collection].close()
+                self._client.delete_collection(collection)
+
+    async def replace(self, collection: str, by: str) -> None:
+        """Renaming the file of points is the moment."""
+        files = [Path(self._client.collections[name].storage.location) for name in (by, collection)]
+        with _translated(self.name, "replace"):
+            self._disconnect()  # which brings the write-ahead logs into the files, and removes them
+            for log in (file.with_name(file.name + "-wal") for file in files):
+                if log.exists():
+                    raise OSError(f"{log} is in use by another program")
+            files[0].replace(files[1])
+            del self._sizes[by]
+            with contextlib.suppress(OSError):  # the one or the other is there, also after a power cut
+                _sync(files[1].parent)
+        with contextlib.suppress(BackendError):  # else the next use tries to connect again
+            await self.drop(by)
 
     def _tidy(self, collection: str, removed: int) -> None:
         self._removed[collection] += removed
@@ -2975,10 +5202,10 @@ class _Blocking:
     """A blocking client whose methods are coroutines, which never suspend."""
 
     def __init__(self, client: object) -> None:
-        self._client = client
+        self.blocking = client
 
     def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
-        method = getattr(self._client, name)
+        method = getattr(self.blocking, name)
 
         async def call(*arguments: Any, **options: Any) -> Any:
             return method(*arguments, **options)
@@ -3027,7 +5254,7 @@ def _server_error(error: Exception, operation: str, url: str) -> BackendError:
         return _status_error(error.status_code or 0, error.content, asked, where)
     cause = error.source if isinstance(error, ResponseHandlingException) else error
     said = _one_line(str(cause))[:_SAID_CHARACTERS] or type(cause).__name__
-    if isinstance(cause, httpx.TimeoutException):
+    if isinstance(cause, httpx.TimeoutException | TimeoutError):
         message = f"{asked}: no answer in time ({type(cause).__name__})"
         return BackendTimeoutError(message, retryable=True, **where)
     if isinstance(cause, httpx.TransportError):
@@ -3060,48 +5287,248 @@ def _status_error(status: int, content: bytes, asked: str, where: _Where) -> Bac
 
 
 _STATUS_TIMEOUT = 5.0  # seconds
+_MAX_FILE_NAME = 1024  # characters, of the name of a snapshot on a server
 _LEAST_SERVER = (1, 17)  # conditional upserts with update modes
 
 
+def _snapshots_path(collection: str) -> str:
+    return f"/collections/{urlquote(collection, safe='')}/snapshots"
+
+
+def _is_file_name(name: object) -> bool:
+    """Whether a name that a server gave is that of a file, and of no other place."""
+    plain = isinstance(name, str) and 0 < len(name) <= _MAX_FILE_NAME and name not in (".", "..")
+    return plain and not re.search(r"[/\\\x00-\x1f\x7f\ud800-\udfff]", cast("str", name))
+
+
+class _TimeLeft(dict[str, float]):
+    """What httpx looks up a timeout in when a phase of a request begins: each gets what is left by then."""
+
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
+
+    def get(self, phase: str, default: Any = None) -> float:  # noqa: ARG002 - the same for every phase
+        return max(0.001, self._deadline - time.monotonic())
+
+
+async def _read_awaiting(
+    client: Any, deadline: float, method: str, path: str, options: Mapping[str, Any]
+) -> tuple[int, bytes]:
+    """The status and the body of an answer, or TimeoutError at the deadline."""
+    import anyio
+
+    with anyio.fail_after(deadline - time.monotonic()):
+        answer = await client.request(method, path, **options)
+    return answer.status_code, answer.content
+
+
+async def _read_blocking(
+    client: Any, deadline: float, method: str, path: str, options: Mapping[str, Any]
+) -> tuple[int, bytes]:
+    """The status and the body of an answer, or TimeoutError at the first piece after the deadline."""
+    pieces: list[bytes] = []
+    with client.blocking.stream(method, path, **options) as answer:
+        for piece in answer.iter_bytes():
+            pieces.append(piece)
+            if time.monotonic() > deadline:
+                raise TimeoutError("the answer takes too long")
+    return answer.status_code, b"".join(pieces)
+
+
+async def _in_task(request: Callable[[], Awaitable[_T]]) -> _T:
+    """Await a request in a task of its own, which is cancelled by a cancel scope.
+
+    asyncio's own task.cancel() can take a connection from httpcore's pool for good (encode/httpcore#658,
+    #830): it gives them back under a shield that only scopes know.
+    """
+    import anyio
+
+    answers, failures = list[_T](), list[Exception]()
+
+    async def attempt() -> None:
+        try:
+            answers.append(await request())
+        except Exception as failure:  # noqa: BLE001 - it is raised below, not in a group
+            failures.append(failure)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(attempt)
+    for failure in failures:
+        raise failure
+    return answers[0]
+
+
+_CONNECTIONS_OF_A_POOL = 8
+
+
+class _Pools:
+    """Several small connection pools of httpx in the place of a large one.
+
+    For each request httpcore compares every connection with every other one, three times over: 64 idle ones
+    cost more than 2 ms (encode/httpcore#929). The first of the least busy pools is taken, so that one caller
+    stays on one connection.
+    """
+
+    def __init__(self, make: Callable[[int], Any], connections: int) -> None:
+        number = math.ceil(connections / _CONNECTIONS_OF_A_POOL)
+        self._pools = [make((connections + place) // number) for place in reversed(range(number))]
+        self._busy = [0] * len(self._pools)
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def _least_busy(self) -> Generator[Any]:
+        with self._lock:
+            place = self._busy.index(min(self._busy))
+            self._busy[place] += 1
+        try:
+            yield self._pools[place]
+        finally:
+            with self._lock:
+                self._busy[place] -= 1
+
+    def handle_request(self, request: Any) -> Any:
+        with self._least_busy() as pool:
+            return pool.handle_request(request)
+
+    async def handle_async_request(self, request: Any) -> Any:
+        with self._least_busy() as pool:
+            return await pool.handle_async_request(request)
+
+    def close(self) -> None:
+        for pool in self._pools:
+            pool.close()
+
+    async def aclose(self) -> None:
+        for pool in self._pools:
+            await pool.aclose()
+
+
+class _Clients(NamedTuple):
+    """qdrant-client and, for what that does not offer, plain httpx; closing ``ending`` closes both."""
+
+    qdrant: Any
+    plain: Any
+    ending: AsyncGenerator[None, None] | None = None
+
+
+def _event_loop() -> object:
+    from anyio.lowlevel import current_token
+
+    return current_token()
+
+
+async def _until_the_end(
+    loop: object, clients: _Clients, of: weakref.ref[_ServerEngine]
+) -> AsyncGenerator[None, None]:
+    """Close clients with their event loop, which at its end closes the generators that are left over.
+
+    It also closes one that is collected, as when a store goes without being closed. As the reference is weak,
+    this comes before the collection of the sockets, which would warn.
+    """
+    import anyio
+
+    try:
+        yield
+    finally:
+        if engine := of():
+            engine._clients_of.pop(loop, None)
+        with anyio.CancelScope(shield=True):
+            await clients.qdrant.close()
+            await clients.plain.aclose()
+
+
 class _ServerEngine:
-    """A Qdrant server or cluster over REST: qdrant-client, blocking or asynchronous, behind one form."""
+    """A Qdrant server or cluster over REST: qdrant-client, blocking or asynchronous, behind one form.
+
+    One blocking client serves all threads. A connection of an asynchronous one belongs to the event loop that
+    it was made in: every loop gets clients of its own, which are closed with the store, or with the loop.
+    """
 
     name = "server"
     indexed = True
     compact = False
 
     def __init__(self, config: QdrantStoreConfig, runs: _Runs) -> None:
-        package = _qdrant_client()
+        self._models = _qdrant_client().models
         import ssl
 
         import httpx
 
         self.runs: _Runs = runs
         self._config = config
-        self._models = package.models
         self._url = cast("str", config.url)
-        blocking = runs == "in place"
+        self._blocking = runs == "in place"
         headers = {} if config.api_key is None else {"api-key": config.api_key}  # as api_key= it would warn
         limits = httpx.Limits(max_connections=config.pool_size, max_keepalive_connections=config.pool_size)
         verify = config.verify
-        trusted = ssl.create_default_context(cafile=verify) if isinstance(verify, str) else verify
-        shared: dict[str, Any] = {"headers": headers, "limits": limits, "verify": trusted}
-        kind = package.QdrantClient if blocking else package.AsyncQdrantClient
-        client = kind(url=self._url, check_compatibility=False, **shared)
-        http = client._client.openapi_client.client  # no public parameter tells the two timeouts apart
-        timeout = httpx.Timeout(config.request_timeout, connect=config.connect_timeout)
-        (http._client if blocking else http._async_client).timeout = timeout
-        raw = (httpx.Client if blocking else httpx.AsyncClient)(
-            base_url=client._client.rest_uri, timeout=timeout, **shared
+        trusted = (
+            ssl.create_default_context(cafile=verify)
+            if isinstance(verify, str)
+            else httpx.create_ssl_context(verify)
         )
-        self._client: Any = _Blocking(client) if blocking else client
-        self._raw: Any = _Blocking(raw) if blocking else raw
-        self.resilience = _Resilience(config, _block if blocking else _sleep)
+        self._shared: dict[str, Any] = {"headers": headers, "limits": limits, "verify": trusted}
+        clients = self._make_clients()  # the first take 0.1 s, for which no event loop is to be held up
+        self._prepared = [clients]
+        self._clients_of: dict[object, _Clients] = {None: clients} if self._blocking else {}
+        self.resilience = _Resilience(config, _block if self._blocking else _sleep)
+
+    def _make_clients(self) -> _Clients:
+        import httpx
+
+        package, config, blocking = _qdrant_client(), self._config, self._blocking
+        kind = package.QdrantClient if blocking else package.AsyncQdrantClient
+        client = kind(url=self._url, check_compatibility=False, **self._shared)
+        http = client._client.openapi_client.client  # no public parameter tells the two timeouts apart
+        timeout = self._timeout(config.request_timeout)
+        http = http._client if blocking else http._async_client
+        http.timeout = timeout
+        http._transport = _Pools(self._make_pool, config.pool_size)  # as transport= it would turn proxies off
+        plain = (httpx.Client if blocking else httpx.AsyncClient)(
+            base_url=client._client.rest_uri, timeout=timeout, **self._shared
+        )
+        return _Clients(_Blocking(client), _Blocking(plain)) if blocking else _Clients(client, plain)
+
+    def _make_pool(self, connections: int) -> Any:
+        import httpx
+
+        kind = httpx.HTTPTransport if self._blocking else httpx.AsyncHTTPTransport
+        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+        return kind(verify=self._shared["verify"], limits=limits)
+
+    def _clients(self) -> _Clients:
+        """The clients of this event loop, made when it first needs them."""
+        loop = None if self._blocking else _event_loop()
+        return self._clients_of.get(loop) or self._adopt(loop)
+
+    def _adopt(self, loop: object) -> _Clients:
+        try:
+            clients = self._prepared.pop()
+        except IndexError:
+            clients = self._make_clients()
+        ending = _until_the_end(loop, clients, weakref.ref(self))
+        _run(cast("Any", anext(ending)))
+        clients = self._clients_of[loop] = clients._replace(ending=ending)
+        return clients
+
+    @property
+    def _client(self) -> Any:
+        return self._clients().qdrant
+
+    @property
+    def _raw(self) -> Any:
+        return self._clients().plain
+
+    def _timeout(self, seconds: float) -> Any:
+        import httpx
+
+        return httpx.Timeout(seconds, connect=self._config.connect_timeout)
 
     async def _send(self, operation: str, request: Callable[[], Awaitable[Any]]) -> Any:
         async def translated() -> Any:
             try:
-                return await request()
+                return await (request() if self._blocking else _in_task(request))
+            except StoreError:
+                raise
             except Exception as error:
                 raise _server_error(error, operation, self._url) from error
 
@@ -3228,6 +5655,17 @@ class _ServerEngine:
             "delete", lambda: self._client.delete(collection, selector, ordering=ordering, wait=True)
         )
 
+    async def mark(self, collection: str, key: str, value: str | None) -> None:
+        await self._send("mark", lambda: self._client.update_collection(collection, metadata={key: value}))
+
+    async def mark_of(self, collection: str, key: str) -> str | None:
+        info = await self._describe(collection)
+        metadata: Any = info and info.config.metadata
+        return cast("str | None", metadata and metadata.get(key))
+
+    async def finish(self, last: Awaitable[object]) -> None:
+        await (last if self._blocking else _shielded(last))
+
     async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[_Record]:
         found = await self._send(
             "retrieve",
@@ -3299,9 +5737,18 @@ class _ServerEngine:
         )
         return {hit.value: hit.count for hit in found.hits}
 
+    def is_absent(self, collection: str, error: BackendError) -> bool:
+        """See _SharedEngine.is_absent."""
+        cause: Any = error.__cause__  # a gateway, too, answers 404: what counts is what Qdrant says
+        absent = getattr(cause, "status_code", None) == HTTPStatus.NOT_FOUND
+        return absent and f"Collection `{collection}` doesn't exist".encode() in cause.content
+
     async def status(self, collection: str, seconds: float) -> Mapping[str, Any]:
         """Asked without retry and breaker."""
-        deadline = time.monotonic() + seconds
+        with _reported("server", "health"):
+            return await self._status(collection, time.monotonic() + seconds)
+
+    async def _status(self, collection: str, deadline: float) -> Mapping[str, Any]:
         place = f"collections/{urlquote(collection, safe='')}"
         latest = {"filter": {"must": [{"key": "kind", "match": {"value": "latest"}}]}, "exact": True}
         try:
@@ -3320,15 +5767,16 @@ class _ServerEngine:
     ) -> dict[str, Any]:
         """One plain request, for what may not wait."""
         try:
-            left = max(0.001, deadline - time.monotonic())
-            answer = await self._raw.request(method, f"/{path}", timeout=left, **options)
-            if answer.status_code == HTTPStatus.NOT_FOUND and absent_ok:
+            options["extensions"] = {"timeout": _TimeLeft(deadline)}
+            read = _read_blocking if self._blocking else _read_awaiting
+            status, content = await read(self._raw, deadline, method, f"/{path}", options)
+            if status == HTTPStatus.NOT_FOUND and absent_ok:
                 return {}
-            if answer.status_code >= HTTPStatus.BAD_REQUEST:
+            if status >= HTTPStatus.BAD_REQUEST:
                 asked = f"Qdrant at {self._url}: health"
                 where = _Where(backend="server", operation="health")
-                raise _status_error(answer.status_code, answer.content, asked, where)  # noqa: TRY301
-            found = answer.json()
+                raise _status_error(status, content, asked, where)  # noqa: TRY301
+            found = json.loads(content)
             if not isinstance(found, dict):
                 raise TypeError("it is not a JSON object")  # noqa: TRY301
             return cast("dict[str, Any]", found)
@@ -3337,56 +5785,100 @@ class _ServerEngine:
         except Exception as error:
             raise _server_error(error, "health", self._url) from error
 
-    async def close(self) -> None:
-        with _translated(self.name, "close"):
-            await self._client.close()
-            await (self._raw.close() if self.runs == "in place" else self._raw.aclose())
+    async def resolve(self, collection: str) -> str:
+        aliases = (await self._send("aliases", self._client.get_aliases)).aliases
+        return next((each.collection_name for each in aliases if each.alias_name == collection), collection)
 
-
-class _LockFile:
-    """The operating system's lock on a file: it goes with the process that holds it."""
-
-    def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    async def create_snapshot(self, collection: str) -> _Offered:
+        """Asked once where the answer does not come: the server is making one already."""
+        path = _snapshots_path(collection)
+        answer = await self._send("snapshot", lambda: self._long_request("snapshot", "POST", path))
         try:
-            _lock_descriptor(self._descriptor)
-        except OSError:
-            os.close(self._descriptor)
-            raise
+            offered: dict[str, Any] = answer["result"]
+            name, size, checksum = offered["name"], offered["size"], offered.get("checksum")
+        except (KeyError, TypeError, AttributeError) as error:
+            raise SnapshotError(f"{self._url}: the server does not say which snapshot it has made") from error
+        if not _is_file_name(name) or not isinstance(size, int):
+            raise SnapshotError(
+                f"{self._url}: the server names its snapshot {_shown(name)}, which is no name"
+            )
+        return _Offered(name, size, checksum.lower() if isinstance(checksum, str) else None)
 
-    def release(self) -> None:
-        """Give the lock up, also where a child that was just forked still has the file open."""
-        _unlock_descriptor(self._descriptor)
-        os.close(self._descriptor)
+    async def _long_request(self, operation: str, method: str, path: str, **options: Any) -> Any:
+        """A request that is not sent again when the time is up, as what it asks for may go on."""
+        timeout = self._timeout(self._config.snapshot_timeout)
+        try:
+            answer = await self._raw.request(method, path, timeout=timeout, **options)
+        except Exception as error:
+            failure = _server_error(error, operation, self._url)
+            failure.retryable = failure.retryable and not isinstance(failure, BackendTimeoutError)
+            raise failure from error
+        self._check_status(answer, answer.content, operation)
+        return answer.json()
 
-    def abandon(self) -> None:
-        """Let go of the file in a forked child; the lock stays the parent's."""
-        os.close(self._descriptor)
+    async def download_snapshot(self, collection: str, name: str, taking: _NativeTaking) -> None:
+        path = f"{_snapshots_path(collection)}/{urlquote(name, safe='')}"
 
+        async def download() -> None:
+            taking.begin()
+            http = self._raw.blocking if self._blocking else self._raw
+            request = http.build_request("GET", path, headers={"accept-encoding": "identity"})
+            answer = await self._raw.send(request, stream=True)
+            try:
+                if answer.status_code >= HTTPStatus.BAD_REQUEST:
+                    body = answer.read() if self._blocking else await answer.aread()
+                    self._check_status(answer, body, "download")
+                await self._pour(answer, taking)
+            finally:
+                if self._blocking:
+                    answer.close()
+                else:
+                    await answer.aclose()
 
-if sys.platform == "win32":
+        await self._send("download", download)
 
-    def _lock_descriptor(descriptor: int) -> None:
-        import msvcrt
+    async def _pour(self, answer: Any, taking: _NativeTaking) -> None:
+        if self._blocking:
+            for piece in answer.iter_raw():
+                taking.add(piece)
+        else:
+            async for piece in answer.aiter_raw():
+                taking.add(piece)
 
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    async def delete_snapshot(self, collection: str, name: str) -> None:
+        path = f"{_snapshots_path(collection)}/{urlquote(name, safe='')}"
+        await self._send("delete", lambda: self._long_request("delete", "DELETE", path))
 
-    def _unlock_descriptor(descriptor: int) -> None:
-        import msvcrt
+    async def upload_snapshot(self, collection: str, path: Path, sha256: str) -> None:
+        query = {"priority": "snapshot", "wait": "true", "checksum": sha256}
 
-        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+        async def upload() -> None:
+            with path.open("rb") as file:
+                files = {"snapshot": ("snapshot", file, "application/octet-stream")}
+                place = f"{_snapshots_path(collection)}/upload"
+                await self._long_request("restore", "POST", place, params=query, files=files)
 
-else:
+        await self._send("restore", upload)
 
-    def _lock_descriptor(descriptor: int) -> None:
-        import fcntl
+    async def apart(self, call: Callable[[], _T]) -> _T:
+        return call() if self._blocking else await _in_thread(call)
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    def _check_status(self, answer: Any, body: bytes, operation: str) -> None:
+        if answer.status_code >= HTTPStatus.BAD_REQUEST:
+            asked = f"Qdrant at {self._url}: {operation}"
+            raise _status_error(
+                answer.status_code, body, asked, _Where(backend="server", operation=operation)
+            )
 
-    def _unlock_descriptor(descriptor: int) -> None:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    async def close(self) -> None:
+        self.resilience.breaker.retire()
+        with _translated(self.name, "close"):
+            clients = self._clients_of.get(None if self._blocking else _event_loop())
+            if clients is not None and clients.ending is not None:
+                await clients.ending.aclose()
+            elif clients is not None:
+                await clients.qdrant.close()
+                await clients.plain.close()
 
 
 def _run(flow: Coroutine[Any, Any, _T]) -> _T:
@@ -3397,6 +5889,66 @@ def _run(flow: Coroutine[Any, Any, _T]) -> _T:
         return cast("_T", stop.value)
     flow.close()
     raise RuntimeError("a coroutine over an embedded engine tried to suspend")
+
+
+class _Round:
+    """Writes that one flush makes survive a power cut."""
+
+    def __init__(self) -> None:
+        self.turn = threading.Lock()  # of the member that sees to the flush; the others wait for it
+        self.members = 0
+        self.ended = False
+        self.error: BackendError | None = None
+
+
+class _Flushes:
+    """Group commit: the writers that wait at one time share one flush.
+
+    There is no state but under ``with``, so that an interrupted thread leaves its part to another one.
+    """
+
+    def __init__(self, engine: _EmbeddedEngine) -> None:
+        self._engine = engine
+        self._joined = threading.Condition()
+        self.flushing = threading.Lock()
+        self._open = _Round()  # which the next flush will serve
+        self._served = 0  # members of the last round
+        self._duration = 0.0  # of the last flush, in seconds
+
+    def join(self) -> _Round:
+        """The round that makes safe what has been written until now."""
+        with self._joined:
+            self._open.members += 1
+            self._joined.notify()
+            return self._open
+
+    def settle(self, mine: _Round) -> None:
+        """Wait for the flush of a round, which the first that waits sees to; raises its failure."""
+        with mine.turn:
+            if not mine.ended:
+                with self.flushing:
+                    self._gather(mine)
+                    self._flush(mine)
+        if mine.error is not None:
+            error = mine.error
+            raise BackendError(str(error), backend=error.backend, operation=error.operation) from error
+
+    def _gather(self, mine: _Round) -> None:
+        """Close a round; where there are several writers, once no other has come along for a moment."""
+        with self._joined:
+            if mine is self._open:
+                while max(mine.members, self._served) > 1 and self._joined.wait(self._duration / 8):
+                    pass
+                self._open, self._served = _Round(), mine.members
+
+    def _flush(self, mine: _Round) -> None:
+        started = time.monotonic()
+        try:
+            self._engine.flush()
+        except BackendError as error:
+            mine.error = error
+        self._duration = time.monotonic() - started
+        mine.ended = True
 
 
 class _Directory:
@@ -3410,7 +5962,7 @@ class _Directory:
         self.gone = threading.Event()
         self.opening = threading.Lock()  # of collections; the other lock may be waited for while it is held
         self.cores: dict[str, Any] = {}  # by collection; the core stands below
-        self.limiter: Any = None  # of the worker threads of asynchronous stores
+        self.limiters: dict[str, Any] = {}  # of the worker threads of asynchronous stores, by purpose
         self._orphaned = self._closed = False
         self._lock = threading.Lock()
         _engine_class(Path(path), config)  # a missing library is found before anything is made
@@ -3421,6 +5973,7 @@ class _Directory:
         except BaseException:
             self._lock_file.release()
             raise
+        self.flushes = _Flushes(self.engine)
 
     def _take_lock(self) -> _LockFile:
         try:
@@ -3431,14 +5984,24 @@ class _Directory:
             raise StoreError(f"{self.path}: cannot be locked, is it writable? {error}") from error
 
     def drive(self, flow: Coroutine[Any, Any, _T]) -> _T:
-        """Run one coroutine of a core to its end, alone."""
+        """Run one coroutine of a core to its end, alone; what it wrote is kept."""
+        answer, written = self.apply(flow)
+        if written is not None:
+            self.flushes.settle(written)
+        return answer
+
+    def apply(self, flow: Coroutine[Any, Any, _T]) -> tuple[_T, _Round | None]:
+        """Run one coroutine of a core to its end, alone; returns its answer, and what is to be settled."""
         try:
             if self._orphaned:
                 raise _forked(self.path)
             with self._lock:
                 if self._closed:
                     raise _closed()
-                return _run(flow)
+                before = self.engine.writes
+                answer = _run(flow)
+                wrote = self.engine.writes > before
+                return answer, self.flushes.join() if wrote and self.durability == "power" else None
         finally:
             flow.close()
 
@@ -3461,7 +6024,7 @@ class _Directory:
         """Flush and release; nothing happens in a forked child, where the files are the parent's."""
         if self._orphaned:
             return
-        with self._lock:
+        with self._lock, self.flushes.flushing:  # those that wait for a flush find all flushed
             self._closed = True
             try:
                 _run(self.engine.close())
@@ -3498,15 +6061,19 @@ def _engine_class(path: Path, config: QdrantStoreConfig) -> type[_EdgeEngine | _
             f'{path}: written by engine="{written}", not by "{config.engine}"; '
             f'open it with engine="auto", or export it and import that elsewhere'
         )
-    if (written or config.engine) == "auto":
-        with contextlib.suppress(MissingDependencyError):
-            _qdrant_edge()
-            return _EdgeEngine
-    if (written or config.engine) == "edge":
+    engine = written or config.engine
+    if engine == "local":
+        _qdrant_local()
+        return _LocalEngine
+    try:
         _qdrant_edge()
-        return _EdgeEngine
-    _qdrant_local()
-    return _LocalEngine
+    except MissingDependencyError:
+        if engine == "auto":
+            with contextlib.suppress(MissingDependencyError):
+                _qdrant_local()
+                return _LocalEngine
+        raise
+    return _EdgeEngine
 
 
 def _engine_of(path: Path) -> Literal["edge", "local"] | None:
@@ -3519,9 +6086,10 @@ def _engine_of(path: Path) -> Literal["edge", "local"] | None:
 
 
 def _is_of_a_server(path: Path) -> bool:
-    """Whether there are collections, none of which has a manifest of ours."""
-    names = [entry.name for entry in (path / "collections").iterdir() if not entry.name.startswith(".")]
-    return bool(names) and not any(name.endswith(".json") for name in names)
+    """Whether there are collections, none of which has a manifest of ours, which is there before them."""
+    found = [each for each in (path / "collections").iterdir() if each.is_dir() and each.name[0] != "."]
+    manifests = {each.with_name(each.name.partition("@")[0] + ".json") for each in found}
+    return bool(found) and not any(manifest.exists() for manifest in manifests)
 
 
 def _collection_exists(config: QdrantStoreConfig) -> bool:
@@ -3529,7 +6097,7 @@ def _collection_exists(config: QdrantStoreConfig) -> bool:
     path = Path(cast("str", config.path)).expanduser()
     match _engine_of(path):
         case "edge":
-            return (path / "collections" / config.collection_name).exists()
+            return (path / "collections" / f"{config.collection_name}.json").exists()
         case "local":
             return config.collection_name in _read_json(path / "meta.json").get("collections", {})
         case None:
@@ -3577,7 +6145,7 @@ _ALL_OF_A_USER = 1_000_000  # more entries than the history of one user can sens
 
 
 def _payload(snapshot: StateSnapshot, kind: str, *, compact: bool) -> dict[str, Any]:
-    """The payload of a point, its axes nested or, where that is cheaper, as a JSON string.
+    """The payload of a point, its axes nested or, where that is cheaper, as a text.
 
     Qdrant Edge may change a float in its last bit; in the compact form there is a text of the confidence too.
     """
@@ -3589,7 +6157,7 @@ def _payload(snapshot: StateSnapshot, kind: str, *, compact: bool) -> dict[str, 
         "source": snapshot.source.value,
         "confidence": snapshot.confidence,
         "schema_version": snapshot.schema_version,
-        "axes": axes._shape.json_form % axes._values if compact else dict(axes),
+        "axes": _axes_text(axes) if compact else dict(axes),
         "kind": kind,
         **exact,
     }
@@ -3601,7 +6169,7 @@ def _snapshot(payload: Mapping[str, Any]) -> StateSnapshot:
         axes = payload["axes"]
         return StateSnapshot(
             payload["user_id"],
-            json.loads(axes) if isinstance(axes, str) else axes,
+            _axes_of_text(axes) if isinstance(axes, str) else axes,
             payload["updated_at_unix_ms"],
             payload["source"],
             float(payload.get("exact_confidence", payload["confidence"])),
@@ -3716,6 +6284,13 @@ class _Draft:
         del self.times[:excess]
 
 
+class _Reading(NamedTuple):
+    """Where a reading of all states stands."""
+
+    following: _Cursor  # where the next page of users begins
+    share: int  # how many users to read at once
+
+
 class _Core(ABC):
     """The logic of the Qdrant stores that every engine shares.
 
@@ -3725,10 +6300,10 @@ class _Core(ABC):
     schema: _Schema
     batch = _BATCH
 
-    def __init__(self, engine: _Engine, config: QdrantStoreConfig) -> None:
+    def __init__(self, engine: _Engine, config: QdrantStoreConfig, collection: str | None = None) -> None:
         self.engine = engine
         self.config = config
-        self._collection = config.collection_name
+        self._collection = collection or config.collection_name
         self._retention = _Retention.of(config)
 
     @abstractmethod
@@ -3752,6 +6327,18 @@ class _Core(ABC):
     async def delete(self, user_id: str) -> bool: ...
 
     @abstractmethod
+    async def stage(self, token: str) -> _Core:
+        """What is written to the core that this gives takes the place of the contents when adopted."""
+
+    @abstractmethod
+    async def adopt(self, staged: _Core) -> None:
+        """Let what was staged take the place of the contents."""
+
+    @abstractmethod
+    async def discard(self, staged: _Core) -> None:
+        """Give up what was staged."""
+
+    @abstractmethod
     async def _times_of(self, user_id: str) -> list[int]:
         """The times of a user's history, ascending, hidden ones included."""
 
@@ -3760,8 +6347,8 @@ class _Core(ABC):
         """Remove the oldest entries of histories, which are given."""
 
     async def _open_schema(self) -> _Schema:
-        """Open the collection, creating it where absent."""
-        fresh = _Schema.of(self.config)
+        """Open the collection, creating it where absent: with the axes that it had, if it has been open."""
+        fresh = getattr(self, "schema", None) or _Schema.of(self.config)
         wanted = {
             "format_version": _FORMAT_VERSION,
             "axes": list(fresh.axes),
@@ -3858,6 +6445,40 @@ class _Core(ABC):
         maximum = self._retention.maximum
         return [user_id for user_id, count in held.items() if count > min(maximum, shown.get(user_id, 0))]
 
+    async def page_of_states(self, cursor: _Reading | None) -> tuple[list[StateSnapshot], _Reading | None]:
+        """All of what some users have, oldest first."""
+        following, share = cursor or (None, 1)
+        page = await self.engine.page(self._collection, _Filter((_LATEST,)), limit=share, cursor=following)
+        latest = {str(_field_of(record, "user_id")): record for record in page.records}
+        states = self._states(latest, await self._histories(list(latest)))
+        if page.cursor is None:
+            return states, None
+        return states, _Reading(page.cursor, self._share(len(latest), len(states)))
+
+    def _share(self, users: int, states: int) -> int:
+        """How many users to read at once, going by those just read."""
+        return max(1, int(2 * self.batch * users / max(users, states, 1)))
+
+    async def _histories(self, user_ids: Sequence[str]) -> list[_Record]:
+        if not (user_ids and self._retention.maximum):
+            return []
+        where = _Filter((_AnyOf("user_id", user_ids), _HISTORY))
+        return (await self.engine.page(self._collection, where, limit=_ALL_OF_A_USER)).records
+
+    def _states(self, latest: Mapping[str, _Record], histories: Iterable[_Record]) -> list[StateSnapshot]:
+        """What history shows of users, and the latest."""
+        points = {
+            user_id: {_field_of(record, "updated_at_unix_ms"): record} for user_id, record in latest.items()
+        }
+        for record in histories:
+            points[_field_of(record, "user_id")].setdefault(_field_of(record, "updated_at_unix_ms"), record)
+        states: list[StateSnapshot] = []
+        for entries in points.values():
+            times = sorted(entries)
+            shown = times[min(self._retention.hidden(times), len(times) - 1) :]
+            states += [_snapshot(entries[time_ms].payload) for time_ms in shown]
+        return states
+
     async def look(self, seconds: float) -> Health:  # noqa: ARG002 - what is in the process is asked at once
         """How many users and how many points there are, found out within so many seconds."""
         users = await self.count_users()
@@ -3878,7 +6499,13 @@ class _Core(ABC):
         )
         if not any(_field_of(record, "kind") == "latest" for record in page.records):
             return []
-        distinct = {_field_of(record, "updated_at_unix_ms"): record for record in page.records}
+        distinct: dict[int, _Record] = {}
+        for record in page.records:
+            time_ms = _field_of(record, "updated_at_unix_ms")
+            if (
+                time_ms not in distinct or _field_of(record, "kind") == "latest"
+            ):  # which counts, if they differ
+                distinct[time_ms] = record
         return [_snapshot(record.payload) for record in itertools.islice(distinct.values(), wanted)]
 
     async def _history_times(self, user_id: str) -> list[int]:
@@ -3903,9 +6530,13 @@ class _OwnedCore(_Core):
     engine without indexes has the times of all users.
     """
 
-    def __init__(self, engine: _EmbeddedEngine, config: QdrantStoreConfig) -> None:
-        super().__init__(engine, config)
+    def __init__(
+        self, engine: _EmbeddedEngine, config: QdrantStoreConfig, collection: str | None = None
+    ) -> None:
+        super().__init__(engine, config, collection)
         self._files = engine
+        self._beside = f".{self._collection}.restoring"  # the collection in which one is restored
+        self._staged: Callable[[], _OwnedCore | None] = lambda: None
         self._latest: MutableMapping[str, StateSnapshot] = FIFOCache(config.cache_size)
         self._recent: MutableMapping[str, _Recent] = FIFOCache(
             config.cache_size, getsizeof=lambda recent: len(recent.snapshots) + 1
@@ -3914,6 +6545,7 @@ class _OwnedCore(_Core):
 
     async def open(self) -> None:
         """Open the collection, and learn what an engine without indexes cannot be asked."""
+        await self._files.drop(self._beside)  # a process that was killed may have left it
         self.schema = await self._open_schema()
         if not self.engine.indexed:
             await self._learn_times()
@@ -4114,6 +6746,62 @@ class _OwnedCore(_Core):
         self._recent.pop(user_id, None)
         self._times.pop(user_id, None)
 
+    async def stage(self, token: str) -> _Core:  # noqa: ARG002 - nothing of this one can be left
+        """See _Core.stage."""
+        if self._staged() is not None:
+            raise StoreError("a snapshot is being restored into this store already")
+        axes = attrs.evolve(self.config, axes=self.schema.axes, vector_size=self.schema.vector_size)
+        staged = _OwnedCore(self._files, axes, self._beside)
+        await self._files.drop(self._beside)
+        await staged.open()
+        self._staged = weakref.ref(staged)  # weak: a task that was cancelled may never hear of it
+        return staged
+
+    async def adopt(self, staged: _Core) -> None:
+        """See _Core.adopt."""
+        held = self._staged()
+        if held is None or staged is not held:
+            raise StoreError("what was restored was given up meanwhile")
+        try:
+            await self._files.replace(self._collection, self._beside)
+        except BaseException:
+            await self._relearn_all()  # which of the two is there is unknown, after an interrupt too
+            raise
+        self._staged = lambda: None
+        self.forget_everything()
+        if not self.engine.indexed:
+            self._times.update(held._times)
+
+    async def discard(self, staged: _Core) -> None:
+        """See _Core.discard."""
+        if staged is self._staged():
+            self._staged = lambda: None
+            await self._files.drop(self._beside)
+
+    async def _relearn_all(self) -> None:
+        self.forget_everything()
+        if not self.engine.indexed:
+            await self._learn_times()
+
+    async def page_of_states(self, cursor: _Cursor) -> tuple[list[StateSnapshot], _Cursor]:
+        """See _Core.page_of_states."""
+        if self.engine.indexed:
+            return await super().page_of_states(cursor)
+        remaining: Iterator[str] = iter(list(self._times)) if cursor is None else cursor
+        ids, latest, following = list[str](), dict[str, str](), None
+        for user_id in remaining:
+            latest[user_id] = _point_id(user_id, "latest")
+            ids += [_point_id(user_id, time_ms) for time_ms in self._times.get(user_id, ())]
+            if len(ids) + len(latest) >= 2 * _BATCH:
+                following = remaining
+                break
+        records = await self.engine.retrieve(self._collection, [*latest.values(), *ids])
+        kinds: dict[str, list[_Record]] = {"latest": [], "history": []}
+        for record in records:
+            kinds[_field_of(record, "kind")].append(record)
+        heads = {str(_field_of(record, "user_id")): record for record in kinds["latest"]}
+        return self._states(heads, kinds["history"]), following
+
     async def _relearn(self, user_id: str) -> None:
         """Take the times of a history from an engine that cannot be asked at every use."""
         if not self.engine.indexed and await self.get_latest(user_id) is not None:
@@ -4124,6 +6812,13 @@ class _OwnedCore(_Core):
         self._latest.clear()
         self._recent.clear()
         self._times.clear()
+
+
+def _is_marked(collection: Mapping[str, Any]) -> bool:
+    """Whether a description of a collection says that a restore is not complete."""
+    config: Any = collection.get("config")
+    metadata: Any = config and config.get("metadata")
+    return bool(metadata and metadata.get("restoring"))
 
 
 class _SharedCore(_Core):
@@ -4145,7 +6840,16 @@ class _SharedCore(_Core):
         self._latest: dict[str, tuple[float, StateSnapshot]] = {}
 
     async def begin(self, operation: Callable[[_Core], Coroutine[Any, Any, _T]]) -> _T:
-        """See _Core.begin."""
+        """See _Core.begin; a collection that somebody has dropped since is made again, once."""
+        await self.ensure_open()
+        schema = self.schema
+        try:
+            return await operation(self)
+        except BackendRejectedError as error:
+            if not self._server.is_absent(self._collection, error):
+                raise
+        if self.schema is schema:  # else another thread or task has opened it again already
+            self.is_open = False
         await self.ensure_open()
         return await operation(self)
 
@@ -4194,13 +6898,16 @@ class _SharedCore(_Core):
             message = f"collection {self._collection!r} will be made by the first operation"
             return Health("healthy", self.engine.name, 0.0, 0, 0, message=message, version=status["version"])
         color = str(collection.get("status"))
+        signs = [f"the collection is {color}"] if color != "green" else []
+        if _is_marked(collection):
+            signs.append("a restore of a snapshot is going on or was interrupted: restore it again")
         return Health(
-            "healthy" if color == "green" else "unhealthy" if color == "red" else "degraded",
+            "unhealthy" if color == "red" else "degraded" if signs else "healthy",
             self.engine.name,
             0.0,
             status["users"],
             collection.get("points_count"),
-            message="" if color == "green" else f"the collection is {color}",
+            message="; ".join(signs),
             version=status["version"],
             collection_status=color,
             indexed_vectors=collection.get("indexed_vectors_count"),
@@ -4249,11 +6956,31 @@ class _SharedCore(_Core):
         if found is None or snapshot.updated_at_unix_ms >= found.updated_at_unix_ms:
             await self._replace(snapshot, before)
         if self._retention.maximum:
-            await self._server.put(
-                self._collection, [_Put([self._point(snapshot, snapshot.updated_at_unix_ms)])]
-            )
+            followed = found if before is not None and "replaces" in before else None
+            await self._enter_into_history(snapshot, followed)
         self._latest.pop(snapshot.user_id, None)
         await self._trim_in_turn(snapshot.user_id)
+
+    async def _enter_into_history(self, snapshot: StateSnapshot, followed: StateSnapshot | None) -> None:
+        """Put the history point of a conditional write, and that of the conditional one that it followed.
+
+        The writer of that one may have failed in between. Where the user has meanwhile been deleted, neither
+        stays behind.
+        """
+        puts = [_Put([self._point(snapshot, snapshot.updated_at_unix_ms)])]
+        if followed is not None and followed.updated_at_unix_ms != snapshot.updated_at_unix_ms:
+            puts.append(_Put([self._point(followed, followed.updated_at_unix_ms)], mode="insert"))
+        await self._server.put(self._collection, puts)
+        try:
+            if not await self._is_there(snapshot.user_id):
+                ids = [point.id for put in puts for point in put.points]
+                await self._server.delete(self._collection, ids)
+        except BackendError as error:  # what was to be written has been, and is not undone by raising this
+            _LOGGER.warning("looking after the history of a user failed: %s", error)
+
+    async def _is_there(self, user_id: str) -> bool:
+        ids = [_point_id(user_id, "latest")]
+        return bool(await self.engine.retrieve(self._collection, ids, payload=False))
 
     async def _replace(self, snapshot: StateSnapshot, before: Mapping[str, Any] | None) -> None:
         """Put the latest point in the place of another one, or of none; ConflictError where that failed."""
@@ -4279,10 +7006,10 @@ class _SharedCore(_Core):
         return records[0].payload if records else None
 
     async def delete(self, user_id: str) -> bool:
-        there = await self.engine.retrieve(self._collection, [_point_id(user_id, "latest")], payload=False)
+        there = await self._is_there(user_id)
         await self._server.delete(self._collection, _Filter((_Equal("user_id", user_id),)))
         self._latest.pop(user_id, None)
-        return bool(there)
+        return there
 
     async def _trim_in_turn(self, user_id: str, entries: int = 1) -> None:
         """Every so many entries of a user, remove what its history does not show."""
@@ -4310,9 +7037,100 @@ class _SharedCore(_Core):
         ids = [_point_id(user_id, time_ms) for user_id, old in times.items() for time_ms in old]
         await self._server.delete(self._collection, ids)
 
+    async def create_native(self, order: _Order, target: str) -> SnapshotReport:
+        """Take a snapshot of the server's own making."""
+        with _NativeTaking(order) as taking:
+            collection = await self._server.resolve(self._collection)
+            points = await self.engine.count(collection, _Filter())
+            offered = await self._server.create_snapshot(collection)
+            try:
+                await self._server.download_snapshot(collection, offered.name, taking)
+                origin = _Origin(target, self.engine.name, collection)
+                report = await self._server.apart(lambda: taking.finish(origin, offered, points))
+            finally:
+                kept = "" if order.keep_remote else await self._delete_remote(collection, offered.name)
+        return attrs.evolve(report, message=kept)
+
+    async def _delete_remote(self, collection: str, name: str) -> str:
+        """Remove a snapshot from the server; what there is to say where that fails."""
+        try:
+            await self._server.finish(self._server.delete_snapshot(collection, name))
+        except BackendError as error:
+            _LOGGER.warning("the snapshot %s stays on the server: %s", name, error)
+            return f"the snapshot stays on the server: {error}"
+        return ""
+
+    async def restore_native(self, path: Path, sha256: str) -> None:
+        """Let the server replace the collection by what a snapshot of its own holds."""
+        self.is_open = False
+        self.forget_everything()
+        await self._server.upload_snapshot(await self._server.resolve(self._collection), path, sha256)
+        await self.ensure_open()
+
+    async def stage(self, token: str) -> _Core:
+        """See _Core.stage; the collection is changed in place, and marked until the end."""
+        await self._server.mark(self._collection, "restoring", token)
+        return _RestoringCore(self, token)
+
+    async def adopt(self, staged: _Core) -> None:
+        """Remove what was not written by the restoring, then the mark, which stays where something lacks."""
+        restoring = cast("_RestoringCore", staged)
+        written = _Equal("restored", restoring.token)
+        await self._check_restored(restoring)
+        await self._server.delete(self._collection, _Filter(must_not=(written,)))
+        await self._check_restored(restoring)
+        await self._server.mark(self._collection, "restoring", None)
+        self.forget_everything()
+
+    async def _check_restored(self, restoring: _RestoringCore) -> None:
+        """Raise SnapshotError where others restored or wrote meanwhile."""
+        if await self._server.mark_of(self._collection, "restoring") != restoring.token:
+            message = "another snapshot was restored meanwhile, or the collection made anew"
+        else:
+            written = _Filter((_LATEST, _Equal("restored", restoring.token)))
+            if await self.engine.count(self._collection, written) == restoring.users:
+                return
+            message = "users were written to while it was restored"
+        raise SnapshotError(
+            f"collection {self._collection!r}: {message}; let nobody write, and restore again"
+        )
+
+    async def discard(self, staged: _Core) -> None:  # noqa: ARG002 - the mark stays: it is not complete
+        """See _Core.discard."""
+        self.forget_everything()
+
     def forget_everything(self) -> None:
         """Empty the cache."""
         self._latest.clear()
+
+
+class _RestoringCore(_SharedCore):
+    """Writes what a collection is to hold after a restore, over whatever is there.
+
+    Every point carries a token of what is restored, so that those of a restore that was interrupted count
+    when it is done again, and the others can be told from them.
+    """
+
+    def __init__(self, core: _SharedCore, token: str) -> None:
+        super().__init__(core._server, core.config)
+        self.schema, self.is_open = core.schema, True
+        self.token = token
+        self.users = 0  # written so far
+        self._last = ""  # who may go on in the next batch
+
+    async def begin(self, operation: Callable[[_Core], Coroutine[Any, Any, _T]]) -> _T:
+        """Without making the collection anew, should it have gone: it would lack what was written before."""
+        return await operation(self)
+
+    async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
+        """Put the snapshots, each user's together and in order: the last is the latest."""
+        last = {snapshot.user_id: snapshot for snapshot in snapshots}
+        points = [self._latest_point(snapshot, restored=self.token) for snapshot in last.values()]
+        if self._retention.maximum:
+            points += [self._point(each, each.updated_at_unix_ms, restored=self.token) for each in snapshots]
+        await self._server.put(self._collection, [_Put(points)])
+        self.users += len(last) - (self._last in last)
+        self._last = snapshots[-1].user_id
 
 
 def _same(found: StateSnapshot | None, expected: StateSnapshot | None) -> bool:
@@ -4483,8 +7301,7 @@ def _connected(config: QdrantStoreConfig, runs: _Runs) -> tuple[_Server, _Shared
 
 def _warn_of_plain_key(config: QdrantStoreConfig) -> None:
     parts = urlsplit(cast("str", config.url))
-    loopback = parts.hostname == "localhost" or _LOOPBACK.fullmatch(str(parts.hostname))
-    if config.api_key and parts.scheme == "http" and not loopback:
+    if config.api_key and parts.scheme == "http" and not _is_loopback(str(parts.hostname)):
         message = f"the api key is sent in the clear to {parts.hostname}: use https"
         warnings.warn(message, UserWarning, stacklevel=4)
 
@@ -4521,6 +7338,16 @@ def _report(place: _Directory | _Server | None, started: float, found: Health | 
     )
 
 
+_AnyQdrantStore = TypeVar("_AnyQdrantStore", bound="QdrantStore | AsyncQdrantStore")
+
+
+def _with_core(store: _AnyQdrantStore, core: _Core) -> _AnyQdrantStore:
+    """The same store over another core, which shares its connection or directory; it is not to be closed."""
+    other = object.__new__(type(store))
+    vars(other).update(vars(store), _core=core)
+    return other
+
+
 class QdrantStore(StateStore):
     """A store on disk, through Qdrant embedded in this process, or on a Qdrant server.
 
@@ -4540,6 +7367,7 @@ class QdrantStore(StateStore):
 
     def __init__(self, config: QdrantStoreConfig | None = None, **options: Unpack[QdrantOptions]) -> None:
         self.config = _qdrant_config(config, options)
+        _observe(self)  # before it is opened, which is reported too
         self._held: _Directory | _Server
         self._core: _Core
         if self.config.url is None:
@@ -4556,8 +7384,14 @@ class QdrantStore(StateStore):
                 time.sleep(wait)
         return _acquire(self.config)
 
-    def _drive(self, start: Callable[[_Core], Coroutine[Any, Any, _T]]) -> _T:
-        return self._held.drive(self._core.begin(start))
+    def _drive(
+        self, operation: str, start: Callable[[_Core], Coroutine[Any, Any, _T]], about: object = None
+    ) -> _T:
+        began = time.perf_counter()
+        try:
+            return self._held.drive(self._core.begin(start))
+        finally:
+            _warn_if_slow(self, operation, began, about)
 
     def _open(self) -> None:
         if isinstance(self._core, _SharedCore):
@@ -4576,15 +7410,17 @@ class QdrantStore(StateStore):
 
     def upsert_latest(self, snapshot: StateSnapshot, *, expected: _Expected = ANY) -> None:
         """See StateStore.upsert_latest."""
-        return self._drive(lambda core: core.upsert_latest(snapshot, expected))
+        return self._drive("upsert", lambda core: core.upsert_latest(snapshot, expected), snapshot)
 
     def get_latest(self, user_id: str) -> StateSnapshot | None:
         """See StateStore.get_latest."""
-        return self._core.cached(user_id) or self._drive(lambda core: core.get_latest(_user_id(user_id)))
+        return self._core.cached(user_id) or self._drive(
+            "get", lambda core: core.get_latest(_user_id(user_id)), user_id
+        )
 
     def delete(self, user_id: str) -> bool:
         """See StateStore.delete."""
-        return self._drive(lambda core: core.delete(_user_id(user_id)))
+        return self._drive("delete", lambda core: core.delete(_user_id(user_id)), user_id)
 
     def health(self) -> Health:
         """See StateStore.health."""
@@ -4596,10 +7432,7 @@ class QdrantStore(StateStore):
         return _report(self._held, started, found)
 
     def wait_until_ready(self, timeout: float = 30.0) -> None:
-        """Wait until the server answers, at most ``timeout`` seconds; a directory is ready at once.
-
-        Raises what the server answers last, such as BackendUnavailableError.
-        """
+        """See StateStore.wait_until_ready."""
         for seconds, deadline in _tries(timeout):
             try:
                 self._held.drive(self._core.look(seconds))
@@ -4621,34 +7454,70 @@ class QdrantStore(StateStore):
         self._core.check(snapshot)
 
     def _write_batch(self, snapshots: Sequence[StateSnapshot]) -> None:
-        return self._drive(lambda core: core.write(snapshots))
+        return self._drive("upsert_many", lambda core: core.write(snapshots))
 
     def _find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
-        return self._drive(lambda core: core.find(user_ids))
+        return self._drive("get_many", lambda core: core.find(user_ids))
 
     def _history(self, user_id: str, window: _Window) -> list[StateSnapshot]:
-        return self._drive(lambda core: core.get_history(user_id, window))
+        return self._drive("history", lambda core: core.get_history(user_id, window), user_id)
 
     def _search(self, search: _Search) -> list[Match]:
-        return self._drive(lambda core: core.search(search))
+        return self._drive("search", lambda core: core.search(search))
 
     def _page_of_users(self, cursor: _Cursor) -> tuple[list[str], _Cursor]:
-        return self._drive(lambda core: core.page_of_users(cursor))
+        return self._drive("users", lambda core: core.page_of_users(cursor))
 
     def _count_users(self) -> int:
-        return self._drive(lambda core: core.count_users())
+        return self._drive("count", lambda core: core.count_users())
 
     def _count_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
-        return self._drive(lambda core: core.count_page(cursor))
+        return self._drive("count", lambda core: core.count_page(cursor))
 
     def _prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
-        return self._drive(lambda core: core.prune_page(cursor))
+        return self._drive("prune", lambda core: core.prune_page(cursor))
+
+    def _origin(self) -> _Origin:
+        return _Origin(self._target(), self._engine_name(), self.config.collection_name)
+
+    def _engine_name(self) -> str:
+        return self._held.engine.name
+
+    def _page_of_states(self, cursor: _Cursor) -> tuple[list[StateSnapshot], _Cursor]:
+        return self._drive("read", lambda core: core.page_of_states(cursor))
+
+    def _stage(self, token: str) -> Self:
+        return _with_core(self, self._held.drive(self._core.begin(lambda core: core.stage(token))))
+
+    def _adopt(self, staged: Any) -> None:
+        self._held.drive(self._core.begin(lambda core: core.adopt(staged._core)))
+
+    def _discard(self, staged: Any) -> None:
+        with contextlib.suppress(StoreClosedError):  # opening removes it
+            self._held.drive(self._core.begin(lambda core: core.discard(staged._core)))
+
+    def _create_native(self, order: _Order) -> SnapshotReport:
+        if not isinstance(self._core, _SharedCore):
+            return super()._create_native(order)
+        self._open()
+        return self._held.drive(self._core.create_native(order, self._target()))
+
+    def _restore_native(self, saved: _SavedSnapshot) -> None:
+        saved.verify()
+        self._held.drive(cast("_SharedCore", self._core).restore_native(saved.path, saved.sha256))
+
+    @property
+    def _has_native(self) -> bool:
+        return self.config.url is not None
 
     def _batch_size(self) -> int:
         return self._core.batch
 
+    def _target(self) -> str:
+        return cast("str", self.config.path or self.config.url)
+
     def _place(self) -> str:
-        return repr(self.config.path or self.config.url)
+        return repr(self._target())
 
 
 class AsyncQdrantStore(AsyncStateStore):
@@ -4666,6 +7535,7 @@ class AsyncQdrantStore(AsyncStateStore):
         self._finalizer: weakref.finalize[..., Any] | None = None
         if self.config.url is not None:
             self._held, self._core = _connected(self.config, "on loop")
+        _observe(self)
 
     async def _open(self) -> None:
         if isinstance(self._core, _SharedCore):
@@ -4689,12 +7559,19 @@ class AsyncQdrantStore(AsyncStateStore):
                 await _sleep(wait)
         return await _acquire_in_thread(self.config)
 
-    async def _drive(self, start: Callable[[_Core], Coroutine[Any, Any, _T]]) -> _T:
+    async def _drive(
+        self, operation: str, start: Callable[[_Core], Coroutine[Any, Any, _T]], about: object = None
+    ) -> _T:
         if self._held is None:
             await self._open()
-        return await self._run(self._core.begin(start))
+        began = time.perf_counter()
+        try:
+            return await self._run(self._core.begin(start))
+        finally:
+            _warn_if_slow(self, operation, began, about)
 
-    async def _run(self, flow: Coroutine[Any, Any, _T]) -> _T:
+    async def _run(self, flow: Coroutine[Any, Any, _T], *, apart: bool = False) -> _T:
+        """Run a coroutine of the core; ``apart`` in a worker thread, where it would take long in place."""
         if isinstance(self._held, _Server):
             try:
                 self._held.check_process()
@@ -4702,18 +7579,24 @@ class AsyncQdrantStore(AsyncStateStore):
             finally:
                 flow.close()
         directory = cast("_Directory", self._held)
-        if directory.engine.runs == "in place":
-            return await self._in_place(directory, flow)
-        return await _in_worker(directory, flow)
+        if directory.engine.runs == "in place" and not apart:
+            answer, written = await self._in_place(directory, flow)
+        else:
+            answer, written = await _in_worker(directory, flow)
+        if written is not None:
+            await _settle_in_worker(directory, written)
+        return answer
 
-    async def _in_place(self, directory: _Directory, flow: Coroutine[Any, Any, _T]) -> _T:
+    async def _in_place(
+        self, directory: _Directory, flow: Coroutine[Any, Any, _T]
+    ) -> tuple[_T, _Round | None]:
         """Drive a coroutine here, after a turn for other tasks if they have had none for 5 ms."""
         try:
             now = time.monotonic()
             if now - self._yielded > _TURN_S:
                 self._yielded = now
                 await _sleep(0)
-            return directory.drive(flow)
+            return directory.apply(flow)
         finally:
             flow.close()
 
@@ -4731,17 +7614,17 @@ class AsyncQdrantStore(AsyncStateStore):
 
     async def upsert_latest(self, snapshot: StateSnapshot, *, expected: _Expected = ANY) -> None:
         """See StateStore.upsert_latest."""
-        return await self._drive(lambda core: core.upsert_latest(snapshot, expected))
+        return await self._drive("upsert", lambda core: core.upsert_latest(snapshot, expected), snapshot)
 
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
         """See StateStore.get_latest."""
         return self._core.cached(user_id) or await self._drive(
-            lambda core: core.get_latest(_user_id(user_id))
+            "get", lambda core: core.get_latest(_user_id(user_id)), user_id
         )
 
     async def delete(self, user_id: str) -> bool:
         """See StateStore.delete."""
-        return await self._drive(lambda core: core.delete(_user_id(user_id)))
+        return await self._drive("delete", lambda core: core.delete(_user_id(user_id)), user_id)
 
     async def health(self) -> Health:
         """See StateStore.health."""
@@ -4753,7 +7636,7 @@ class AsyncQdrantStore(AsyncStateStore):
         return _report(self._held, started, found)
 
     async def wait_until_ready(self, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - as in the other form
-        """See QdrantStore.wait_until_ready."""
+        """See StateStore.wait_until_ready."""
         for seconds, deadline in _tries(timeout):
             try:
                 await self._look(seconds)
@@ -4770,6 +7653,16 @@ class AsyncQdrantStore(AsyncStateStore):
             await self._open()
         return await self._run(self._core.look(seconds))
 
+    def _glance(self) -> Health | None:
+        if not isinstance(self._held, _Directory):
+            return None  # not open yet, or on a server
+        started = time.perf_counter()
+        try:
+            found: Health | StoreError = self._held.drive(self._core.look(_STATUS_TIMEOUT))
+        except StoreError as error:
+            found = error
+        return _report(self._held, started, found)
+
     async def aclose(self) -> None:
         """See StateStore.close."""
         was_open, self._core = self._core is not _CLOSED, _CLOSED
@@ -4783,66 +7676,103 @@ class AsyncQdrantStore(AsyncStateStore):
         self._core.check(snapshot)
 
     async def _write_batch(self, snapshots: Sequence[StateSnapshot]) -> None:
-        return await self._drive(lambda core: core.write(snapshots))
+        return await self._drive("upsert_many", lambda core: core.write(snapshots))
 
     async def _find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
-        return await self._drive(lambda core: core.find(user_ids))
+        return await self._drive("get_many", lambda core: core.find(user_ids))
 
     async def _history(self, user_id: str, window: _Window) -> list[StateSnapshot]:
-        return await self._drive(lambda core: core.get_history(user_id, window))
+        return await self._drive("history", lambda core: core.get_history(user_id, window), user_id)
 
     async def _search(self, search: _Search) -> list[Match]:
-        return await self._drive(lambda core: core.search(search))
+        return await self._drive("search", lambda core: core.search(search))
 
     async def _page_of_users(self, cursor: _Cursor) -> tuple[list[str], _Cursor]:
-        return await self._drive(lambda core: core.page_of_users(cursor))
+        return await self._drive("users", lambda core: core.page_of_users(cursor))
 
     async def _count_users(self) -> int:
-        return await self._drive(lambda core: core.count_users())
+        return await self._drive("count", lambda core: core.count_users())
 
     async def _count_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
-        return await self._drive(lambda core: core.count_page(cursor))
+        return await self._drive("count", lambda core: core.count_page(cursor))
 
     async def _prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
-        return await self._drive(lambda core: core.prune_page(cursor))
+        return await self._drive("prune", lambda core: core.prune_page(cursor))
+
+    def _origin(self) -> _Origin:
+        return _Origin(self._target(), self._engine_name(), self.config.collection_name)
+
+    def _engine_name(self) -> str:
+        return "qdrant" if self._held is None else self._held.engine.name
+
+    async def _page_of_states(self, cursor: _Cursor) -> tuple[list[StateSnapshot], _Cursor]:
+        return await self._drive("read", lambda core: core.page_of_states(cursor))
+
+    async def _stage(self, token: str) -> Self:
+        await self._open()
+        stage = self._core.begin(lambda core: core.stage(token))
+        return _with_core(self, await self._run(stage, apart=True))
+
+    async def _adopt(self, staged: Any) -> None:
+        await self._run(self._core.begin(lambda core: core.adopt(staged._core)), apart=True)
+
+    async def _discard(self, staged: Any) -> None:
+        with contextlib.suppress(StoreClosedError):  # opening removes it
+            await self._run(self._core.begin(lambda core: core.discard(staged._core)), apart=True)
+
+    async def _create_native(self, order: _Order) -> SnapshotReport:
+        if not isinstance(self._core, _SharedCore):
+            return await super()._create_native(order)
+        await self._open()
+        return await self._run(self._core.create_native(order, self._target()))
+
+    async def _restore_native(self, saved: _SavedSnapshot) -> None:
+        await _in_thread(saved.verify)
+        await self._run(cast("_SharedCore", self._core).restore_native(saved.path, saved.sha256))
+
+    @property
+    def _has_native(self) -> bool:
+        return self.config.url is not None
 
     def _batch_size(self) -> int:
         return self._core.batch
 
+    def _target(self) -> str:
+        return cast("str", self.config.path or self.config.url)
+
     def _place(self) -> str:
-        return repr(self.config.path or self.config.url)
+        return repr(self._target())
 
 
-async def _in_thread(call: Callable[[], _T], limiter: Any = None) -> _T:
-    """Run a blocking call in a worker thread; being cancelled meanwhile, wait for it."""
-    try:
-        import anyio.to_thread
-    except ImportError as error:
-        raise MissingDependencyError("this store needs anyio: pip install anyio") from error
-    return await anyio.to_thread.run_sync(call, limiter=limiter)
-
-
-async def _in_worker(directory: _Directory, flow: Coroutine[Any, Any, _T]) -> _T:
+async def _in_worker(directory: _Directory, flow: Coroutine[Any, Any, _T]) -> tuple[_T, _Round | None]:
     """Drive a coroutine in a worker thread; it is closed here if cancelled before it started."""
     try:
-        return await _in_thread(lambda: directory.drive(flow), _limiter(directory))
+        return await _in_thread(lambda: directory.apply(flow), _limiter(directory, "write"))
     finally:
         if inspect.getcoroutinestate(flow) == inspect.CORO_CREATED:
             with contextlib.suppress(ValueError):  # the worker has started it just now, and will close it
                 flow.close()
 
 
-def _limiter(directory: _Directory) -> Any:
-    """One worker for a directory and event loop: more would only wait for each other."""
+async def _settle_in_worker(directory: _Directory, written: _Round) -> None:
+    """Settle writes in a worker thread; one task goes there, those of the same round wait for it here."""
+    settle = functools.partial(directory.flushes.settle, written)
+    async with _limiter(directory, "flush"):
+        if not written.ended:
+            return await _in_thread(settle)
+    return settle()
+
+
+def _limiter(directory: _Directory, purpose: str) -> Any:
+    """One worker for a purpose, directory and event loop: more would only wait for each other."""
     from anyio import CapacityLimiter
     from anyio.lowlevel import RunVar
 
-    if directory.limiter is None:
-        directory.limiter = RunVar("limiter")
-    limiter = directory.limiter.get(None)
+    held = directory.limiters.setdefault(purpose, RunVar(purpose))
+    limiter = held.get(None)
     if limiter is None:
         limiter = CapacityLimiter(1)
-        directory.limiter.set(limiter)
+        held.set(limiter)
     return limiter
 
 
@@ -4902,7 +7832,9 @@ _DEFAULT_TARGET = "./attuned_state"
 
 def _target_options(target: str | os.PathLike[str] | None) -> tuple[bool, dict[str, Any]]:
     """Whether a target is memory, and otherwise the path or url that it means."""
-    text = os.fspath(target) if target is not None else _default_target()
+    text = target if target is not None else _default_target()
+    if not isinstance(text, str):
+        text = _path(text)
     scheme, separator, rest = text.partition("://")
     if not separator:
         return False, {"path": text, "url": None}
@@ -4952,13 +7884,456 @@ def open_async_store(
     return AsyncQdrantStore(attrs.evolve(QdrantStoreConfig.from_env(), **place), **options)
 
 
+def _is_absent(target: str | os.PathLike[str]) -> bool:
+    """Whether opening the target would make a new directory or collection."""
+    _, place = _target_options(target)
+    if not place:
+        return False
+    config = attrs.evolve(QdrantStoreConfig.from_env(), **place)
+    if config.url is None:
+        return not Path(cast("str", config.path)).is_file() and not _collection_exists(config)
+    with QdrantStore(config) as store:
+        health = store.health()
+        return health.status != "unhealthy" and health.collection_status is None
+
+
+# -----------------------------------------------------------------------------
+# Snapshots
+# -----------------------------------------------------------------------------
+
+_Target = str | os.PathLike[str]
+
+
+class _Digest:
+    """What a store holds, in whatever order it comes: how much, and the sum of the SHA-256 of each state.
+
+    Numbers count to about 1e-7: a server may change their last bits. The scale is an odd one, so that no
+    decimal fraction stands where one such bit would make a difference.
+    """
+
+    def __init__(self) -> None:
+        self.count = self._sum = 0
+
+    def add(self, states: Iterable[StateSnapshot]) -> None:
+        """Take in states."""
+        for state in states:
+            fields = (state.user_id, state.updated_at_unix_ms, state.source.value, state.schema_version)
+            numbers = [(name, self._whole(value)) for name, value in sorted(state.axes.items())]
+            text = repr((fields, self._whole(state.confidence), numbers))
+            self._sum += int.from_bytes(hashlib.sha256(text.encode()).digest(), "big")
+            self.count += 1
+
+    @staticmethod
+    def _whole(value: float) -> int:
+        return math.floor((value + 0.0123456789) * 9_999_991.7)
+
+    def check(self, other: _Digest) -> None:
+        """Raise SnapshotError where another store does not hold the same."""
+        if (self.count, self._sum % 2**256) != (other.count, other._sum % 2**256):
+            raise SnapshotError(
+                f"the copy holds {other.count} states, {self.count} were read, or they differ: is it written "
+                "to by others, or does it keep less history (max_history_per_user, history_retention_days)?"
+            )
+
+
+def _copied(target: str, began: float, digest: _Digest) -> SnapshotReport:
+    duration_ms = (time.perf_counter() - began) * 1000
+    return SnapshotReport(
+        status="completed", target=target, kind="portable", points=digest.count, duration_ms=duration_ms
+    )
+
+
+def _check_ends(source: object, target: object, kind: type[StateStore | AsyncStateStore]) -> None:
+    """Raise where a copy has no source, or an end that is neither a store nor the place of one."""
+    for name, end in (("source", source), ("target", target)):
+        if not isinstance(end, kind | str | os.PathLike):
+            raise ValidationError(f"{name}: a {kind.__name__}, a path or a url is needed, got {_kind(end)}")
+    if isinstance(source, str | os.PathLike) and _is_absent(cast("_Target", source)):
+        raise StoreError(f"there is no store at {source}")
+
+
+def _check_free(users: int, target: str, *, replace: bool) -> None:
+    if users and not replace:
+        raise ValidationError(
+            f"replace: {target} holds {users} users; replace=True (or --replace) replaces them"
+        )
+
+
+def copy(
+    source: StateStore | str | os.PathLike[str],
+    target: StateStore | str | os.PathLike[str],
+    *,
+    replace: bool = False,
+    progress: _Progress | None = None,
+) -> SnapshotReport:
+    """Copy all that a store holds, latest states and history, to another one, of whatever engine.
+
+    Both are stores or what open_store takes; a new target gets the axes of the source. The target must be
+    empty, unless ``replace``; what it holds then is replaced as by restore_snapshot. At the end it is read
+    and compared with what was read from the source. ``progress(done, None)`` is called with the number of
+    states copied. Raises SchemaMismatchError, ValidationError, SnapshotError where the copy is not the same.
+    """
+    began, read = time.perf_counter(), _Digest()
+    _check_ends(source, target, StateStore)
+    with contextlib.ExitStack() as stack:
+        origin = source if isinstance(source, StateStore) else stack.enter_context(open_store(source))
+        if not isinstance(target, StateStore):
+            target = stack.enter_context(open_store(target, axes=origin.axes))
+        _check_free(target.count(), target._target(), replace=replace)
+        staged = target._stage(secrets.token_hex(16))
+        try:
+            for states in _state_pages(origin):
+                read.add(states)
+                staged.upsert_many(states)
+                if progress is not None:
+                    progress(read.count, None)
+            if not target._has_native:  # a server is changed in place: nothing is beside it
+                read.check(_digest(staged))
+            target._adopt(staged)
+        except BaseException:
+            target._discard(staged)
+            raise
+        read.check(_digest(target))
+        return _copied(target._target(), began, read)
+
+
+def _digest(store: StateStore) -> _Digest:
+    digest = _Digest()
+    for states in _state_pages(store):
+        digest.add(states)
+    return digest
+
+
+def _state_pages(store: StateStore) -> Iterator[list[StateSnapshot]]:
+    states, cursor = store._page_of_states(None)
+    yield states
+    while cursor is not None:
+        states, cursor = store._page_of_states(cursor)
+        yield states
+
+
+async def acopy(
+    source: AsyncStateStore | str | os.PathLike[str],
+    target: AsyncStateStore | str | os.PathLike[str],
+    *,
+    replace: bool = False,
+    progress: _Progress | None = None,
+) -> SnapshotReport:
+    """As copy, between asynchronous stores; other tasks run between batches."""
+    began, read = time.perf_counter(), _Digest()
+    await _in_thread(lambda: _check_ends(source, target, AsyncStateStore))
+    async with contextlib.AsyncExitStack() as stack:
+        if not isinstance(source, AsyncStateStore):
+            source = await stack.enter_async_context(open_async_store(source))
+        await source._open()
+        if not isinstance(target, AsyncStateStore):
+            target = await stack.enter_async_context(open_async_store(target, axes=source.axes))
+        _check_free(await target.count(), target._target(), replace=replace)
+        staged = await target._stage(secrets.token_hex(16))
+        try:
+            await _acopy_states(source, staged, read, progress)
+            if not target._has_native:  # as in copy
+                read.check(await _adigest(staged))
+            await target._adopt(staged)
+        except BaseException:
+            await _shielded(target._discard(staged))
+            raise
+        read.check(await _adigest(target))
+        return _copied(target._target(), began, read)
+
+
+async def _acopy_states(
+    source: AsyncStateStore, staged: AsyncStateStore, read: _Digest, progress: _Progress | None
+) -> None:
+    cursor = None
+    while True:
+        states, cursor = await source._page_of_states(cursor)
+        read.add(states)
+        await staged.upsert_many(states)
+        if progress is not None:
+            progress(read.count, None)
+        if cursor is None:
+            return
+
+
+async def _adigest(store: AsyncStateStore) -> _Digest:
+    digest, cursor = _Digest(), None
+    while True:
+        states, cursor = await store._page_of_states(cursor)
+        digest.add(states)
+        if cursor is None:
+            return digest
+        await _sleep(0)
+
+
+# On start
+
+_STARTED: set[tuple[str, str]] = set()  # what was done in this process, by target and collection
+_STARTED_STORES: weakref.WeakSet[Any] = weakref.WeakSet()  # of those in memory, which have no place
+_started_lock = threading.Lock()
+
+
+def snapshot_on_start(store: StateStore, *, timeout: float = 60.0, keep: int | None = None) -> SnapshotReport:
+    """Take a snapshot when an application starts, if QDRANT_SNAPSHOT_ON_START is true, 1, yes, y or on.
+
+    Once per process and store, into QDRANT_SNAPSHOT_DIR (default ./data/qdrant/snapshots), after waiting at
+    most ``timeout`` seconds for a server; ``keep`` as in create_snapshot. Raises SnapshotError where the
+    directory cannot be made or written, before the store is contacted. Any other failure is logged and
+    returned as a report with the status "failed": it does not keep the application from starting.
+    """
+    skipped, directory = _start(store)
+    if skipped is not None:
+        return skipped
+    try:
+        store.wait_until_ready(timeout)
+        return store.create_snapshot(directory, reason="startup", keep=keep)
+    except Exception as error:  # noqa: BLE001 - no backup is worse than no application, but not by much
+        return _failed(store._target(), "startup", error)
+
+
+async def asnapshot_on_start(
+    store: AsyncStateStore,
+    *,
+    timeout: float = 60.0,  # noqa: ASYNC109 - as in the other form
+    keep: int | None = None,
+) -> SnapshotReport:
+    """As snapshot_on_start, for an asynchronous store."""
+    skipped, directory = _start(store)
+    if skipped is not None:
+        return skipped
+    try:
+        await store.wait_until_ready(timeout)
+        return await store.create_snapshot(directory, reason="startup", keep=keep)
+    except Exception as error:  # noqa: BLE001 - as in the other form
+        return _failed(store._target(), "startup", error)
+
+
+def _start(store: StateStore | AsyncStateStore) -> tuple[SnapshotReport | None, Path | None]:
+    """The report where there is nothing to do, else the directory, which can be written to."""
+
+    def skipped(message: str) -> tuple[SnapshotReport, None]:
+        report = SnapshotReport(status="skipped", target=store._target(), reason="startup", message=message)
+        return report, None
+
+    if os.environ.get("QDRANT_SNAPSHOT_ON_START", "").strip().lower() not in _TRUE:
+        return skipped("QDRANT_SNAPSHOT_ON_START is not set")
+    directory = _snapshot_directory(None)
+    with _snapshot_errors(directory, "cannot be written"):
+        _NewFile(directory).discard()
+    if not _is_first_start(store):
+        return skipped("the snapshot on start was taken or tried in this process already")
+    return None, directory
+
+
+def _is_first_start(store: StateStore | AsyncStateStore) -> bool:
+    if isinstance(store, QdrantStore | AsyncQdrantStore):
+        config = store.config
+        place = config.url or os.path.realpath(Path(cast("str", config.path)).expanduser())
+        started: Any = _STARTED
+        key: Any = (place, config.collection_name)
+    else:
+        started, key = _STARTED_STORES, store
+    with _started_lock:
+        first = key not in started
+        started.add(key)
+    return first
+
+
+def _failed(target: str, reason: _Reason, error: Exception) -> SnapshotReport:
+    _LOGGER.error("the snapshot of %s failed: %s", target, error)
+    return SnapshotReport(status="failed", target=target, reason=reason, message=str(error))
+
+
+# -----------------------------------------------------------------------------
+# Endpoint
+# -----------------------------------------------------------------------------
+
+_AnyStore = StateStore | AsyncStateStore
+_Answering = Callable[["Request"], Awaitable["Response"]]
+_Authorize = Callable[["Request"], bool | Awaitable[bool]]
+_STATUSES = ("healthy", "degraded", "unhealthy")  # the worst comes last
+
+
+def _answer(
+    content: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    from starlette.responses import Response
+
+    # Of ASCII alone: a path may hold bytes that are no text, which JSONResponse cannot send.
+    return Response(json.dumps(content), status, headers, "application/json")
+
+
+def _guarded(endpoint: _Answering, authorize: _Authorize | None) -> _Answering:
+    """Let requests through to which ``authorize`` says True: none to which it says anything else."""
+    if authorize is None:
+        return endpoint
+
+    async def guarded(request: Request) -> Response:
+        allowed = authorize(request)
+        if inspect.isawaitable(allowed):
+            allowed = await allowed
+        if allowed is not True:
+            return _answer({"error": "not authorized"}, 401, {"WWW-Authenticate": "Bearer"})
+        return await endpoint(request)
+
+    return guarded
+
+
+async def _health_of(store: _AnyStore) -> Health:
+    return await _in_thread(store.health) if isinstance(store, StateStore) else await store.health()
+
+
+class _Taking:
+    """A snapshot of one store after another, for all requests that come before its end.
+
+    One of them takes the snapshots while the others wait; is it cancelled, another goes on where it was.
+    """
+
+    def __init__(self, stores: Sequence[_AnyStore], directory: Path | None, keep: int | None) -> None:
+        from anyio import Lock
+
+        self._stores, self._directory, self._keep = stores, directory, keep
+        self._turn = Lock()
+        self._thread_turn = threading.Lock()
+        self.requests = 0
+        self.reports: list[SnapshotReport] = []
+
+    async def finish(self) -> None:
+        """Take the snapshots that are left to be taken."""
+        async with self._turn:
+            while not self.is_done:
+                number = len(self.reports)
+                store = self._stores[number]
+                if isinstance(store, StateStore):
+                    await _in_thread(functools.partial(self._take, store, number))
+                else:
+                    self.reports.append(await self._async_take(store))
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.reports) == len(self._stores)
+
+    def _take(self, store: StateStore, number: int) -> None:
+        with self._thread_turn:  # asyncio may have cancelled a request without its thread, which goes on
+            if number == len(self.reports):
+                try:
+                    report = store.create_snapshot(self._directory, reason="api", keep=self._keep)
+                except Exception as error:  # noqa: BLE001 - the other stores come next
+                    report = _failed(store._target(), "api", error)
+                self.reports.append(report)
+
+    async def _async_take(self, store: AsyncStateStore) -> SnapshotReport:
+        try:
+            return await store.create_snapshot(self._directory, reason="api", keep=self._keep)
+        except Exception as error:  # noqa: BLE001 - the other stores come next
+            return _failed(store._target(), "api", error)
+
+
+class _Endpoint:
+    """What answers the requests; it belongs to no event loop."""
+
+    def __init__(self, stores: Sequence[_AnyStore], directory: Path | None, keep: int | None) -> None:
+        self._stores, self._directory, self._keep = stores, directory, keep
+        self._taking: _Taking | None = None
+
+    async def snapshot(self, request: Request) -> Response:  # noqa: ARG002 - nothing in it is looked at
+        """Take a snapshot of every store, or join the request that does."""
+        if self._taking is None:
+            self._taking = _Taking(self._stores, self._directory, self._keep)
+        joined = self._taking
+        joined.requests += 1
+        try:
+            await joined.finish()
+        finally:
+            joined.requests -= 1
+            if self._taking is joined and (joined.is_done or not joined.requests):
+                self._taking = None
+        completed = [report.status == "completed" for report in joined.reports]
+        status, code = (
+            ("completed", 200) if all(completed) else ("partial", 207) if any(completed) else ("failed", 503)
+        )
+        return _answer({"status": status, "results": [report.to_dict() for report in joined.reports]}, code)
+
+    async def health(self, request: Request) -> Response:  # noqa: ARG002 - nothing in it is looked at
+        """Say how every store is."""
+        found = [await _health_of(store) for store in self._stores]
+        worst = max((health.status for health in found), key=_STATUSES.index)
+        content = {"status": worst, "stores": [attrs.asdict(health) for health in found]}
+        return _answer(content, 503 if worst == "unhealthy" else 200)
+
+    async def ready(self, request: Request) -> Response:  # noqa: ARG002 - nothing in it is looked at
+        """Say whether every store answers, and no more: anybody may ask."""
+        found = [await _health_of(store) for store in self._stores]
+        ready = all(health.status != "unhealthy" for health in found)
+        return _answer({"ready": ready}, 200 if ready else 503)
+
+    async def metrics(self, request: Request) -> Response:  # noqa: ARG002 - nothing in it is looked at
+        """Hand out what prometheus_client has collected in this process."""
+        from starlette.exceptions import HTTPException
+        from starlette.responses import Response
+
+        try:
+            from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+        except ImportError:
+            raise HTTPException(404) from None
+        return Response(generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def _check_app(stores: Sequence[_AnyStore], authorize: _Authorize | None, keep: int | None) -> None:
+    if not stores:
+        raise ValidationError("stores: at least one store is needed")
+    for store in stores:
+        if not isinstance(store, StateStore | AsyncStateStore):
+            raise ValidationError(f"stores: a store is needed, got {_kind(store)}")
+    if authorize is not None and not callable(authorize):
+        raise ValidationError(f"authorize: a function is needed, got {_kind(authorize)}")
+    if keep is not None:
+        _integer("keep", keep, 1, _MAX_INTEGER)
+        names = [store._origin().collection for store in stores]
+        if len(set(names)) < len(names):
+            raise ValidationError(
+                "keep: the stores' collections are to have different names, or each its own app"
+            )
+
+
+def snapshot_app(
+    *stores: StateStore | AsyncStateStore,
+    authorize: Callable[[Request], bool | Awaitable[bool]] | None = None,
+    directory: str | os.PathLike[str] | None = None,
+    keep: int | None = None,
+) -> Starlette:
+    """An ASGI application that takes snapshots of stores on request, and tells how they are.
+
+    ``POST /api/snapshot`` calls create_snapshot of one store after another, with ``directory`` and ``keep``,
+    and answers with a report of each: 200 when all are completed, 207 when some failed, 503 when all did; a
+    request that comes meanwhile gets the same answer. ``GET /api/health``, ``GET /api/ready`` (503 where a
+    store is unhealthy) and, where prometheus_client is installed, ``GET /metrics``. ``authorize`` gets each
+    request but those for /api/ready and returns, or returns an awaitable of, True to let it through.
+    Mount it in FastAPI or Starlette, or run it by itself; the stores stay the caller's to close. Raises
+    ValidationError, MissingDependencyError.
+    """
+    _check_app(stores, authorize, keep)
+    try:
+        from starlette.applications import Starlette
+        from starlette.routing import Route
+    except ImportError as error:
+        raise MissingDependencyError('this needs Starlette: pip install "attuned-store[http]"') from error
+    endpoint = _Endpoint(stores, None if directory is None else Path(_path(directory)), keep)
+    routes = [
+        Route("/api/snapshot", _guarded(endpoint.snapshot, authorize), methods=["POST"]),
+        Route("/api/health", _guarded(endpoint.health, authorize)),
+        Route("/api/ready", endpoint.ready),
+        Route("/metrics", _guarded(endpoint.metrics, authorize)),
+    ]
+    return Starlette(routes=routes)
+
+
 # -----------------------------------------------------------------------------
 # Command line
 # -----------------------------------------------------------------------------
 
 _ABSENT_CELLS = frozenset({"", "NA"})
 _SOURCE_NAMES = [source.value for source in Source]
-_UNIX_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 # The longest honest row, 1,024 axes with names of 64 characters, is about 100 KB; a file without line ends
 # must not fill the memory.
@@ -5061,12 +8436,6 @@ def _read_moment(text: str) -> int:
     except (ValueError, OverflowError):
         message = f"a time is milliseconds since 1970 or ISO 8601, as in 2026-01-17T12:00Z, not {text!r}"
         raise argparse.ArgumentTypeError(message) from None
-
-
-def _iso_time(milliseconds: int) -> str:
-    """Write milliseconds since 1970 as ISO 8601 in UTC."""
-    moment = _UNIX_EPOCH + timedelta(milliseconds=milliseconds)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _read_pairs(texts: Sequence[str]) -> dict[str, float]:
@@ -5407,7 +8776,12 @@ def _match_table(matches: Sequence[Match]) -> str:
 
 
 class _ProgressLine:
-    """What is going on, on the last line of a terminal, once it takes over a second; nothing elsewhere."""
+    """What is going on, on the last line of a terminal, once it takes over a second; nothing elsewhere.
+
+    With rich installed and the total known, a bar shows how far it is.
+    """
+
+    _BAR = 24  # columns of the bar; 70 are rewritten
 
     def __init__(self, doing: str) -> None:
         self._doing, self._begun = doing, time.monotonic()
@@ -5434,10 +8808,25 @@ class _ProgressLine:
         while not self._end.wait(1):
             done = f" {self._done:,}" if self._done else ""
             total = f" of {self._total:,}" if self._total else ""
-            self._rewrite(f"\r{self._doing}{done}{total}, {time.monotonic() - self._begun:.0f} s".ljust(70))
+            bar, columns = self._bar()
+            text = f"{done}{total}, {time.monotonic() - self._begun:.0f} s"
+            self._rewrite(f"\r{self._doing}{bar}{text}".ljust(70 + len(bar) - columns))
             shown = True
         if shown:
             self._rewrite("\r" + " " * 70 + "\r")
+
+    def _bar(self) -> tuple[str, int]:
+        """The bar with its colours, and how many columns it takes."""
+        if not self._total:
+            return "", 0
+        try:
+            console = import_module("rich.console").Console(file=sys.stderr)
+            bar = import_module("rich.progress_bar").ProgressBar(self._total, self._done, self._BAR)
+        except ImportError:
+            return "", 0
+        with console.capture() as drawn:
+            console.print(bar, end="")
+        return " " + drawn.get().rstrip("\n"), self._BAR + 1
 
     def _rewrite(self, text: str) -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -5454,19 +8843,6 @@ def _target_of(args: argparse.Namespace) -> str:
     if named == "":
         raise _CommandError("--store is empty", 2)
     return _default_target() if named is None else named
-
-
-def _is_absent(target: str) -> bool:
-    """Whether opening the target would make a new directory or collection."""
-    _, place = _target_options(target)
-    if not place:
-        return False
-    config = attrs.evolve(QdrantStoreConfig.from_env(), **place)
-    if config.url is None:
-        return not Path(cast("str", config.path)).is_file() and not _collection_exists(config)
-    with QdrantStore(config) as store:
-        health = store.health()
-        return health.status != "unhealthy" and health.collection_status is None
 
 
 def _require_store(args: argparse.Namespace) -> None:
@@ -5822,22 +9198,16 @@ def _command_search(args: argparse.Namespace) -> int:
     return 0
 
 
-def _confirm_delete(args: argparse.Namespace) -> None:
-    """Ask before deleting; where nobody can answer, refuse."""
+def _confirm(args: argparse.Namespace, question: str, otherwise: str) -> None:
+    """Ask before something is lost; where nobody can answer, refuse."""
     if args.yes:
         return
     if not (_is_terminal(sys.stdin) and _is_terminal(sys.stderr)):
-        raise _CommandError("delete asks on a terminal; elsewhere it needs --yes", 2)
+        raise _CommandError(f"{args.command} asks on a terminal; elsewhere it needs --yes", 2)
 
-    whose = f"{_plural(len(args.users), 'user')} ({_name_list(args.users)})"
-    print(
-        _one_line(f"delete {whose} with all history from {_target_of(args)}? [y/N]"),
-        end=" ",
-        file=sys.stderr,
-        flush=True,
-    )
+    print(_one_line(f"{question}? [y/N]"), end=" ", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
-        raise _CommandError("nothing was deleted")
+        raise _CommandError(otherwise)
 
 
 def _command_delete(args: argparse.Namespace) -> int:
@@ -5845,7 +9215,8 @@ def _command_delete(args: argparse.Namespace) -> int:
     for user_id in args.users:
         StateSnapshot(user_id, {})  # a bad id is found before the first is deleted
 
-    _confirm_delete(args)
+    whose = f"{_plural(len(args.users), 'user')} ({_name_list(args.users)})"
+    _confirm(args, f"delete {whose} with all history from {_target_of(args)}", "nothing was deleted")
     with _open_target(args) as store, _ProgressLine("deleting") as progress:
         for done, user_id in enumerate(args.users, 1):
             deleted = store.delete(user_id)
@@ -5878,6 +9249,208 @@ def _command_count(args: argparse.Namespace) -> int:
     with _open_target(args) as store, _ProgressLine("counting"):
         number = store.count(history=args.history)
     _show_record(args, {"snapshots" if args.history else "users": number}, str(number))
+    return 0
+
+
+# Snapshots
+
+
+def _report_text(report: SnapshotReport) -> str:
+    """Say what is in a snapshot file."""
+    count = None if report.points is None else _plural(report.points, "state")
+    if report.kind == "native" and report.points is not None:
+        count = _plural(report.points, "point")
+    size = None if report.bytes is None else _plural(report.bytes, "byte")
+    return ", ".join(filter(None, (report.kind, count, size)))
+
+
+def _command_snapshot(args: argparse.Namespace) -> int:
+    with _open_target(args) as store, _ProgressLine("taking the snapshot:") as progress:
+        report = store.create_snapshot(
+            args.directory,
+            kind=args.kind,
+            keep=args.keep,
+            keep_remote=args.keep_remote,
+            progress=progress.count,
+        )
+    took = f"{report.duration_ms / 1000:.2f} s"
+    _show_record(args, report.to_dict(), f"wrote {report.path}: {_report_text(report)}, {took}")
+    return 0
+
+
+def _axes_of_snapshot(args: argparse.Namespace) -> Sequence[str] | None:
+    """Check a snapshot file before a new store is made for it, and choose the axes of that store."""
+    saved = _SavedSnapshot(args.file)
+    saved.check_mode(args.mode, native=_target_options(_target_of(args))[1].get("url") is not None)
+    with _ProgressLine("verifying") as progress:
+        saved.verify(progress=progress.count)
+
+    configured = MemoryStoreConfig.from_env().axes
+    if saved.contents is None or configured is None:
+        return saved.contents and saved.contents.axes
+    _refuse_unknown_axes(saved.contents.axes, configured, args.file)
+    return None
+
+
+def _open_to_restore(args: argparse.Namespace) -> StateStore:
+    """Open the store, or make one that a snapshot file fits into."""
+    target = _target_of(args)
+    if _is_absent(target) or _target_options(target)[0]:
+        return _open_target(args, create=True, axes=_axes_of_snapshot(args))
+    _SavedSnapshot(args.file)  # a file that is not there is no reason to ask anything
+    return _open_target(args)
+
+
+def _command_restore(args: argparse.Namespace) -> int:
+    with _open_to_restore(args) as store:
+        users = store.count() if args.mode == "replace" else 0
+        if users:
+            question = f"replace {_plural(users, 'user')} of {_target_of(args)} by what {args.file} holds"
+            _confirm(args, question, "nothing was restored")
+        with _ProgressLine("restoring") as progress:
+            report = store.restore_snapshot(args.file, mode=args.mode, progress=progress.count)
+        now = f"{_plural(store.count(), 'user')}, {_plural(store.count(history=True), 'snapshot')}"
+
+    text = f"restored {args.file} ({args.mode}: {_report_text(report)}); {_target_of(args)} has {now}"
+    _show_record(args, report.to_dict(), text)
+    return 0
+
+
+def _command_verify(args: argparse.Namespace) -> int:
+    return max([_verify_file(args, file) for file in args.files])
+
+
+def _verify_file(args: argparse.Namespace, file: str) -> int:
+    """Check one file and say how it is; the exit status."""
+    try:
+        with _ProgressLine("verifying") as progress:
+            report = verify_snapshot(file, progress=progress.count)
+    except StoreError as error:
+        if _wants_json(args):
+            _say(json.dumps(SnapshotReport(status="failed", target=file, message=str(error)).to_dict()))
+        else:
+            _complain(str(error))
+        return 1
+    _show_record(args, report.to_dict(), f"{file} is good: {_report_text(report)}")
+    return 0
+
+
+def _command_snapshots(args: argparse.Namespace) -> int:
+    reports = list_snapshots(_chosen_directory(args.directory))
+    if _wants_json(args):
+        for report in reports:
+            _say(json.dumps(report.to_dict()))
+        return 0
+
+    rows = [(str(report.snapshot_name), str(report.kind), f"{report.bytes:,}") for report in reports]
+    _say(_aligned([("snapshot", "kind", "bytes"), *rows]) if rows else "no snapshots")
+    return 0
+
+
+def _command_copy(args: argparse.Namespace) -> int:
+    with _ProgressLine("copying") as progress:
+        report = copy(args.source, args.target, replace=args.replace, progress=progress.count)
+    states = _plural(report.points or 0, "state")
+    _show_record(args, report.to_dict(), f"copied {states} from {args.source} to {args.target}")
+    return 0
+
+
+# serve
+
+
+class _Bearer:
+    """Authorizes requests that carry a token; it shows it to nobody."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token.encode()
+
+    def __call__(self, request: Request) -> bool:
+        import hmac
+
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self._token)
+
+
+def _is_local_request(request: Request) -> bool:
+    """Authorize, without a token, requests to this machine by name, and none that a page sent from a browser.
+
+    A page may send requests here, or give its own host the address 127.0.0.1: neither gets past this.
+    """
+    host = re.fullmatch(r"\[?(.*?)\]?(?::\d+)?", request.headers.get("host", ""))
+    return host is not None and _is_loopback(host[1].lower()) and "origin" not in request.headers
+
+
+def _authorization(host: str) -> Callable[[Request], bool]:
+    """Choose who may ask: who knows the token, or, where there is none, who is on this machine."""
+    token = os.environ.get("ATTUNED_STORE_TOKEN")
+    if token is None and not _is_loopback(host):
+        raise _CommandError(
+            f"{host} may be reached from other machines: set ATTUNED_STORE_TOKEN to a secret, or serve on "
+            "127.0.0.1",
+            2,
+        )
+    if token is not None and not _HEADER.fullmatch(token):
+        raise _CommandError("ATTUNED_STORE_TOKEN is empty, or holds blanks or what is not ASCII", 2)
+    return _is_local_request if token is None else _Bearer(token)
+
+
+def _uvicorn() -> Any:
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise MissingDependencyError('serve needs uvicorn: pip install "attuned-store[http]"') from error
+    return uvicorn
+
+
+@contextlib.contextmanager
+def _listening(host: str, port: int) -> Generator[socket.socket]:
+    """Take the port before anything else is done."""
+    import socket
+
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise _CommandError(f"{host} is no address of this machine: {error.strerror}") from error
+    with listener:
+        if os.name == "posix":  # elsewhere this would let two servers have one port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError as error:
+            raise _CommandError(f"cannot listen on {host}, port {port}: {error.strerror}") from error
+        yield listener
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Generator[None]:
+    """Let SIGTERM and Ctrl-C end the block: that is how it is meant to end."""
+    import signal
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _command_serve(args: argparse.Namespace) -> int:
+    uvicorn, authorize = _uvicorn(), _authorization(args.host)
+    with _ended_by_signals(), _listening(args.host, args.port) as listener, _open_target(args) as store:
+        app = snapshot_app(store, authorize=authorize, directory=args.directory, keep=args.keep)
+        snapshot_on_start(store, keep=args.keep)
+        listener.listen()
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        url = f"http://{host}:{listener.getsockname()[1]}"
+        _show_record(args, {"url": url, "store": _target_of(args)}, f"serving {_target_of(args)} on {url}")
+        getattr(sys.stdout, "flush", int)()
+        options = {"log_config": None, "access_log": False, "lifespan": "off", "ws": "none"}
+        config = uvicorn.Config(app, proxy_headers=False, server_header=False, **options)
+        uvicorn.Server(config).run(sockets=[listener])
     return 0
 
 
@@ -5988,6 +9561,70 @@ def _count_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--history", action="store_true", help="count the snapshots in the history")
 
 
+def _snapshot_arguments(parser: argparse.ArgumentParser) -> None:
+    _directory_argument(parser)
+    text = "default: the server's own on a server, portable elsewhere"
+    parser.add_argument("--kind", choices=["auto", "native", "portable"], default="auto", help=text)
+    _keep_argument(parser)
+    parser.add_argument(
+        "--keep-remote", action="store_true", help="leave a native snapshot on the server too"
+    )
+
+
+def _directory_argument(parser: argparse.ArgumentParser) -> None:
+    text = f"default: $QDRANT_SNAPSHOT_DIR or {_DEFAULT_SNAPSHOT_DIRECTORY}"
+    parser.add_argument("directory", metavar="DIRECTORY", nargs="?", help=text)
+
+
+def _keep_argument(parser: argparse.ArgumentParser) -> None:
+    text = "then remove all but the newest N of this collection and kind"
+    parser.add_argument("--keep", type=_at_least(1), metavar="N", help=text)
+
+
+def _restore_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE")
+    parser.add_argument(
+        "--mode",
+        choices=["replace", "merge", "skip"],
+        default="replace",
+        help="replace what is there (the default), merge, or skip users who are there",
+    )
+    parser.add_argument("--yes", action="store_true", help="do not ask before replacing")
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", metavar="FILE", nargs="+")
+    parser.set_defaults(more="files")
+
+
+def _copy_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="a directory, or http(s)://host:6333")
+    parser.add_argument("target", metavar="TARGET", help="the same; a new store gets the axes of the source")
+    parser.add_argument("--replace", action="store_true", help="replace what the target holds")
+
+
+def _read_port(text: str) -> int:
+    port = _at_least(0)(text)
+    if port >= 1 << 16:
+        raise argparse.ArgumentTypeError(f"a port is at most 65535, not {text}")
+    return port
+
+
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="default: 127.0.0.1; others need $ATTUNED_STORE_TOKEN"
+    )
+    parser.add_argument(
+        "--port", type=_read_port, default=8080, metavar="N", help="default: 8080; 0: one that is free"
+    )
+    parser.add_argument(
+        "--directory",
+        metavar="DIRECTORY",
+        help=f"of the snapshots; default: $QDRANT_SNAPSHOT_DIR or {_DEFAULT_SNAPSHOT_DIRECTORY}",
+    )
+    _keep_argument(parser)
+
+
 def _no_arguments(parser: argparse.ArgumentParser) -> None:
     """Add nothing: the command has only the common options."""
 
@@ -6026,15 +9663,50 @@ _COMMANDS = {
         _command_health, _no_arguments, "check the store; the status is 1 if unhealthy", "health"
     ),
     "count": _Command(_command_count, _count_arguments, "count the users", "count --history"),
+    "snapshot": _Command(
+        _command_snapshot, _snapshot_arguments, "write a backup of the store", "snapshot backups --keep 7"
+    ),
+    "restore": _Command(
+        _command_restore,
+        _restore_arguments,
+        "bring back what a backup holds",
+        "restore backups/20260117T120000.123Z-attuned_state.attuned --yes",
+    ),
+    "verify": _Command(
+        _command_verify,
+        _verify_arguments,
+        "check backups; the status is 1 if one is bad",
+        "verify backups/20260117T120000.123Z-attuned_state.attuned",
+    ),
+    "snapshots": _Command(
+        _command_snapshots, _directory_argument, "list the backups in a directory", "snapshots backups"
+    ),
+    "copy": _Command(
+        _command_copy,
+        _copy_arguments,
+        "copy a whole store into another",
+        "copy http://localhost:6333 ./attuned_state",
+    ),
+    "serve": _Command(
+        _command_serve, _serve_arguments, "take backups on request, over HTTP", "serve --directory backups"
+    ),
 }
 
-_IMPORT_NOTES = """
+_NOTES = {
+    "import": """
 The columns user_id (required), updated_at_unix_ms, source, confidence and schema_version
 are themselves; every other column is an axis, its name brought to snake_case. Empty cells
 and NA are absent; a row without a time gets the time of the import. A bad row is reported
 with its line and skipped, and the exit status is then 1. A new store takes the file's
 columns as its axes (unless ATTUNED_STORE_AXES names them); an existing one keeps its own.
-"""
+""",
+    "serve": """
+POST /api/snapshot takes a snapshot; GET /api/health, /api/ready and (where prometheus_client
+is installed) /metrics. With ATTUNED_STORE_TOKEN set, requests but those for /api/ready need the
+header "Authorization: Bearer" with it; without, only this machine is served. On start a snapshot
+is taken if QDRANT_SNAPSHOT_ON_START is true. SIGTERM and Ctrl-C end it, and are no failure.
+""",
+}
 
 
 def _make_parser() -> _CommandParser:
@@ -6054,7 +9726,7 @@ def _make_parser() -> _CommandParser:
     parser.add_argument("--version", action="version", version=f"attuned-store {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in _COMMANDS.items():
-        about = command.help[0].upper() + command.help[1:] + "." + (_IMPORT_NOTES if name == "import" else "")
+        about = command.help[0].upper() + command.help[1:] + "." + _NOTES.get(name, "")
         example = f"example: attuned-store {command.example}"
         child = commands.add_parser(
             name, parents=[common], help=command.help, description=about, epilog=example, **options

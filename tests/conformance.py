@@ -9,11 +9,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import itertools
+import json
 import math
 import os
 import random
 import subprocess
 import sys
+import tarfile
 import threading
 import uuid
 from collections.abc import (
@@ -46,6 +49,8 @@ from attuned_store import (
     MemoryStore,
     QdrantStore,
     SchemaMismatchError,
+    SnapshotError,
+    SnapshotReport,
     Source,
     StateSnapshot,
     StateStore,
@@ -54,7 +59,11 @@ from attuned_store import (
     StoreLockedError,
     UserNotFoundError,
     ValidationError,
+    acopy,
+    copy,
+    verify_snapshot,
 )
+from attuned_store import open_store as open_path
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -1862,6 +1871,638 @@ class MappingTests:
 
 
 # ------------------------------------------------------------------------------
+# Snapshots
+# ------------------------------------------------------------------------------
+
+KIND: Any = {"kind": "portable"}
+MODES: tuple[Any, ...] = ("replace", "merge", "skip")
+
+
+def sealed(data: bytes) -> bool:
+    """Whether a file ends with the SHA-256 of what stands before, in an empty gzip member."""
+    seal = data[-58:]
+    return seal[:4] == b"\x1f\x8b\x08\x04" and seal[16:48] == hashlib.sha256(data[:-58]).digest()
+
+
+def read_archive(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The manifest and the lines of a portable snapshot, read with tarfile and json alone, and recounted."""
+    assert sealed(path.read_bytes())
+    with tarfile.open(path, "r:gz") as archive:
+        members = {member.name: archive.extractfile(member) for member in archive.getmembers()}
+        assert all(member.isreg() for member in archive.getmembers())
+        data = {name: cast("Any", file).read() for name, file in members.items()}
+    manifest = json.loads(data.pop("manifest.json"))
+    (collection,) = manifest["collections"]
+    lines = [json.loads(line) for part in data.values() for line in part.splitlines()]
+    assert list(data) == [f"snapshots-{number:05d}.jsonl" for number in range(len(data))]
+    assert collection["parts"] == [
+        {
+            "name": name,
+            "size": len(part),
+            "sha256": hashlib.sha256(part).hexdigest(),
+            "snapshots": part.count(b"\n"),
+        }
+        for name, part in data.items()
+    ]
+    assert collection["snapshots"] == len(lines)
+    assert collection["users"] == len({line["user_id"] for line in lines})
+    return manifest, lines
+
+
+def states_in(found: Content) -> list[StateSnapshot]:
+    """All states of a content, each user's oldest first, the latest also where history does not show it."""
+    states = []
+    for latest, history in found.values():
+        assert latest is not None
+        states += [*reversed(history)] or [latest]
+    return states
+
+
+def archived(path: Path) -> dict[str, list[StateSnapshot]]:
+    """The states of a portable snapshot by user, in the order of the file."""
+    states: dict[str, list[StateSnapshot]] = {}
+    for line in read_archive(path)[1]:
+        states.setdefault(line["user_id"], []).append(StateSnapshot(**line))
+    return states
+
+
+def by_user(states: Iterable[StateSnapshot]) -> dict[str, list[StateSnapshot]]:
+    found: dict[str, list[StateSnapshot]] = {}
+    for each in states:
+        found.setdefault(each.user_id, []).append(each)
+    return found
+
+
+def snapshot_of(states: Iterable[StateSnapshot], directory: Path, **options: Any) -> Path:
+    """A portable snapshot of these states."""
+    with MemoryStore(**options) as store:
+        store.upsert_many(states)
+        path = store.create_snapshot(directory).path
+        assert path is not None
+        return path
+
+
+async def copy_between(source: AsyncStateStore, target: AsyncStateStore, **options: Any) -> SnapshotReport:
+    """`copy` or `acopy`, as the stores are."""
+    if isinstance(source, Awaited) and isinstance(target, Awaited):
+        return copy(source.store, target.store, **options)
+    return await acopy(source, target, **options)
+
+
+@pytest.mark.anyio
+class SnapshotTests:
+    """What every store does with portable snapshots, in both forms and on both event loops."""
+
+    backends: ClassVar[tuple[str, ...]] = ()
+    faces: ClassVar[tuple[str, ...]] = FACES
+
+    # Taking one
+
+    async def test_a_snapshot_holds_what_the_store_holds(
+        self, store: AsyncStateStore, tmp_path: Path, case: Case
+    ) -> None:
+        """A portable snapshot, read with tar and JSON alone, holds every state of the store and no other."""
+        await store.upsert_many([*PEOPLE, *random_states(90, 12)])
+        found = await content(store)
+
+        report = await store.create_snapshot(tmp_path / "deep" / "snapshots", **KIND)
+
+        assert report.path is not None
+        manifest, lines = read_archive(report.path)
+        assert archived(report.path) == by_user(states_in(found))
+        assert list(report.path.parent.iterdir()) == [report.path]
+        assert report.path.stat().st_mode & 0o777 == 0o600
+        data = report.path.read_bytes()
+        assert (report.bytes, report.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+        assert (report.status, report.kind, report.reason, report.points) == (
+            "completed",
+            "portable",
+            "manual",
+            len(lines),
+        )
+        assert (manifest["format_version"], manifest["engine"]) == (1, (await store.health()).backend)
+        assert manifest["collections"][0]["axes"] == list(CANONICAL_AXES)
+        assert verify_snapshot(report.path).sha256 == report.sha256
+
+    async def test_an_empty_store_has_a_snapshot(self, store: AsyncStateStore, tmp_path: Path) -> None:
+        """A snapshot of an empty store is a file like any other, and restoring it empties a store."""
+        path = (await store.create_snapshot(tmp_path, **KIND)).path
+        await store.upsert_many(PEOPLE)
+
+        assert read_archive(path)[1] == []
+        async with unchanged(store):
+            await store.restore_snapshot(path, mode="merge")
+        assert (await store.restore_snapshot(path)).points == 0
+        assert await content(store) == {}
+
+    async def test_any_user_id_is_kept_by_a_snapshot(self, store: AsyncStateStore, tmp_path: Path) -> None:
+        """Any valid user id comes back from a snapshot."""
+        await store.upsert_many([state(user_id, number) for number, user_id in enumerate(ODD_USER_IDS)])
+        before = await content(store)
+
+        path = (await store.create_snapshot(tmp_path, **KIND)).path
+        for user_id in ODD_USER_IDS:
+            await store.delete(user_id)
+        await store.restore_snapshot(path)
+
+        assert await content(store) == before
+        assert sorted(archived(path)) == sorted(ODD_USER_IDS)
+
+    async def test_a_snapshot_keeps_as_many_axes_as_there_can_be(
+        self, open_store: Open, tmp_path: Path
+    ) -> None:
+        """States of 1,024 axes with names of 64 characters come back from a snapshot."""
+        axes = tuple(f"{number:04d}{'a' * 60}" for number in range(1024))
+        store = await open_store(axes=axes)
+        values = {name: number / 1023 for number, name in enumerate(axes)}
+        await store.upsert_many([state("ann", at, values) for at in range(3)])
+        before = await content(store)
+
+        path = (await store.create_snapshot(tmp_path, **KIND)).path
+        await store.delete("ann")
+        await store.restore_snapshot(path)
+
+        assert await content(store) == before
+
+    async def test_a_snapshot_holds_what_can_be_read(
+        self, open_store: Open, tmp_path: Path, clock: Clock
+    ) -> None:
+        """What both bounds on history hide is not in a snapshot; the latest always is."""
+        store = await open_store(max_history_per_user=3, history_retention_days=2)
+        await store.upsert_many([state("ann", -hours * HOUR) for hours in (0, 10, 20, 30)])
+        await store.upsert_many([state("bob", -hours * HOUR) for hours in (25, 30)])
+        clock.now = NOW + 24 * HOUR
+
+        path = (await store.create_snapshot(tmp_path, **KIND)).path
+
+        assert archived(path) == {
+            "ann": [state("ann", -hours * HOUR) for hours in (20, 10, 0)],
+            "bob": [state("bob", -25 * HOUR)],
+        }
+
+    async def test_a_snapshot_of_a_store_without_history_holds_the_latest(
+        self, open_store: Open, tmp_path: Path
+    ) -> None:
+        """Without history, a snapshot holds the latest state of each user."""
+        store = await open_store(enable_history=False)
+        await store.upsert_many([state(name, at) for name in ("ann", "bob") for at in range(3)])
+
+        path = (await store.create_snapshot(tmp_path, **KIND)).path
+
+        assert archived(path) == {name: [state(name, 2)] for name in ("ann", "bob")}
+
+    async def test_a_snapshot_taken_while_writers_run_holds_states_that_existed(
+        self, store: AsyncStateStore, tmp_path: Path, case: Case
+    ) -> None:
+        """Taken while writers run, a snapshot holds for each user what the user had at some moment."""
+        users = [f"user-{number}" for number in range(8)]
+        await store.upsert_many(state(user_id, 0) for user_id in users)
+        paths: list[Path] = []
+
+        async def write(user_id: str) -> None:
+            for at in range(1, 25):
+                await store.upsert_latest(state(user_id, at))
+
+        async def take() -> None:
+            paths.append((await store.create_snapshot(tmp_path / "snapshots", **KIND)).path)
+
+        jobs: list[Any] = [partial(write, user_id) for user_id in users]
+        await together(store, [*jobs[:4], take, take, *jobs[4:], take])
+
+        for path in paths:
+            found = archived(path)
+            assert sorted(found) == users
+            for user_id, states in found.items():
+                if case.backend in EMBEDDED:
+                    assert states == [state(user_id, at) for at in range(len(states))]
+                assert set(states) <= {state(user_id, at) for at in range(25)}
+        verify_snapshot(paths[-1])
+
+    async def test_progress_of_a_snapshot_is_reported(
+        self, store: AsyncStateStore, tmp_path: Path, case: Case
+    ) -> None:
+        """Creating and restoring say how many states are done, in the end all of them."""
+        await store.upsert_many(random_states(plenty(case), 5))
+        calls: list[tuple[int, int | None]] = []
+
+        def progress(done: int, total: int | None) -> None:
+            calls.append((done, total))
+
+        path = (await store.create_snapshot(tmp_path, progress=progress, **KIND)).path
+        assert calls[-1] == (plenty(case), None)
+        for mode in MODES:
+            del calls[:]
+            await store.restore_snapshot(path, mode=mode, progress=progress)
+            done = [count for count, _ in calls]
+            assert sum(later < earlier for earlier, later in itertools.pairwise(done)) <= 1, (
+                "verified, then written"
+            )
+            assert done[-1] == plenty(case)
+
+    async def test_an_error_of_the_callers_progress_leaves_no_file(
+        self, store: AsyncStateStore, tmp_path: Path
+    ) -> None:
+        """What progress raises reaches the caller, and no file and no changed store is left."""
+        await store.upsert_many(PEOPLE)
+
+        def broken(done: int, total: int | None) -> None:
+            raise RuntimeError("the line was cut")
+
+        with pytest.raises(RuntimeError, match="the line was cut"):
+            await store.create_snapshot(tmp_path / "snapshots", progress=broken, **KIND)
+        assert list((tmp_path / "snapshots").iterdir()) == []
+
+    async def test_bad_orders_are_refused(self, store: AsyncStateStore, tmp_path: Path, case: Case) -> None:
+        """Kinds, reasons, numbers and modes that make no sense are ValidationError, and nothing is made."""
+        await store.upsert_many(PEOPLE)
+        path = snapshot_of(PEOPLE, tmp_path / "snapshots")
+        place, create, restore = tmp_path / "new", cast("Any", store.create_snapshot), store.restore_snapshot
+        attempts: dict[str, Callable[[], Awaitable[object]]] = {
+            "an unknown kind": lambda: create(place, kind="zip"),
+            "an unknown reason": lambda: create(place, reason="why not"),
+            "keep 0": lambda: create(place, keep=0),
+            "keep in words": lambda: create(place, keep="all"),
+            "a number as directory": lambda: create(5),
+            "an empty directory": lambda: create(""),
+            "a directory with a null character": lambda: create("a\0b"),
+            "an unknown mode": lambda: restore(path, mode=cast("Any", "append")),
+            "a number as path": lambda: restore(cast("Any", 5)),
+        }
+        if case.backend in EMBEDDED:
+            attempts["a native snapshot"] = lambda: create(place, kind="native")
+
+        await refused(store, attempts)
+
+        assert not place.exists() or list(place.iterdir()) == []
+
+    async def test_a_closed_store_takes_no_snapshot(self, store: AsyncStateStore, tmp_path: Path) -> None:
+        """After close, snapshots are neither taken nor restored."""
+        path = snapshot_of(PEOPLE, tmp_path / "snapshots")
+        await store.aclose()
+
+        with pytest.raises(StoreClosedError):
+            await store.create_snapshot(tmp_path / "new", **KIND)
+        with pytest.raises(StoreClosedError):
+            await store.restore_snapshot(path)
+        assert not (tmp_path / "new").exists()
+
+    # Restoring one
+
+    async def test_replacing_makes_the_store_equal_to_the_file(
+        self, open_store: Open, tmp_path: Path, case: Case
+    ) -> None:
+        """Replace leaves exactly what the file holds; other stores on the same place see it at once."""
+        kept = [state(name, at) for name in ("ann", "zoe") for at in (1, 3)]
+        path = snapshot_of(kept, tmp_path / "snapshots")
+        store = await open_store()
+        other = await open_store() if case.backend != "memory" else store
+        await store.upsert_many([*PEOPLE, state("ann", 2), state("ann", 99)])
+        assert len(await content(store)) == len(await content(other)) == 5
+        assert len(await store.search_similar(QUERY)) == 5
+
+        report = await store.restore_snapshot(path)
+
+        expected = {name: (state(name, 3), [state(name, 3), state(name, 1)]) for name in ("ann", "zoe")}
+        assert (report.status, report.points, report.path) == ("completed", 4, path)
+        assert await content(store) == await content(other) == expected
+        assert sorted(found_users(await other.search_similar(QUERY, limit=99))) == ["ann", "zoe"]
+        assert (await store.health()).points == 6
+        await other.upsert_latest(state("ann", 4))
+        await store.restore_snapshot(path)
+        assert await content(other) == expected
+        if case.backend != "memory":
+            await store.aclose()
+            await other.aclose()
+            assert await content(await open_store()) == expected
+
+    async def test_merging_keeps_the_newest_of_both(self, store: AsyncStateStore, tmp_path: Path) -> None:
+        """Merge adds what the file holds, in its place; where the times are equal the file wins."""
+        theirs = state("ann", 2, {"warmth": 0.1})
+        path = snapshot_of([state("ann", 1), theirs, state("bob", 9), state("cyd", 1)], tmp_path)
+        await store.upsert_many([state("ann", 2), state("ann", 3), state("bob", 8), state("dee", 1)])
+
+        assert (await store.restore_snapshot(path, mode="merge")).points == 4
+
+        assert await content(store) == {
+            "ann": (state("ann", 3), [state("ann", 3), theirs, state("ann", 1)]),
+            "bob": (state("bob", 9), [state("bob", 9), state("bob", 8)]),
+            "cyd": (state("cyd", 1), [state("cyd", 1)]),
+            "dee": (state("dee", 1), [state("dee", 1)]),
+        }
+
+    async def test_merging_takes_the_file_for_the_latest_of_equal_times(
+        self, store: AsyncStateStore, tmp_path: Path
+    ) -> None:
+        """A latest state in the file replaces one of the same time."""
+        theirs = state("ann", 2, {"warmth": 0.1})
+        await store.upsert_latest(state("ann", 2))
+
+        await store.restore_snapshot(snapshot_of([theirs], tmp_path), mode="merge")
+
+        assert await content(store) == {"ann": (theirs, [theirs])}
+
+    async def test_skipping_adds_absent_users_whole(
+        self, open_store: Open, tmp_path: Path, case: Case
+    ) -> None:
+        """Skip adds only users who are absent, with all they have, however many batches that takes."""
+        much = 2 * plenty(case)
+        long = [state(name, at, LIGHT) for name in ("ann", "bob", "cyd") for at in range(much)]
+        path = snapshot_of([*long, state("dee", 7)], tmp_path, max_history_per_user=10_000)
+        store = await open_store(max_history_per_user=10_000)
+        await store.upsert_many([state("bob", 5, {}), state("eve", 5)])
+
+        await store.restore_snapshot(path, mode="skip")
+
+        found = await content(store)
+        assert {name: len(history) for name, (_, history) in found.items()} == {
+            "ann": much,
+            "bob": 1,
+            "cyd": much,
+            "dee": 1,
+            "eve": 1,
+        }
+        assert found["bob"][0] == state("bob", 5, {})
+        assert found["cyd"][1] == [state("cyd", at, LIGHT) for at in reversed(range(much))]
+
+    async def test_retention_holds_for_what_is_restored(
+        self, open_store: Open, tmp_path: Path, clock: Clock
+    ) -> None:
+        """A store keeps of a snapshot what its own bounds allow, and always the latest."""
+        path = snapshot_of([state("ann", at * DAY) for at in range(-4, 1)], tmp_path / "snapshots")
+
+        bounds: list[tuple[dict[str, Any], list[int]]] = [
+            ({"max_history_per_user": 2}, [0, -1]),
+            ({"history_retention_days": 1}, [0, -1]),
+            ({"enable_history": False}, []),
+            ({"max_history_per_user": 9, "history_retention_days": 3}, [0, -1, -2, -3]),
+        ]
+        for number, (options, shown) in enumerate(bounds):
+            store = await open_store(str(number), **options)
+            for mode in MODES:
+                await store.restore_snapshot(path, mode=mode)
+                history = [state("ann", at * DAY) for at in shown]
+                assert await content(store) == {"ann": (state("ann"), history)}, (options, mode)
+                await store.delete("ann")
+
+    async def test_a_snapshot_of_any_engine_is_restored_by_any(
+        self, open_store: Open, tmp_path: Path, case: Case
+    ) -> None:
+        """A portable snapshot is the same from every engine, and every engine restores it."""
+        states = [*PEOPLE, *random_states(5, 6)]
+        target = await open_store("target")
+        for engine, backend in BACKENDS.items():
+            if backend.library and importlib.util.find_spec(backend.library) is None:
+                continue
+            with backend.sync(tmp_path / f"from-{engine}") as source:
+                source.upsert_many(states)
+                path = source.create_snapshot(tmp_path / engine, kind="portable").path
+            assert path is not None
+            await target.restore_snapshot(path)
+            assert by_user(states_in(await content(target))) == archived(path)
+            check_scores(await target.search_similar(QUERY), QUERY)
+
+    async def test_a_snapshot_of_other_axes_is_refused(self, open_store: Open, tmp_path: Path) -> None:
+        """A file with an axis that the store does not have is SnapshotError, and changes nothing."""
+        other = snapshot_of([state("ann", axes={"valence": 1})], tmp_path / "a", axes=["warmth", "valence"])
+        unused = snapshot_of([state("ann", axes={"warmth": 1})], tmp_path / "b", axes=["warmth", "valence"])
+        store = await open_store()
+        await store.upsert_many(PEOPLE)
+
+        for path in (other, unused):
+            for mode in MODES:
+                async with unchanged(store):
+                    with pytest.raises(SnapshotError, match="valence"):
+                        await store.restore_snapshot(path, mode=mode)
+
+    async def test_a_store_with_more_axes_takes_a_snapshot_of_fewer(
+        self, open_store: Open, tmp_path: Path
+    ) -> None:
+        """A file whose axes the store has, among others, is restored."""
+        axes = ("tense_arousal", "energetic_arousal", "warmth")
+        path = snapshot_of(
+            [state("ann", 1, {"warmth": 0.25}), state("ann", 2, {"tense_arousal": 1})],
+            tmp_path / "snapshots",
+            axes=["warmth", "tense_arousal"],
+        )
+        store = await open_store(axes=axes)
+
+        for mode in MODES:
+            await store.restore_snapshot(path, mode=mode)
+            assert await store.get_latest("ann") == state("ann", 2, {"tense_arousal": 1})
+            assert len(await store.get_history("ann")) == 2
+        assert store.axes == axes
+        path = (await store.create_snapshot(tmp_path / "again", **KIND)).path
+        assert read_archive(path)[0]["collections"][0]["axes"] == list(axes)
+
+    async def test_a_damaged_file_changes_nothing(
+        self, store: AsyncStateStore, tmp_path: Path, case: Case
+    ) -> None:
+        """A file that turns out damaged at its end is SnapshotError in every mode, and changes nothing."""
+        path = snapshot_of(random_states(plenty(case), 8), tmp_path / "snapshots")
+        damaged = tmp_path / "damaged.attuned"
+        damaged.write_bytes(path.read_bytes()[:-1] + b"?")
+        await store.upsert_many(PEOPLE)
+
+        for mode in MODES:
+            async with unchanged(store):
+                with pytest.raises(SnapshotError, match=r"damaged\.attuned"):
+                    await store.restore_snapshot(damaged, mode=mode)
+        assert (await store.health()).status == "healthy"
+
+    # Copying
+
+    async def test_a_copy_holds_the_same(self, open_store: Open, tmp_path: Path) -> None:
+        """A store is copied to memory and back, latest states and history, with its axes."""
+        source, between, target = [await open_store(name) for name in ("source", "between", "target")]
+        await source.upsert_many([*PEOPLE, *random_states(70, 7)])
+        before = await content(source)
+        calls: list[tuple[int, int | None]] = []
+
+        report = await copy_between(source, between, progress=lambda *call: calls.append(call))
+        await copy_between(between, target)
+
+        assert await content(between) == await content(target) == before
+        assert report.points == len(states_in(before))
+        assert calls[-1] == (report.points, None)
+
+    async def test_a_copy_goes_from_memory_and_to_memory(self, open_store: Open, case: Case) -> None:
+        """States come from another engine and go there unchanged."""
+        asynchronous, synchronous = AsyncMemoryStore(), Awaited(MemoryStore())
+        memory: Any = synchronous if case.face == "sync" else asynchronous
+        store = await open_store()
+        await memory.upsert_many(PEOPLE)
+        before = await content(memory)
+
+        await copy_between(memory, store)
+        assert await content(store) == before
+        await store.upsert_latest(state("fay"))
+        await copy_between(store, memory, replace=True)
+        assert await content(memory) == await content(store)
+
+    async def test_a_copy_overwrites_nothing_by_itself(self, open_store: Open) -> None:
+        """A target that holds something is refused, and replaced as a whole only when that is asked for."""
+        source, target = await open_store("source"), await open_store("target")
+        await source.upsert_many([state("ann", 1), state("bob", 1)])
+        await target.upsert_many([state("ann", 5), state("cyd", 5)])
+
+        async with unchanged(target):
+            with pytest.raises(ValidationError, match="replace"):
+                await copy_between(source, target)
+        await copy_between(source, target, replace=True)
+
+        assert await content(target) == await content(source)
+
+    async def test_a_copy_that_holds_less_is_an_error(self, open_store: Open) -> None:
+        """A target that keeps less history than the source is told by the digest."""
+        source, target = await open_store("source"), await open_store("target", max_history_per_user=2)
+        await source.upsert_many([state("ann", at) for at in range(5)])
+
+        with pytest.raises(SnapshotError, match="max_history_per_user"):
+            await copy_between(source, target)
+
+    async def test_a_copy_into_other_axes_is_an_error(self, open_store: Open) -> None:
+        """A target without an axis of the source is refused, and keeps what it holds."""
+        source, target = await open_store("source"), await open_store("target", axes=("valence",))
+        await source.upsert_many(PEOPLE)
+        await target.upsert_latest(state("zoe", axes={"valence": 0.25}))
+
+        async with unchanged(target):
+            with pytest.raises(StoreError):
+                await copy_between(source, target)
+            with pytest.raises(ValidationError, match="valence"):
+                await copy_between(source, target, replace=True)
+
+    async def test_a_store_is_copied_by_its_path(self, open_store: Open, tmp_path: Path, case: Case) -> None:
+        """Source and target may be what open_store takes; a new target gets the axes of the source."""
+        store = await open_store(axes=("warmth", "formality"))
+        await store.upsert_many([state("ann", at) for at in range(3)])
+        new, absent = str(tmp_path / "new"), str(tmp_path / "absent")
+
+        if isinstance(store, Awaited):
+            copy(store.store, new)
+            with pytest.raises(StoreError, match="absent"):
+                copy(absent, tmp_path / "target")
+        else:
+            path = str(tmp_path / "store") if case.backend in ("edge", "local") else store
+            await acopy(path, new)
+            with pytest.raises(StoreError, match="absent"):
+                await acopy(absent, tmp_path / "target")
+
+        assert not (tmp_path / "absent").exists()
+        assert not (tmp_path / "target").exists()
+        with open_path(new) as copied:
+            assert copied.axes == ("warmth", "formality")
+            assert copied.get_history("ann") == await store.get_history("ann")
+
+
+EMBEDDED = ("memory", "edge", "local")
+LIGHT = {"warmth": 0.25}
+
+
+def plenty(case: Case) -> int:
+    """How many states take several steps of any long operation."""
+    return 300 if case.backend in EMBEDDED else 600
+
+
+@pytest.mark.anyio
+class AsyncSnapshotTests:
+    """What asynchronous stores do besides: others run meanwhile, and a task may be cancelled."""
+
+    backends: ClassVar[tuple[str, ...]] = ()
+    faces: ClassVar[tuple[str, ...]] = ("asyncio", "trio")
+
+    async def test_other_tasks_run_meanwhile(
+        self, store: AsyncStateStore, open_store: Open, tmp_path: Path, case: Case
+    ) -> None:
+        """Creating, restoring and copying let other tasks run between their steps."""
+        await store.upsert_many(random_states(plenty(case), 3))
+        target = await open_store("target")
+        turns = [0]
+
+        async def others() -> None:
+            while True:
+                await anyio.sleep(0 if case.backend in EMBEDDED else 0.001)
+                turns[0] += 1
+
+        async def during(work: Awaitable[T]) -> T:
+            turns[0] = 0
+            result = await work
+            assert turns[0] >= 3
+            return result
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(others)
+            await anyio.lowlevel.checkpoint()
+            report = await during(store.create_snapshot(tmp_path, **KIND))
+            for mode in MODES:
+                await during(store.restore_snapshot(cast("Path", report.path), mode=mode))
+            await during(acopy(store, target))
+            tasks.cancel_scope.cancel()
+
+    @pytest.mark.parametrize("after", [0, 1, 2])
+    async def test_a_cancelled_snapshot_leaves_no_file(
+        self, store: AsyncStateStore, tmp_path: Path, case: Case, after: int
+    ) -> None:
+        """Cancelled while it is taken, a snapshot leaves no file at all."""
+        await store.upsert_many(random_states(plenty(case), 3))
+
+        await cancelled(after, lambda note: store.create_snapshot(tmp_path / "new", progress=note, **KIND))
+
+        assert list((tmp_path / "new").iterdir()) == []
+        await store.create_snapshot(tmp_path / "new", **KIND)
+
+
+@pytest.mark.anyio
+class AsyncReplacementTests:
+    """What asynchronous stores do that replace all or nothing: not those on a server, changed in place."""
+
+    backends: ClassVar[tuple[str, ...]] = ()
+    faces: ClassVar[tuple[str, ...]] = ("asyncio", "trio")
+
+    @pytest.mark.parametrize("after", [0, 1, 2, 5])
+    async def test_a_cancelled_replacement_changes_nothing(
+        self, store: AsyncStateStore, tmp_path: Path, case: Case, after: int
+    ) -> None:
+        """Cancelled while it is restored, a snapshot changes nothing, and can be restored afterwards."""
+        path = snapshot_of(random_states(plenty(case), 3), tmp_path / "snapshots")
+        await store.upsert_many(PEOPLE)
+        before = await content(store)
+
+        await cancelled(after, lambda note: store.restore_snapshot(path, progress=note))
+
+        if after < 5:  # which is the last: it is done or not done
+            assert await content(store) == before
+        await store.restore_snapshot(path)
+        assert await store.count() == plenty(case)
+
+    async def test_a_cancelled_copy_changes_nothing(
+        self, store: AsyncStateStore, open_store: Open, case: Case
+    ) -> None:
+        """Cancelled while it is made, a copy leaves its target as it was."""
+        target = await open_store("target")
+        await store.upsert_many(random_states(plenty(case), 3))
+
+        await cancelled(1, lambda note: acopy(store, target, progress=note))
+
+        assert await content(target) == {}
+        await acopy(store, target)
+
+
+async def cancelled(after: int, work: Callable[[Callable[..., None]], Awaitable[object]]) -> None:
+    """Cancel work at its progress of this number, or right after its start; it need not be cancellable."""
+    calls = itertools.count(1)
+    with anyio.CancelScope() as scope:
+
+        def note(*call: object) -> None:
+            if next(calls) == after:
+                scope.cancel()
+
+        if not after:
+            scope.cancel()
+        await work(note)
+
+
+# ------------------------------------------------------------------------------
 # Embedded stores: a directory on disk
 # ------------------------------------------------------------------------------
 
@@ -1960,15 +2601,18 @@ class EmbeddedTests(EmbeddedKit):
             centred = [snapshot.axis(name) - 0.5 for name in CANONICAL_AXES]
             assert direction(vector) == pytest.approx([*direction(centred), 0.0], abs=1e-6)
 
-    async def test_points_with_plain_payloads_are_read(self, open_store: Open, tmp_path: Path) -> None:
-        """Points whose axes are a plain mapping and whose vectors are as they were given read the same."""
+    @pytest.mark.parametrize("form", [dict, json.dumps])
+    async def test_points_with_plain_payloads_are_read(
+        self, open_store: Open, tmp_path: Path, form: Callable[[Any], object]
+    ) -> None:
+        """Points with axes as a mapping or as JSON, and with vectors as they were given, read the same."""
         store = await open_store()
         await store.upsert_many(PEOPLE)
         before = await content(store)
         await store.aclose()
         plain = {
             key: Point(
-                {**point.payload, "axes": dict(point.payload["axes"])},
+                {**point.payload, "axes": form(point.payload["axes"])},
                 [point.payload["axes"].get(name, 0.5) - 0.5 for name in CANONICAL_AXES] + [0.0],
             )
             for key, point in self.read_points(tmp_path / "store").items()

@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 pytest.register_assert_rewrite("conformance")
 
-from conformance import BACKENDS, FACES, Case, Clock, Open, cases, loopback  # noqa: E402
+from conformance import BACKENDS, FACES, Case, Clock, Open, cases, loopback, needs  # noqa: E402
 
 import attuned_store  # noqa: E402
 from attuned_store import AsyncStateStore, StateStore  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+
+    from qdrant_server import QdrantServer
+
+
+_MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory, on Linux
+_ROOM = 4 << 30  # bytes: a fresh Edge shard takes 110 MB there
+_made_here = pytest.StashKey[str]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Put temporary directories into memory where there is room: making a shard costs a quarter then."""
+    if config.option.basetemp is None and _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > _ROOM:
+        config.stash[_made_here] = config.option.basetemp = tempfile.mkdtemp(prefix="pytest-", dir=_MEMORY)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove what pytest_configure made; the workers of pytest-xdist are within it."""
+    shutil.rmtree(config.stash.get(_made_here, ""), ignore_errors=True)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -34,9 +55,29 @@ def pytest_sessionfinish() -> None:
 
 
 @pytest.fixture
-def anyio_backend(case: Case) -> str:
-    """The event loop of the case; a synchronous store is called from asyncio, as in a notebook."""
-    return case.event_loop
+def server() -> Iterator[QdrantServer]:
+    """A loopback server of its own for the test; whatever hangs is let go at the end."""
+    from qdrant_server import QdrantServer
+
+    with QdrantServer() as server:
+        yield server
+        server.calm()
+
+
+@pytest.fixture(
+    params=[pytest.param(face, marks=needs("trio" if face == "trio" else None)) for face in FACES]
+)
+def face(request: pytest.FixtureRequest) -> str:
+    """The form of a store on a server of its own: sync, asyncio or trio."""
+    return cast("str", request.param)
+
+
+@pytest.fixture
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    """The event loop of the case or face; a synchronous store is called from asyncio, as in a notebook."""
+    if "case" in request.fixturenames:
+        return cast("Case", request.getfixturevalue("case")).event_loop
+    return "trio" if request.getfixturevalue("face") == "trio" else "asyncio"
 
 
 @pytest.fixture

@@ -133,6 +133,7 @@ class Response:
     silent: bool = False  # send nothing at all, end the connection
     reset: bool = False  # end it with a reset (RST) and not in an orderly way
     chunked: bool = False  # without Content-Length
+    pause: float = 0.0  # seconds after each piece of the body
 
     @property
     def length(self) -> int:
@@ -290,6 +291,20 @@ def corrupt(offset: int = 0) -> Action:
 def chunked() -> Action:
     """Send the body chunked, without Content-Length."""
     return _ending(chunked=True)
+
+
+def drip(seconds: float) -> Action:
+    """Send the body byte by byte, so many seconds apart."""
+
+    def bytewise(pieces: Callable[[], Iterator[bytes]]) -> Iterator[bytes]:
+        return (piece[at : at + 1] for piece in pieces() for at in range(len(piece)))
+
+    async def act(exchange: Exchange) -> Response:
+        response = await exchange.proceed()
+        body = Stream(response.length, partial(bytewise, response.pieces))
+        return dataclasses.replace(response, body=body, pause=seconds)
+
+    return act
 
 
 def duplicate() -> Action:
@@ -1702,6 +1717,8 @@ async def send_body(writer: asyncio.StreamWriter, head: bytes, response: Respons
         writer.write(head + data if head else data)
         head = b""
         await writer.drain()
+        if response.pause:
+            await asyncio.sleep(response.pause)
     if response.chunked and response.cut is None:
         writer.write(b"0\r\n\r\n")
 
@@ -1743,8 +1760,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--delay", type=float, default=0.0, help="seconds that every request takes longer")
+    parser.add_argument("--padding", type=int, default=0, help="bytes to add to every snapshot")
     options = parser.parse_args()
     with QdrantServer(options.port) as server:
+        server.snapshot_padding = options.padding
         if options.delay:
             server.on(delay(options.delay))
         sys.stdout.write(f"{server.url}\n")

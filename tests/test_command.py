@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
+import hashlib
 import importlib.util
 import io
 import json
@@ -11,8 +13,10 @@ import re
 import select
 import shlex
 import signal
+import socket
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +43,12 @@ COMMANDS = (
     "prune",
     "health",
     "count",
+    "snapshot",
+    "restore",
+    "verify",
+    "snapshots",
+    "copy",
+    "serve",
 )
 DEADLINE = 120.0  # seconds: for a machine that is busy, not for the command
 
@@ -1036,6 +1046,296 @@ def test_a_patch_into_the_past_changes_nothing(small: Path, run: Run) -> None:
 
 
 # ------------------------------------------------------------------------------
+# Snapshots
+# ------------------------------------------------------------------------------
+
+NAME = r"\d{8}T\d{6}\.\d{3}Z-attuned_state\.attuned"
+
+
+@pytest.fixture
+def taken(small: Path, run: Run, tmp_path: Path) -> Path:
+    """A snapshot of the small store, which has changed since."""
+    path = Path(run("--store", small, "snapshot", tmp_path / "backups", "--json").records[0]["path"])
+    with open_store(small) as store:
+        store.delete("bob")
+        store.upsert_latest(StateSnapshot("alice", {"calm": 1.0}, 4_000))
+        store.upsert_latest(StateSnapshot("carol", {"calm": 0.0}, 5_000))
+    return path
+
+
+SMALL = {
+    "alice": [
+        StateSnapshot("alice", {"calm": 0.5}, 2_000, "inferred", 0.5, 2),
+        StateSnapshot("alice", {"calm": 0.25, "warmth": 0.75}, 1_000),
+    ],
+    "bob": [StateSnapshot("bob", {"warmth": 1.0}, 3_000)],
+}
+
+
+def histories(path: Path) -> dict[str, list[StateSnapshot]]:
+    return {user: history for user, (_, history) in kept(path).items()}
+
+
+def damaged(path: Path) -> Path:
+    """A copy of a snapshot that lacks its end."""
+    cut = path.with_name("cut.attuned")
+    cut.write_bytes(path.read_bytes()[:-40])
+    return cut
+
+
+def test_snapshot_writes_a_file_that_others_can_read(small: Path, run: Run, tmp_path: Path) -> None:
+    """Snapshot says in one line where the file is and what is in it; tar and gzip read it."""
+    ran = run("--store", small, "snapshot", tmp_path / "backups")
+    assert (ran.status, ran.err) == (0, "")
+    line = re.fullmatch(rf"wrote (.*{NAME}): portable, 3 states, ([\d,]+) bytes, \d+\.\d\d s\n", ran.out)
+    assert line, ran.out
+    file = Path(line[1])
+    assert (file.parent, f"{file.stat().st_size:,}") == (tmp_path / "backups", line[2])
+    with gzip.open(file) as unpacked, tarfile.open(fileobj=unpacked) as archive:
+        part = archive.extractfile("snapshots-00000.jsonl")
+        assert part is not None
+        states = [StateSnapshot.from_dict(json.loads(row)) for row in part]
+    assert sorted(states, key=lambda state: state.updated_at_unix_ms) == [
+        *reversed(SMALL["alice"]),
+        *SMALL["bob"],
+    ]
+
+
+def test_snapshot_gives_its_report_as_json(
+    small: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --json it is the report; without a directory the file goes to the configured one."""
+    record = run("--store", small, "snapshot", "--json").records[0]
+    file = Path(record["path"])
+    assert file.parent == tmp_path / "here" / "data" / "qdrant" / "snapshots"
+    assert record["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert (record["status"], record["reason"], record["points"]) == ("completed", "manual", 3)
+    monkeypatch.setenv("QDRANT_SNAPSHOT_DIR", str(tmp_path / "named"))
+    named = run("--store", small, "snapshot", "--json").records[0]
+    assert Path(named["path"]).parent == tmp_path / "named"
+
+
+def test_snapshot_keeps_the_newest(small: Path, run: Run, tmp_path: Path) -> None:
+    """With --keep older ones go, once the new one is there."""
+    names = [
+        run("--store", small, "snapshot", tmp_path / "backups", "--keep", "2", "--json").records[0]
+        for _ in range(3)
+    ]
+    assert sorted(path.name for path in (tmp_path / "backups").iterdir()) == [
+        record["snapshot_name"] for record in names[1:]
+    ]
+
+
+def test_a_snapshot_that_cannot_be_taken(small: Path, run: Run, tmp_path: Path) -> None:
+    """What cannot be taken, or not there, is one line, and nothing is left."""
+    (tmp_path / "file").write_text("precious")
+    one_line(run("--store", small, "snapshot", tmp_path / "file"), 1, "file: cannot be made")
+    one_line(run("--store", small, "snapshot", tmp_path / "new", "--kind", "native"), 2, "Qdrant server")
+    assert (tmp_path / "file").read_text() == "precious"
+    assert not (tmp_path / "new").exists() or not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_restore_makes_a_store_with_the_axes_of_the_snapshot(
+    taken: Path, run: Run, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """An absent store is made by restoring, whatever engine the snapshot is from."""
+    monkeypatch.setenv("ATTUNED_STORE_ENGINE", engine)
+    new = tmp_path / "new"
+    ran = run("--store", new, "restore", taken)
+    assert (ran.status, ran.err) == (0, "")
+    assert re.fullmatch(
+        rf"restored .*{NAME} \(replace: portable, 3 states, [\d,]+ bytes\); .*new has 2 users, 3 snapshots\n",
+        ran.out,
+    )
+    assert (histories(new), axes_of(new)) == (SMALL, ("calm", "warmth"))
+    exported = finished(start("--store", new, "export"))
+    assert len(exported.records) == 3
+    assert run("--store", new, "health", "--json").records[0]["backend"] == engine
+
+
+def test_restore_of_what_is_replaced_needs_a_yes(
+    small: Path, taken: Path, run: Run, stdin: Callable[[bytes], None]
+) -> None:
+    """A store with users is replaced only with --yes where nobody can be asked."""
+    before = kept(small)
+    stdin(b"y\n")
+    one_line(run("--store", small, "restore", taken), 2, "restore asks on a terminal; elsewhere.*--yes")
+    assert kept(small) == before
+    record = run("--store", small, "restore", taken, "--yes", "--json").records[0]
+    assert (record["status"], record["points"]) == ("completed", 3)
+    assert histories(small) == SMALL
+
+
+@pytest.mark.parametrize(("mode", "calm"), [("merge", 0.5), ("skip", 0.75)])
+def test_restore_can_add(small: Path, taken: Path, run: Run, mode: str, calm: float) -> None:
+    """Merge takes nothing away, skip touches no user who is there, and neither asks."""
+    with open_store(small) as store:
+        store.upsert_latest(StateSnapshot("alice", {"calm": 0.75}, 2_000))
+    ran = run("--store", small, "restore", taken, "--mode", mode)
+    assert (ran.status, ran.err) == (0, "")
+    assert f"({mode}: portable, 3 states" in ran.out
+    stored = histories(small)
+    assert {user: [state.updated_at_unix_ms for state in stored[user]] for user in stored} == {
+        "alice": [4_000, 2_000, 1_000],
+        "bob": [3_000],
+        "carol": [5_000],
+    }
+    assert stored["alice"][1].axis("calm") == calm
+
+
+@posix
+@pytest.mark.parametrize(("answer", "status"), [("y\n", 0), ("\n", 1)])
+def test_restore_asks_on_a_terminal(small: Path, taken: Path, start: Start, answer: str, status: int) -> None:
+    """On a terminal restore says what would be lost, and only yes is yes."""
+    before = histories(small)
+    terminal = Terminal(start, "--store", small, "restore", taken)
+    terminal.read_until(r"replace 2 users of .*store by what .*\.attuned holds\? \[y/N\] ")
+    terminal.type(answer)
+    assert terminal.close() == status
+    assert ("nothing was restored" in terminal.seen) == (status == 1)
+    assert histories(small) == (before if status else SMALL)
+
+
+@pytest.mark.parametrize("options", [(), ("--mode", "merge"), ("--mode", "skip")])
+def test_a_damaged_snapshot_changes_nothing(
+    small: Path, taken: Path, run: Run, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """A file that is damaged, absent or none changes no store and leaves no new one."""
+    before = kept(small)
+    cases = [(damaged(taken), "cut short"), (tmp_path / "absent", "No such file"), (tmp_path, "not a file")]
+    for file, reason in cases:
+        one_line(run("--store", tmp_path / "new", "restore", file, *options), 1, reason)
+        one_line(run("--store", small, "restore", file, "--yes", *options), 1, reason)
+        assert not (tmp_path / "new").exists()
+        assert kept(small) == before
+
+
+def test_a_snapshot_of_other_axes_than_configured(
+    taken: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new store has the axes that are configured, if any; a snapshot that has others does not fit."""
+    monkeypatch.setenv("ATTUNED_STORE_AXES", "calm,joy")
+    one_line(run("--store", tmp_path / "new", "restore", taken), 1, "no axis warmth")
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setenv("ATTUNED_STORE_AXES", "joy,calm,warmth")
+    assert run("--store", tmp_path / "new", "restore", taken).status == 0
+    assert (histories(tmp_path / "new"), axes_of(tmp_path / "new")) == (SMALL, ("joy", "calm", "warmth"))
+
+
+def test_verify_looks_at_every_file(taken: Path, run: Run, tmp_path: Path) -> None:
+    """Each file gets its line, and the status is 1 if any is bad."""
+    cut, absent = damaged(taken), tmp_path / "absent"
+    ran = run("verify", taken)
+    assert (ran.status, ran.err) == (0, "")
+    assert re.fullmatch(rf".*{NAME} is good: portable, 3 states, [\d,]+ bytes\n", ran.out)
+
+    ran = run("verify", cut, taken, absent, taken)
+    assert ran.status == 1
+    assert [line.endswith("bytes") for line in ran.out.splitlines()] == [True, True]
+    assert re.fullmatch(r"attuned-store: .*cut short.*\nattuned-store: .*No such file.*\n", ran.err)
+
+    ran = run("verify", cut, "--json", taken)
+    assert (ran.status, ran.err) == (1, "")
+    assert [record["status"] for record in ran.records] == ["failed", "completed"]
+    assert "cut short" in ran.records[0]["message"]
+    assert list(Path().iterdir()) == []
+
+
+def test_snapshots_are_listed_newest_first(
+    small: Path, taken: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The list has the newest first, and nothing that is no snapshot."""
+    newer = Path(run("--store", small, "snapshot", taken.parent, "--json").records[0]["path"])
+    (taken.parent / "notes.txt").write_text("not one")
+    ran = run("snapshots", taken.parent)
+    assert [line.split() for line in ran.out.splitlines()] == [
+        ["snapshot", "kind", "bytes"],
+        [newer.name, "portable", f"{newer.stat().st_size:,}"],
+        [taken.name, "portable", f"{taken.stat().st_size:,}"],
+    ]
+    assert [record["path"] for record in run("snapshots", taken.parent, "--json").records] == [
+        str(newer),
+        str(taken),
+    ]
+    monkeypatch.setenv("QDRANT_SNAPSHOT_DIR", str(taken.parent))
+    assert run("snapshots") == ran
+
+
+def test_listing_makes_no_directory(run: Run, tmp_path: Path) -> None:
+    """A directory without snapshots says so, one that is not there is an error, and none is made."""
+    (tmp_path / "empty").mkdir()
+    assert run("snapshots", tmp_path / "empty") == Ran(0, "no snapshots\n", "")
+    assert run("snapshots", tmp_path / "empty", "--json") == Ran(0, "", "")
+    one_line(run("snapshots"), 1, "snapshots: cannot be listed")
+    assert list(Path().iterdir()) == []
+
+
+def test_copy_there_and_back(small: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store is copied with its axes and histories, also to another engine, and back."""
+    there, back = tmp_path / "there", tmp_path / "back"
+    monkeypatch.delenv("ATTUNED_STORE_ENGINE")  # which would go for both; a new store is one of Edge
+    assert run("copy", small, there) == Ran(0, f"copied 3 states from {small} to {there}\n", "")
+    assert run("copy", there, back, "--json").records[0]["points"] == 3
+    assert histories(there) == histories(back) == SMALL
+    assert axes_of(there) == axes_of(back) == ("calm", "warmth")
+
+
+def test_copy_replaces_only_when_asked(small: Path, taken: Path, run: Run, tmp_path: Path) -> None:
+    """A target that holds users is left alone, unless --replace; a source that is not there makes none."""
+    other = tmp_path / "other"
+    assert run("--store", other, "restore", taken).status == 0
+    one_line(run("copy", small, other), 2, "2 users; .*--replace")
+    assert histories(other) == SMALL
+    assert run("copy", small, other, "--replace").status == 0
+    assert histories(other) == histories(small)
+    one_line(run("copy", tmp_path / "absent", tmp_path / "new"), 1, "there is no store at .*absent")
+    one_line(run("copy", "ftp://somewhere", tmp_path / "new"), 2, "ftp")
+    one_line(run("copy", small, ""), 2, "path")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("token", "arguments", "reason"),
+    [
+        (None, "--host 0.0.0.0", "0.0.0.0 may be reached.*ATTUNED_STORE_TOKEN"),
+        (None, "--host ::", "ATTUNED_STORE_TOKEN"),
+        (None, "--host example.org", "ATTUNED_STORE_TOKEN"),
+        (None, "--host 127.0.0.1.example.org", "ATTUNED_STORE_TOKEN"),
+        (None, "--host=", "ATTUNED_STORE_TOKEN"),
+        ("", "", "ATTUNED_STORE_TOKEN is empty"),
+        ("", "--host 0.0.0.0", "ATTUNED_STORE_TOKEN is empty"),
+        ("s3cret s3cret", "", "blanks"),
+        ("s3cret\n", "", "blanks"),
+        ("s3crét", "", "ASCII"),
+    ],
+)
+def test_serve_refuses_what_is_not_safe(
+    run: Run, monkeypatch: pytest.MonkeyPatch, token: str | None, arguments: str, reason: str
+) -> None:
+    """Without a token only this machine is served, and a token that cannot be one is an error."""
+    if token is not None:
+        monkeypatch.setenv("ATTUNED_STORE_TOKEN", token)
+    ran = run("serve", "--port", "0", *arguments.split())
+    one_line(ran, 2, reason)
+    assert "s3cr" not in ran.err
+    assert list(Path().iterdir()) == []
+
+
+def test_serve_on_a_port_that_is_taken(run: Run) -> None:
+    """A port that is taken, or an address that is not ours, is one line."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        one_line(run("serve", "--port", port), 1, f"127.0.0.1, port {port}: .*in use")
+
+
+def test_serve_without_uvicorn(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the extra is not installed, serve says how to install it."""
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    one_line(run("serve", "--port", "0"), 1, r'pip install "attuned-store\[http\]"')
+
+
+# ------------------------------------------------------------------------------
 # Choosing the store
 # ------------------------------------------------------------------------------
 
@@ -1053,6 +1353,9 @@ def test_a_patch_into_the_past_changes_nothing(small: Path, run: Run) -> None:
         "count",
         "export",
         "export all.csv",
+        "snapshot",
+        "snapshot backups --keep 3",
+        "serve --port 0",
     ],
 )
 @pytest.mark.parametrize("there", [False, True], ids=["absent", "empty folder"])
@@ -1207,6 +1510,21 @@ def test_version(run: Run) -> None:
         ("export --format xml", "xml"),
         ("history alice --limit -1", "--limit"),
         ("history alice --since yesterday", "ISO 8601"),
+        ("snapshot --kind partial", "partial"),
+        ("snapshot --keep 0", "--keep"),
+        ("snapshot one two", "two"),
+        ("restore", "FILE"),
+        ("restore file --mode overwrite", "overwrite"),
+        ("restore file --mode", "--mode"),
+        ("verify", "FILE"),
+        ("verify file --strict", "--strict"),
+        ("snapshots one two", "two"),
+        ("copy here", "TARGET"),
+        ("copy here there elsewhere", "elsewhere"),
+        ("serve --port 65536", "65535"),
+        ("serve --port http", "--port"),
+        ("serve --keep none", "--keep"),
+        ("serve ::1", "::1"),
         ("--store", "--store"),
     ],
 )

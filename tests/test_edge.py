@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import struct
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -58,10 +58,11 @@ class EdgeKit(EmbeddedKit):
 
 
 def readable(record: Any) -> Point:
-    """A record of Edge; its axes may be kept as one JSON string."""
+    """A record of Edge, whose axes are kept as "name,name:" and the digits of their doubles."""
     payload = dict(record.payload)
-    if isinstance(payload["axes"], str):
-        payload["axes"] = json.loads(payload["axes"])
+    names, _, digits = payload["axes"].partition(":")
+    values = struct.iter_unpack(">d", bytes.fromhex(digits))
+    payload["axes"] = dict(zip(filter(None, names.split(",")), (value for (value,) in values), strict=True))
     return Point(payload, list(record.vector))
 
 

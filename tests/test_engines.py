@@ -11,6 +11,7 @@ import random
 import shutil
 import sqlite3
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -276,7 +277,7 @@ def where(*must: Any, without: tuple[Any, ...] = ()) -> attuned_store._Filter:
 
 def numbers(records: Iterable[attuned_store._Record]) -> list[int]:
     """The documents by their numbers, in the order in which they came."""
-    return [uuid.UUID(record.id).int - 1 for record in records]
+    return [uuid.UUID(str(record.id)).int - 1 for record in records]
 
 
 def walk(waist: Driven, condition: attuned_store._Filter, limit: int, **options: Any) -> list[int]:
@@ -337,7 +338,7 @@ def test_points_are_retrieved_by_their_ids(library: Driven) -> None:
     """Those that are there are retrieved whole, the others left out."""
     found = library.retrieve("documents", [key_of(7), key_of(99), key_of(2)])
 
-    assert {record.id: record.payload for record in found} == {
+    assert {str(record.id): record.payload for record in found} == {
         key_of(number): document(number).payload for number in (2, 7)
     }
     assert library.retrieve("documents", [key_of(99)]) == []
@@ -347,7 +348,8 @@ def test_points_are_retrieved_without_their_payloads(library: Driven) -> None:
     """Without payloads the ids alone come."""
     found = library.retrieve("documents", [key_of(7), key_of(2)], payload=False)
 
-    assert sorted(found) == [(key_of(2), {}, 0.0), (key_of(7), {}, 0.0)]
+    read = sorted((str(record.id), record.payload, record.score) for record in found)
+    assert read == [(key_of(2), {}, 0.0), (key_of(7), {}, 0.0)]
 
 
 def test_pages_hold_every_point_once(waist: Driven) -> None:
@@ -1072,8 +1074,13 @@ def test_the_garbage_of_local_mode_is_collected(path: Path, monkeypatch: pytest.
 
 
 @needs("qdrant_edge")
-def test_the_garbage_of_edge_is_collected(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_garbage_of_edge_is_collected(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """However often states are overwritten and deleted, the directory of Edge does not keep growing."""
+    directory = tempfile.TemporaryDirectory()  # on a disk, where a sparse file takes what it holds
+    request.addfinalizer(directory.cleanup)
+    path = Path(directory.name)
     monkeypatch.setattr(attuned_store._EdgeEngine, "_FLUSH_EVERY", 300)
     monkeypatch.setattr(attuned_store._EdgeEngine, "_REBUILD_EVERY", 600)
     store, twin = QdrantStore(path=path, engine="edge", **SHORT), MemoryStore(**SHORT)
@@ -1572,16 +1579,16 @@ def test_a_task_cancelled_before_its_thread_has_the_lock_writes_nothing(
     async def main() -> None:
         async with AsyncQdrantStore(path=path, engine="local") as store:
             directory: Any = store._held
-            drive, reached = directory.drive, threading.Event()
+            apply, reached = directory.apply, threading.Event()
 
             def noted(flow: Any) -> Any:
                 reached.set()
-                return drive(flow)
+                return apply(flow)
 
-            monkeypatch.setattr(directory, "drive", noted)
+            monkeypatch.setattr(directory, "apply", noted)
             with directory._lock:
                 task = asyncio.create_task(store.upsert_latest(state("ann", 1)))
-                await in_thread(partial(reached.wait, LONG))
+                assert await in_thread(partial(reached.wait, LONG))
                 task.cancel()
                 (answer,) = await asyncio.gather(task, return_exceptions=True)
                 assert isinstance(answer, asyncio.CancelledError)

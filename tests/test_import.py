@@ -18,6 +18,8 @@ OPTIONAL = [
     "trio",
     "opentelemetry",
     "prometheus_client",
+    "starlette",
+    "uvicorn",
 ]
 
 IMPORTED = """
@@ -99,6 +101,17 @@ def test_memory_needs_no_optional_library(code: str, blocked: str, searched: str
 
     assert answer.returncode == 0, answer.stderr
     assert json.loads(answer.stdout) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("absent", ["attrs", "cachetools"])
+def test_what_every_store_needs_is_named(absent: str) -> None:
+    """Where a library that every store needs is missing, the last line says what to install."""
+    answer = run_python(BLOCK + "import attuned_store", absent)
+
+    assert answer.returncode == 1
+    assert answer.stderr.splitlines()[-1] == (
+        "ImportError: attuned_store needs attrs and cachetools: pip install attrs cachetools"
+    )
 
 
 def test_opening_memory_loads_no_engine() -> None:

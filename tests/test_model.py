@@ -30,7 +30,8 @@ from attuned_store import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-pytestmark = pytest.mark.timeout(900)  # a failure takes minutes to shrink, a success seconds
+# A failure takes minutes to shrink, a success seconds.
+pytestmark = [pytest.mark.once, pytest.mark.timeout(900)]
 
 # ------------------------------------------------------------------------------
 # The model

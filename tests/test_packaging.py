@@ -139,7 +139,16 @@ def test_changelog_knows_the_version() -> None:
 def test_every_dependency_has_a_lower_bound() -> None:
     """An environment with the lowest versions declared can be made."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    assert all(re.match(r"[a-z-]+>=\d", line) for line in project["dependencies"])
+    extras = [line for lines in project["optional-dependencies"].values() for line in lines]
+    assert all(re.match(r"[a-z-]+>=\d", line) for line in [*project["dependencies"], *extras])
+
+
+def test_the_extra_is_what_is_tested() -> None:
+    """The lower bounds of the extra are those of the tests."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    assert set(settings["project"]["optional-dependencies"]["http"]) < set(
+        settings["dependency-groups"]["http"]
+    )
 
 
 @installed

@@ -37,6 +37,7 @@ from qdrant_server import (
     chunked,
     corrupt,
     delay,
+    drip,
     drop,
     duplicate,
     edit,
@@ -1310,6 +1311,15 @@ def test_it_leaves_nothing_behind() -> None:
     server.close()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", server.port))
+
+
+def test_a_body_in_drips(server: QdrantServer) -> None:
+    """A body can be sent byte by byte, and is whole in the end."""
+    server.on(drip(0.001))
+    with httpx.stream("GET", server.url) as answer:
+        pieces = list(answer.iter_raw())
+    assert len(pieces) > 1
+    assert json.loads(b"".join(pieces))["version"] == server.version
 
 
 def test_a_given_port_and_many_servers() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import itertools
 import json
 import logging
@@ -29,9 +30,9 @@ if tuple(map(int, version("qdrant-client").split(".")[:2])) < (1, 20):
 
 import anyio
 import anyio.lowlevel
+import attrs
 from conformance import (
     DAY,
-    FACES,
     HOUR,
     NOW,
     Awaited,
@@ -48,6 +49,7 @@ from qdrant_server import (
     QdrantServer,
     Response,
     delay,
+    drip,
     drop,
     duplicate,
     edit,
@@ -79,7 +81,9 @@ from attuned_store import (
     StoreClosedError,
     StoreError,
     UnsupportedServerError,
+    UserNotFoundError,
     ValidationError,
+    _Put,
     open_store,
 )
 
@@ -110,28 +114,6 @@ Connect = "Callable[..., AsyncStateStore]"
 # ------------------------------------------------------------------------------
 # Stores and servers
 # ------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def server() -> Iterator[QdrantServer]:
-    """A server of its own for the test; whatever hangs is let go at the end."""
-    with QdrantServer() as server:
-        yield server
-        server.calm()
-
-
-@pytest.fixture(
-    params=[pytest.param(face, marks=needs("trio" if face == "trio" else None)) for face in FACES]
-)
-def face(request: pytest.FixtureRequest) -> str:
-    """The form of the store: sync, asyncio or trio."""
-    return cast("str", request.param)
-
-
-@pytest.fixture
-def anyio_backend(face: str) -> str:
-    """The event loop of the face; a synchronous store is called from asyncio."""
-    return "trio" if face == "trio" else "asyncio"
 
 
 def plain(server: QdrantServer | str, **options: Any) -> QdrantStore:
@@ -228,7 +210,7 @@ REQUESTS: dict[str, tuple[Any, dict[str, int]]] = {
     "upsert_latest, older": (lambda store: store.upsert_latest(state(at=-5)), {UPSERT: 1}),
     "upsert_latest, expected": (
         lambda store: store.upsert_latest(state(at=5), expected=state()),
-        {RETRIEVE: 2, UPSERT: 2},
+        {RETRIEVE: 3, UPSERT: 2},
     ),
     "upsert_many, a batch": (
         lambda store: store.upsert_many([state(f"user-{number}", number) for number in range(64)]),
@@ -255,7 +237,7 @@ REQUESTS: dict[str, tuple[Any, dict[str, int]]] = {
         {QUERY: 1},
     ),
     "search_similar to a user": (lambda store: store.search_similar("ann"), {RETRIEVE: 1, QUERY: 1}),
-    "patch": (lambda store: store.patch("ann", {"warmth": 0.1}), {RETRIEVE: 3, UPSERT: 2}),
+    "patch": (lambda store: store.patch("ann", {"warmth": 0.1}), {RETRIEVE: 4, UPSERT: 2}),
     "count": (lambda store: store.count(), {COUNT: 1}),
     "delete": (lambda store: store.delete("ann"), {RETRIEVE: 1, DELETE: 1}),
     "delete, unknown": (lambda store: store.delete("nobody"), {RETRIEVE: 1, DELETE: 1}),
@@ -267,7 +249,7 @@ REQUESTS: dict[str, tuple[Any, dict[str, int]]] = {
 async def test_every_operation_takes_a_fixed_number_of_requests(
     name: str, store: AsyncStateStore, server: QdrantServer
 ) -> None:
-    """Reads and unconditional writes are one request, deletes two; a conditional write is four."""
+    """Reads and unconditional writes are one request, deletes two; a conditional write is five."""
     await store.upsert_many([state(), state("bob")])
     server.clear()
     operation, expected = REQUESTS[name]
@@ -302,6 +284,22 @@ async def test_the_pool_bounds_the_connections(connect: Any, server: QdrantServe
     assert 1 < server.accepted <= 3
 
 
+@pytest.mark.parametrize("size", [1, 3, 8])
+async def test_the_pool_is_used_to_the_full(
+    size: int, connect: Any, server: QdrantServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many callers as there are connections are served at the same time."""
+    monkeypatch.setattr(attuned_store, "_CONNECTIONS_OF_A_POOL", 3)
+    store = connect(pool_size=size)
+    await store.count()
+    server.clear()
+    server.on(meet(size), route=RETRIEVE)
+
+    await together(store, [functools.partial(store.get_latest, "ann")] * size)
+
+    assert server.accepted == size - 1
+
+
 async def test_connections_that_the_server_closed_are_replaced(connect: Any, server: QdrantServer) -> None:
     """A server that ends idle connections, as every restart does, is not noticed by the caller."""
     store = connect(retry=PATIENT, breaker=BreakerPolicy(failures=10**6))
@@ -330,6 +328,91 @@ async def test_requests_say_how_consistent_and_ordered_they_are_to_be(
     writes = [r for r in server.requests if r.is_write()]
     assert [r.query.get("consistency") for r in reads] == ["majority"] * 4
     assert [(r.query.get("ordering"), r.query.get("wait")) for r in writes] == [("strong", "true")] * 3
+
+
+# ------------------------------------------------------------------------------
+# Event loops
+# ------------------------------------------------------------------------------
+
+
+def wanted(server: QdrantServer, **options: Any) -> AsyncQdrantStore:
+    """An asynchronous store that no event loop has used yet."""
+    return AsyncQdrantStore(url=server.url, verify=False, retry=RetryPolicy(attempts=1), **options)
+
+
+async def counts_on(store: AsyncQdrantStore, times: int = 1) -> int:
+    """What a loop does with a store: it counts in it, looks at its health, and does not close it."""
+    for _ in range(times):
+        found = await store.update("ann", lambda old: old.patched({}) if old else state(), attempts=10_000)
+        assert await store.get_latest("ann") is not None
+    assert (await store.health()).status == "healthy"
+    return found.updated_at_unix_ms - NOW
+
+
+async def ended(server: QdrantServer) -> None:
+    """Wait until clients have ended every connection."""
+    with anyio.fail_after(30):
+        while server.open_connections:  # noqa: ASYNC110 - the server is in another thread
+            await anyio.sleep(0.001)
+
+
+LOOPS = [
+    "asyncio",
+    pytest.param("trio", marks=needs("trio")),
+]
+
+
+@pytest.mark.parametrize("second", LOOPS)
+@pytest.mark.parametrize("first", LOOPS)
+def test_a_store_outlives_its_event_loop(first: str, second: str, server: QdrantServer) -> None:
+    """One store serves one event loop after another, of asyncio and of trio; none leaves connections open."""
+    store = wanted(server)
+
+    for backend in (first, second, first):
+        anyio.run(counts_on, store, backend=backend)
+        anyio.run(ended, server)
+        gc.collect()  # what was left open would warn
+        assert store._held.engine._clients_of == {}  # type: ignore[union-attr]
+
+    anyio.run(store.aclose, backend=second)
+    assert len(times_kept(server)) == 3
+
+
+def test_a_store_serves_two_event_loops_at_once(server: QdrantServer) -> None:
+    """Two threads, each with an event loop of its own, share one store, and nothing of theirs is lost."""
+    store = wanted(server)
+
+    with ThreadPoolExecutor(2) as threads:
+        runs = [threads.submit(asyncio.run, counts_on(store, 20)) for _ in range(2)]
+        assert all(run.result(60) for run in runs)
+
+    assert len(times_kept(server)) == 40
+    asyncio.run(ended(server))
+
+
+def test_closing_a_store_closes_the_connections_of_its_loop(server: QdrantServer) -> None:
+    """aclose() ends the connections at once; a loop that has made none is none the wiser."""
+
+    async def use_and_close() -> None:
+        async with wanted(server) as store:
+            await counts_on(store)
+            assert server.open_connections
+        await ended(server)
+        await store.aclose()
+
+    asyncio.run(use_and_close())
+    asyncio.run(wanted(server).aclose())
+
+
+def test_a_store_that_is_dropped_closes_its_connections(server: QdrantServer) -> None:
+    """A store that goes without being closed leaves nothing open in an event loop that goes on."""
+
+    async def use_and_drop() -> None:
+        await counts_on(wanted(server))
+        gc.collect()
+        await ended(server)
+
+    asyncio.run(use_and_drop())
 
 
 # ------------------------------------------------------------------------------
@@ -564,6 +647,85 @@ async def test_a_collection_that_vanishes_while_it_is_opened_is_an_error(
     await caught(connect().get_latest("ann"))
 
 
+async def test_a_collection_that_was_dropped_is_made_again(
+    store: AsyncStateStore, server: QdrantServer
+) -> None:
+    """After somebody has dropped the collection under an open store, its next operation makes it anew."""
+    for name, (operation, _) in REQUESTS.items():
+        await store.upsert_latest(state())
+        ask(server, "DELETE", C)
+        server.clear()
+
+        with contextlib.suppress(UserNotFoundError, ConflictError):  # what was expected, or sought, is gone
+            await operation(store)
+
+        await store.upsert_latest(state("zoe"))
+        assert await store.get_latest("zoe") == state("zoe"), name
+        assert described(server)["payload_schema"].keys() == INDEXES.keys(), name
+
+
+async def test_a_collection_that_is_made_again_has_the_axes_that_it_had(
+    connect: Any, server: QdrantServer
+) -> None:
+    """A store that adopted the axes of its collection keeps them when it makes the collection anew."""
+    await connect(axes=("warmth", "tact")).count()
+    store = connect()
+    await store.upsert_latest(state(axes={"tact": 0.5}))
+    ask(server, "DELETE", C)
+
+    await store.upsert_latest(state(axes={"tact": 0.25}))
+
+    assert described(server)["config"]["metadata"]["axes"] == ["warmth", "tact"]
+    assert await store.get_latest("ann") == state(axes={"tact": 0.25})
+
+
+async def test_many_find_at_once_that_the_collection_was_dropped(
+    store: AsyncStateStore, server: QdrantServer
+) -> None:
+    """Threads and tasks that all meet a dropped collection all go on, and nothing of theirs is missing."""
+    ask(server, "DELETE", C)
+    server.clear()
+    server.on(meet(8), route=UPSERT, times=8)
+
+    await together(store, [functools.partial(store.upsert_latest, state(at=at)) for at in range(8)])
+
+    assert times_kept(server) == list(range(8))
+    assert server.counts[UPSERT] == 16
+    assert server.counts[CREATE] <= 8
+
+
+async def test_a_collection_that_is_dropped_again_and_again_is_an_error(
+    store: AsyncStateStore, server: QdrantServer
+) -> None:
+    """An operation makes the collection anew once; if that does not help it fails, and does not loop."""
+    server.on(meanwhile(functools.partial(ask, server, "DELETE", C)), route=UPSERT)
+
+    error = await caught(store.upsert_latest(state()))
+
+    assert isinstance(error, BackendRejectedError)
+    assert "doesn't exist" in str(error)
+    assert server.counts[UPSERT] == 2
+
+
+NOT_FOUND: dict[str, Action] = {
+    "another thing": reply(404, {"status": {"error": "Not found: No point with id 5 found"}, "time": 0.0}),
+    "another collection": reply(404, {"status": {"error": "Not found: Collection `x` doesn't exist!"}}),
+    "a page of a gateway": reply(404, b"<html>Not Found</html>"),
+    "nothing": reply(404, b""),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FOUND)
+async def test_any_other_404_makes_no_collection(
+    name: str, store: AsyncStateStore, server: QdrantServer
+) -> None:
+    """Only Qdrant's own word that the collection is absent counts: other 404s are raised as they are."""
+    server.on(NOT_FOUND[name], route=UPSERT)
+
+    assert isinstance(await caught(store.upsert_latest(state())), BackendRejectedError)
+    assert dict(server.counts) == {UPSERT: 1}
+
+
 # ------------------------------------------------------------------------------
 # The newest wins, whoever writes it
 # ------------------------------------------------------------------------------
@@ -754,7 +916,8 @@ async def test_an_outcome_that_someone_hid_is_said_to_be_unknown(
     assert isinstance(error, ConflictError)
     assert error.ambiguous
     assert other.get_latest("ann") == await store.get_latest("ann")
-    assert 5 not in times_kept(server) or "many" in name  # a successor may have that time
+    built_upon = (race, name) == (race_after_the_write, "a conditional and an unconditional write")
+    assert (5 in times_kept(server)) is built_upon or "many" in name  # a successor may have that time
 
 
 @pytest.mark.parametrize("race", [race_before_the_write, race_after_the_write])
@@ -842,6 +1005,73 @@ async def test_history_shows_a_write_that_died_before_its_entry(
     assert times_kept(server) == [0]
     assert other.get_history("ann") == [state(at=5), state()]
     assert other.get_history("ann", 1) == [state(at=5)]
+
+
+async def test_the_next_conditional_write_enters_one_that_died_into_history(
+    store: AsyncStateStore, other: QdrantStore, server: QdrantServer
+) -> None:
+    """A conditional write that lost its entry in history gets it from the next one, in the same request."""
+    await store.upsert_latest(state())
+    server.on(reply(400), route=UPSERT, skip=1, times=1)
+    await caught(store.upsert_latest(state(at=5), expected=state()))
+    assert times_kept(server) == [0]
+    server.clear()
+
+    other.upsert_latest(state(at=9), expected=state(at=5))
+
+    assert dict(server.counts) == {RETRIEVE: 3, UPSERT: 1, BATCH: 1}
+    assert times_kept(server) == [0, 5, 9]
+    assert other.get_history("ann") == [state(at=9), state(at=5), state()]
+
+
+async def test_what_is_in_history_is_not_entered_again(store: AsyncStateStore, server: QdrantServer) -> None:
+    """The entry of the write before is left as it is, and one of the same time is replaced, not doubled."""
+    await store.upsert_latest(state(), expected=None)
+    for point in server.dump(C):
+        ask(
+            server, "POST", f"{C}/points/payload?wait=true", {"payload": {"mark": 1}, "points": [point["id"]]}
+        )
+
+    await store.upsert_latest(state(at=5), expected=state())
+    await store.upsert_latest(state(at=5, axes={"warmth": 0.1}), expected=state(at=5))
+
+    assert server.counts[BATCH] == 1
+    payloads = [point["payload"] for point in server.dump(C) if point["payload"]["kind"] == "history"]
+    payloads.sort(key=lambda payload: payload["updated_at_unix_ms"])
+    assert [(payload.get("mark"), payload["axes"]) for payload in payloads] == [
+        (1, dict(state().axes)),
+        (None, {"warmth": 0.1}),
+    ]
+
+
+@pytest.mark.parametrize("old", [None, "unconditional", "conditional"])
+async def test_a_deletion_before_the_entry_leaves_no_history(
+    old: str | None, store: AsyncStateStore, other: QdrantStore, server: QdrantServer
+) -> None:
+    """A user deleted between a conditional write and its entry in history is gone, and stays forgotten."""
+    if old:
+        await store.upsert_latest(state(), expected=None if old == "conditional" else attuned_store.ANY)
+    entry: dict[str, Any] = {"route": BATCH} if old == "conditional" else {"route": UPSERT, "skip": 1}
+    server.on(meanwhile(lambda: other.delete("ann")), times=1, **entry)
+
+    await store.upsert_latest(state(at=5), expected=state() if old else None)
+
+    assert server.dump(C) == []
+    other.upsert_latest(state(at=9))
+    assert other.get_history("ann") == [state(at=9)]
+
+
+async def test_a_failing_look_for_a_deletion_does_not_fail_the_write(
+    store: AsyncStateStore, server: QdrantServer
+) -> None:
+    """What has been written is not reported as failed because it could not be looked at once more."""
+    server.on(reply(400), route=RETRIEVE, skip=2)
+
+    await store.upsert_latest(state(), expected=None)
+
+    server.calm()
+    assert times_kept(server) == [0]
+    assert await store.get_latest("ann") == state()
 
 
 async def test_updates_of_one_user_agree_with_one_another(
@@ -1603,13 +1833,29 @@ async def test_health_is_bounded_as_a_whole(
     store: AsyncStateStore, server: QdrantServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three answers, each just in time, are together too late."""
-    monkeypatch.setattr(attuned_store, "_STATUS_TIMEOUT", 0.1)
-    server.on(delay(0.07))
+    monkeypatch.setattr(attuned_store, "_STATUS_TIMEOUT", 0.2)
+    server.on(delay(0.19))
     started = time.monotonic()
 
     await store.health()
 
-    assert time.monotonic() - started < 0.18
+    assert time.monotonic() - started < 0.5  # one after another they take 0.57
+
+
+@pytest.mark.parametrize("route", [INFO, DESCRIBE, COUNT])
+async def test_health_does_not_wait_for_an_answer_in_drips(
+    route: str, store: AsyncStateStore, server: QdrantServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that sends its answer byte by byte, each of them in time, is unhealthy after the timeout."""
+    monkeypatch.setattr(attuned_store, "_STATUS_TIMEOUT", 0.1)
+    server.on(drip(0.05), route=route)
+    started = time.monotonic()
+
+    health = await store.health()
+
+    assert health.status == "unhealthy"
+    assert "in time" in health.message
+    assert time.monotonic() - started < 1  # the shortest of the answers takes more than 3 s
 
 
 async def test_health_does_not_wait_for_the_breaker(connect: Any, server: QdrantServer) -> None:
@@ -1692,7 +1938,8 @@ async def test_waiting_for_a_server_ends(connect: Any, closed_port: int, naps: l
 
     error = await caught(connect(url=f"http://127.0.0.1:{closed_port}").wait_until_ready(0.1))
 
-    assert isinstance(error, BackendUnavailableError)
+    # On a busy machine the last try may be cut short.
+    assert isinstance(error, BackendUnavailableError | BackendTimeoutError)
     assert 0.1 <= time.monotonic() - started < 10
 
 
@@ -1708,12 +1955,12 @@ async def test_waiting_for_a_server_that_hangs_is_bounded(
     connect: Any, server: QdrantServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that accepts connections and says nothing is given no more time than was asked for."""
-    monkeypatch.setattr(attuned_store, "_STATUS_TIMEOUT", 0.2)
+    monkeypatch.setattr(attuned_store, "_STATUS_TIMEOUT", 20.0)
     server.on(hang(30))
     started = time.monotonic()
 
     assert isinstance(await caught(connect().wait_until_ready(0.02)), BackendTimeoutError)
-    assert time.monotonic() - started < 0.15
+    assert time.monotonic() - started < 10
 
 
 async def test_waiting_with_a_closed_store_is_an_error(store: AsyncQdrantStore) -> None:
@@ -1919,3 +2166,20 @@ def test_a_forked_child_is_told_to_open_its_own_store(form: str, ttl: int, serve
     assert "after the fork" in read
     assert (health, parent) == ("unhealthy", "True")
     assert {user for user, _, _ in points(server)} == {"before", "after"}
+
+
+def test_of_two_of_one_time_history_shows_the_latest(server: QdrantServer) -> None:
+    """Where a conditional write and another of the same time crossed, history shows what the latest is."""
+    store = QdrantStore(url=server.url)
+    store.upsert_many([state("ann", 1), state("ann", 2)])
+    latest = store["ann"]
+    crossed = attrs.evolve(latest, axes={"warmth": 0.123})
+    core: Any = store._core
+    store._drive(
+        "put", lambda _: core._server.put(C, [_Put([core._point(crossed, latest.updated_at_unix_ms)])])
+    )
+
+    assert store.get_history("ann") == [latest, state("ann", 1)]
+    copy = attuned_store.MemoryStore()
+    attuned_store.copy(store, copy)
+    assert copy.get_history("ann") == [latest, state("ann", 1)]

@@ -7,6 +7,8 @@ from importlib.metadata import version
 import pytest
 from conformance import BACKENDS, AsyncStoreTests, MappingTests, StoreTests
 
+pytestmark = pytest.mark.once
+
 SERVERS = tuple(name for name in ("server", "real") if name in BACKENDS)
 if tuple(map(int, version("qdrant-client").split(".")[:2])) < (1, 20):  # its engine differs from the server
     SERVERS = SERVERS[1:]

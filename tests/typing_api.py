@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, assert_type
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, assert_type
+
+from starlette.applications import Starlette
 
 import attuned_store
 from attuned_store import (
@@ -11,13 +14,19 @@ from attuned_store import (
     AsyncMemoryStore,
     AsyncQdrantStore,
     AsyncStateStore,
+    BackendError,
+    BreakerPolicy,
     ConflictError,
     Health,
+    History,
     Match,
     MemoryStore,
     MemoryStoreConfig,
     QdrantStore,
     QdrantStoreConfig,
+    RateLimitedError,
+    RetryPolicy,
+    SnapshotReport,
     Source,
     StateSnapshot,
     StateStore,
@@ -26,7 +35,8 @@ from attuned_store import (
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping
-    from pathlib import Path
+
+    from starlette.requests import Request
 
 
 def values() -> None:
@@ -100,6 +110,45 @@ def reading(store: StateStore, snapshot: StateSnapshot) -> None:
     assert_type(store.axes, tuple[str, ...])
     assert_type(store.is_closed, bool)
     assert_type(store._repr_html_(), str)
+    assert_type(snapshot._repr_html_(), str)
+    assert_type(History(store.get_history("ann")), History)
+    store.plot_history("ann").set_title("Ann")
+    store.plot_history("ann", axes=["warmth"])
+    assert_type(store.wait_until_ready(timeout=5), None)
+
+
+def backing_up(store: StateStore, other: StateStore, path: Path) -> None:
+    taken = store.create_snapshot(path, kind="portable", reason="api", keep=7, progress=report)
+    assert_type(taken, SnapshotReport)
+    assert_type(taken.status, Literal["completed", "failed", "skipped"])
+    assert_type(taken.kind, Literal["native", "portable"] | None)
+    assert_type(taken.path, Path | None)
+    assert_type(taken.to_dict()["sha256"], Any)
+    assert_type(store.restore_snapshot(path, mode="merge", progress=report), SnapshotReport)
+    assert_type(attuned_store.verify_snapshot(path, progress=report), SnapshotReport)
+    assert_type(attuned_store.list_snapshots(path), list[SnapshotReport])
+    assert_type(attuned_store.copy(store, other, replace=True, progress=report), SnapshotReport)
+    assert_type(attuned_store.copy("here", path), SnapshotReport)
+    assert_type(attuned_store.snapshot_on_start(store, timeout=5, keep=7), SnapshotReport)
+
+
+async def backing_up_async(store: AsyncStateStore, other: AsyncStateStore, path: Path) -> None:
+    assert_type(await store.create_snapshot(path, keep_remote=True), SnapshotReport)
+    assert_type(await store.restore_snapshot(path, mode="skip"), SnapshotReport)
+    assert_type(await attuned_store.averify_snapshot(path), SnapshotReport)
+    assert_type(await attuned_store.alist_snapshots(path), list[SnapshotReport])
+    assert_type(await attuned_store.acopy(store, other), SnapshotReport)
+    assert_type(await attuned_store.asnapshot_on_start(store), SnapshotReport)
+    await store.wait_until_ready(timeout=5)
+    (await store.plot_history("ann", axes=["warmth"])).set_title("Ann")
+
+
+def serving_from(url: str) -> None:
+    retry, breaker = RetryPolicy(attempts=2, base_s=0.5), BreakerPolicy(failures=3, open_s=10)
+    with QdrantStore(url=url, retry=retry, breaker=breaker, slow_operation_ms=None, verify=False) as store:
+        assert_type(store.config.slow_operation_ms, float | None)
+        assert_type(store.config.retry, RetryPolicy)
+        assert_type(store.health().version, str | None)
 
 
 def as_a_mapping(store: StateStore) -> None:
@@ -132,6 +181,10 @@ def catching(store: StateStore, snapshot: StateSnapshot) -> None:
         store.upsert_latest(snapshot, expected=None)
     except ConflictError as error:
         assert_type(error.ambiguous, bool)
+    except RateLimitedError as error:
+        assert_type(error.retry_after_s, float)
+    except BackendError as error:
+        assert_type((error.backend, error.operation, error.retryable), tuple[str, str, bool])
     except StoreError as error:
         assert_type(error.written, int | None)
 
@@ -167,6 +220,17 @@ async def opening_async(path: Path) -> None:
         assert_type(embedded.config, QdrantStoreConfig)
     async with attuned_store.open_async_store("memory://", history_retention_days=30) as store:
         assert_type(store, AsyncStateStore)
+
+
+async def is_known(request: Request) -> bool:
+    return request.headers.get("x-name") == "ann"
+
+
+def serving(store: StateStore, other: AsyncStateStore, path: Path) -> None:
+    assert_type(
+        attuned_store.snapshot_app(store, other, authorize=is_known, directory=path, keep=7), Starlette
+    )
+    assert_type(attuned_store.snapshot_app(store, authorize=lambda request: bool(request.client)), Starlette)
 
 
 def wrong(store: StateStore, snapshot: StateSnapshot) -> None:

@@ -1,77 +1,140 @@
-"""Run by the tox environment `vendored`: the one file in an empty folder, with attrs and cachetools alone.
+"""Run by the tox environments `vendored-*`: the one file in an empty folder, with what one engine needs.
 
-Not a pytest file: the environment has no pytest. `python -I tests/vendored.py` copies the file, imports the
-copy and uses the memory store, both forms of it.
+Not a pytest file: the environments have no pytest. `python -I tests/vendored.py ENGINE` copies the file
+beside a script, the same one for every engine, and compares what that prints. Then it asks for what is not
+installed: each time one line has to say what to install.
 """
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
+import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 FILE = Path(__file__).resolve().parent.parent / "attuned_store.py"
-ABSENT = ("anyio", "httpx", "numpy", "opentelemetry", "prometheus_client", "qdrant_client", "qdrant_edge")
+ABSENT = {
+    "memory": (
+        "anyio",
+        "httpx",
+        "numpy",
+        "opentelemetry",
+        "prometheus_client",
+        "qdrant_client",
+        "qdrant_edge",
+    ),
+    "edge": ("httpx", "opentelemetry", "prometheus_client", "qdrant_client", "starlette"),
+    "local": ("opentelemetry", "prometheus_client", "qdrant_edge", "starlette"),
+}
+
+SCRIPT = """
+import asyncio
+import sys
+
+from attuned_store import StateSnapshot, open_async_store, open_store
+
+early = StateSnapshot("ann", {"warmth": 0.25}, 1_000)
+late = StateSnapshot("ann", {"warmth": 0.75}, 2_000, "inferred", 0.5)
+other = StateSnapshot("bob", {"warmth": 0.875, "formality": 0.5}, 3_000)
 
 
-def check(folder: Path) -> None:
-    """Use the copy in `folder` as a script that holds it would."""
-    sys.path.insert(0, str(folder))
-    import attuned_store as a
+async def main(target):
+    async with open_async_store(target) as store:
+        await store.upsert_many([early, other])
+        await store.upsert_latest(late)
+        print(await store.get_latest("ann"))
+        print(await store.delete("bob"), await store.count())
 
-    assert a.__file__ is not None
-    assert Path(a.__file__).parent == folder, a.__file__
 
-    early = a.StateSnapshot("ann", {"warmth": 0.25}, 1_000)
-    late = a.StateSnapshot("ann", {"warmth": 0.75}, 2_000)
-    other = a.StateSnapshot("bob", {"warmth": 0.875, "formality": 0.5}, 3_000)
-    with a.open_store("memory://") as store:
-        assert store.upsert_many([late, early, other]) == 3
-        assert store.get_latest("ann") == late
-        assert store.get_history("ann") == [late, early]
-        assert [match.snapshot.user_id for match in store.search_similar("ann")] == ["bob"]
-        assert store.patch("ann", {"warmth": 0.5}).axis("warmth") == 0.5
-        assert sorted(store.users()) == ["ann", "bob"]
-        assert store.delete("bob")
-        assert store.count() == 1
-        assert store.health().status == "healthy"
+asyncio.run(main(sys.argv[1]))
+with open_store(sys.argv[1]) as store:
+    store.upsert_many([late, early, other])
+    history = [snapshot.to_dict() for snapshot in store.get_history("ann")]
+    print([tuple(each.values())[1:5] for each in history])
+    print([(match.snapshot.user_id, round(match.score, 4)) for match in store.search_similar("ann")])
+    print(store.patch("ann", {"formality": 0.5}, updated_at_unix_ms=4_000).axes)
+    print(sorted(store), store.count(history=True), store["bob"] == other)
+    report = store.create_snapshot(sys.argv[2])
+    print(store.delete("bob"), len(store), store.health().status)
+    store.restore_snapshot(report.path)
+    print(sorted(store), report.points)
+"""
+PRINTS = """
+StateSnapshot('ann', 1 axes, updated_at_unix_ms=2000, source='inferred', confidence=0.5, schema_version=1)
+True 1
+[({'warmth': 0.75}, 2000, 'inferred', 0.5), ({'warmth': 0.25}, 1000, 'self_report', 1.0)]
+[('bob', 1.0)]
+Axes({'warmth': 0.75, 'formality': 0.5})
+['ann', 'bob'] 4 True
+True 1 healthy
+['ann', 'bob'] 4
+"""
 
-    asyncio.run(check_async(a))
+# What is asked for where it is not installed, and the word that the one line must have.
+MISSING = {
+    "memory": {
+        "a.QdrantStore(path='state')": "pip install qdrant-edge-py",
+        "a.QdrantStore(url='http://127.0.0.1:1')": "pip install qdrant-client",
+    },
+    "edge": {
+        "a.QdrantStore(path='other', engine='local')": "pip install qdrant-client",
+        "a.QdrantStore(url='http://127.0.0.1:1')": "pip install qdrant-client",
+    },
+    "local": {"a.QdrantStore(path='other', engine='edge')": "pip install qdrant-edge-py"},
+}
+EVERYWHERE = {"a.snapshot_app(a.MemoryStore())": 'pip install "attuned-store[http]"'}
+ASK = """
+import sys
+import attuned_store as a
+try:
+    eval(sys.argv[1])
+except a.MissingDependencyError as error:
+    print(error)
+"""
 
-    try:
-        a.QdrantStore(path=folder / "state")
-    except a.MissingDependencyError as error:
-        assert "qdrant" in str(error)  # noqa: PT017 - there is no pytest here
-    else:
-        raise AssertionError("an embedded store opened without its library")
+
+def run(folder: Path, code: str, *arguments: str) -> str:
+    """What a script beside the copied file prints."""
+    script = folder / "script.py"
+    script.write_text(code, "utf-8")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", script, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr, done.stderr
+    return done.stdout
+
+
+def check(engine: str, folder: Path) -> None:
+    """Use the copy in the folder as a script that holds it would."""
+    shutil.copy(FILE, folder)
+    target = "memory://" if engine == "memory" else str(folder / "states")
+    assert run(folder, SCRIPT, target, str(folder / "backups")) == PRINTS.lstrip("\n")
+    for asked, advice in {**MISSING[engine], **EVERYWHERE}.items():
+        said = run(folder, ASK, asked)
+        assert advice in said, (asked, said)
+        assert said.count("\n") == 1, said
     assert not (folder / "state").exists()
-
-
-async def check_async(a: ModuleType) -> None:
-    """Do the same with the asynchronous form."""
-    async with a.open_async_store("memory://") as store:
-        snapshot = a.StateSnapshot("ann", {"warmth": 0.25}, 1_000)
-        await store.upsert_latest(snapshot)
-        assert await store.get_latest("ann") == snapshot
-        assert [user async for user in store.users()] == ["ann"]
-        assert await store.delete("ann")
+    assert not (folder / "other").exists()
 
 
 def main() -> None:
     """Copy, check and say so."""
-    found = [name for name in ABSENT if importlib.util.find_spec(name)]
+    engine = sys.argv[1]
+    found = [name for name in ABSENT[engine] if importlib.util.find_spec(name)]
     assert not found, f"this environment is not bare: {', '.join(found)}"
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name).resolve()
-        shutil.copy(FILE, folder)
-        check(folder)
+        check(engine, Path(name).resolve())
+    sys.stdout.write(f"the copied file works with {engine} alone\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,151 @@
+"""How far a long operation is: told to a callable, and on a terminal shown by the command."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from conformance import Awaited, needs, state
+
+import attuned_store
+from attuned_store import MemoryStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from conformance import Open
+
+pytestmark = pytest.mark.once
+
+STATES = [state(f"user-{number}") for number in range(1_000)]
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+class Steps(list[tuple[int, "int | None"]]):
+    """What a callable was told."""
+
+    def __call__(self, done: int, total: int | None) -> None:
+        self.append((done, total))
+
+    def check(self, done: int, total: int | None) -> None:
+        assert all(one[0] <= other[0] for one, other in itertools.pairwise(self))
+        assert self[-1] == (done, total)
+        assert {step[1] for step in self} == {total}
+
+
+async def awaited(answer: Any) -> Any:
+    return await answer if hasattr(answer, "__await__") else answer
+
+
+@pytest.mark.anyio
+async def test_long_operations_tell_how_far_they_are(open_store: Open, tmp_path: Path) -> None:
+    """Everything that takes long tells a callable how far it is, and the total where it is known."""
+    store, other = await open_store(), await open_store("other")
+    sync = isinstance(store, Awaited)
+    one, two = (store.store, other.store) if sync and isinstance(other, Awaited) else (store, other)
+    verify: Callable[..., Any] = attuned_store.verify_snapshot if sync else attuned_store.averify_snapshot
+    copy: Callable[..., Any] = attuned_store.copy if sync else attuned_store.acopy
+
+    await store.upsert_many(STATES, progress=(written := Steps()))
+    report = await store.create_snapshot(tmp_path, kind="portable", progress=(taken := Steps()))
+    await awaited(verify(report.path, progress=(verified := Steps())))
+    await store.restore_snapshot(report.path, mode="merge", progress=(restored := Steps()))
+    await awaited(copy(one, two, progress=(copied := Steps())))
+
+    written.check(1_000, 1_000)
+    assert len(written) > 1
+    taken.check(1_000, None)
+    verified.check(1_000, None)
+    verified_first = Steps(step for step in restored if step[1] is None)
+    verified_first.check(1_000, None)
+    Steps(step for step in restored if step[1] is not None).check(1_000, 1_000)
+    assert restored[0][1] is None
+    copied.check(1_000, None)
+
+
+class Screen(io.StringIO):
+    """A terminal that remembers what was written to it."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
+    screen = Screen()
+    for variable in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "COLORTERM"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    return screen
+
+
+def ticking(screen: Screen, *, done: int, total: int | None, ticks: int = 1) -> list[str]:
+    """The lines that a progress line writes in so many seconds, without waiting for them."""
+    line = attuned_store._ProgressLine("importing")
+    waits = iter([False] * ticks + [True])
+    line._end.wait = lambda timeout=None: next(waits)
+    line.count(done, total)
+    with contextlib.redirect_stderr(screen):
+        line._tick()
+    return screen.getvalue().split("\r")[1:]
+
+
+@needs("rich")
+def test_a_terminal_shows_a_bar(screen: Screen) -> None:
+    """On a terminal, where rich is installed and the end is known, the command shows a bar."""
+    line, wiped, end = ticking(screen, done=500, total=1_000)
+
+    plain = CONTROL.sub("", line)
+    assert re.fullmatch(r"importing \S{12}.{12} 500 of 1,000, \d+ s *", plain)
+    assert (len(plain), len(wiped)) == (69, 70)
+    assert (wiped.strip(), end) == ("", "")
+    assert CONTROL.search(line)
+
+
+@needs("rich")
+def test_a_bar_is_of_plain_characters_where_there_are_no_others(screen: Screen) -> None:
+    """A terminal of ASCII gets a bar of ASCII."""
+    screen.encoding = "ascii"
+
+    line, *_ = ticking(screen, done=500, total=1_000)
+
+    assert line.isascii()
+    assert "500 of 1,000" in line
+
+
+@pytest.mark.parametrize(
+    ("total", "shown"), [(1_000, "importing 500 of 1,000, 0 s"), (None, "importing 500, 0 s")]
+)
+def test_without_rich_it_is_a_plain_line(
+    screen: Screen, monkeypatch: pytest.MonkeyPatch, total: int | None, shown: str
+) -> None:
+    """Without rich, or where the end is unknown, the line tells the numbers alone."""
+    if total is not None:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+
+    line, wiped, _ = ticking(screen, done=500, total=total)
+
+    assert line.rstrip() == shown
+    assert (len(line), len(wiped)) == (69, 70)
+
+
+def test_an_error_of_the_callable_is_the_callers(tmp_path: Path) -> None:
+    """What a callable for progress raises ends the operation, and reaches the caller."""
+    store = MemoryStore()
+
+    def fail(done: int, total: int | None) -> None:
+        raise RuntimeError(f"{done} of {total}")
+
+    with pytest.raises(RuntimeError, match="64 of 1000"):
+        store.upsert_many(STATES, progress=fail)
+    with pytest.raises(RuntimeError):
+        store.create_snapshot(tmp_path, progress=fail)
+    assert list(tmp_path.iterdir()) == []

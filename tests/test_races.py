@@ -1,0 +1,478 @@
+"""Races without threads: an engine that suspends at every call, a schedule, and cores right or broken.
+
+Whose turn it is Hypothesis decides, so that what fails can be done again and gets shorter. Every broken
+variant that is kept here must be found out: so the tests are known to be able to fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import types
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from random import Random
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import hypothesis.strategies as st
+import pytest
+from conformance import NOW, state
+from hypothesis import HealthCheck, Phase, find, given, note, settings
+from linearizability import KINDS, MAXIMUM, Order, Recorder, find_order, make_programs, shown
+
+import attuned_store
+from attuned_store import (
+    ANY,
+    AsyncQdrantStore,
+    QdrantStoreConfig,
+    StateSnapshot,
+    _AnyOf,
+    _Collection,
+    _Core,
+    _Equal,
+    _Filter,
+    _OwnedCore,
+    _Page,
+    _Point,
+    _Put,
+    _Range,
+    _Record,
+    _SharedCore,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.once
+
+T = TypeVar("T")
+Ready = Callable[[], bool]
+
+# ------------------------------------------------------------------------------
+# Turns
+# ------------------------------------------------------------------------------
+
+
+def always() -> bool:
+    return True
+
+
+@types.coroutine
+def turn(ready: Ready = always) -> Generator[Ready, None, None]:
+    """Let others have a turn, and go on once it is ready."""
+    yield ready
+
+
+def interleave(flows: Sequence[Coroutine[Any, Any, object]], schedule: Sequence[int]) -> None:
+    """Run all flows to their ends, whose turn it is being read from the schedule; then one by one."""
+    waiting: dict[int, Ready] = dict.fromkeys(range(len(flows)), always)
+    turns = iter(schedule)
+    try:
+        while waiting:
+            ready = [index for index, is_ready in waiting.items() if is_ready()]
+            assert ready, "all flows wait for each other"
+            index = ready[next(turns, 0) % len(ready)]
+            try:
+                waiting[index] = flows[index].send(None)
+            except StopIteration:
+                del waiting[index]
+    finally:
+        for flow in flows:
+            flow.close()
+
+
+class Turns:
+    """A lock of flows."""
+
+    def __init__(self) -> None:
+        self._taken = False
+
+    @contextlib.asynccontextmanager
+    async def __call__(self) -> Any:
+        await turn(lambda: not self._taken)
+        self._taken = True
+        try:
+            yield
+        finally:
+            self._taken = False
+
+
+# ------------------------------------------------------------------------------
+# Engines
+# ------------------------------------------------------------------------------
+
+
+def matches(payload: Mapping[str, Any], where: _Filter) -> bool:
+    return all(holds(payload, each) for each in where.must) and not any(
+        holds(payload, each) for each in where.must_not
+    )
+
+
+def holds(payload: Mapping[str, Any], condition: Any) -> bool:
+    value = payload.get(condition.key)
+    match condition:
+        case _Equal(_, wanted):
+            return bool(value == wanted)
+        case _AnyOf(_, values):
+            return value in values
+        case _Range(_, least, most):
+            return value is not None and bool(
+                (-math.inf if least is None else least) <= value <= (math.inf if most is None else most)
+            )
+        case _:
+            return value is None
+
+
+class Points:
+    """A database of points in a dict, with a turn for others before and after the effect of every call."""
+
+    name = "points"
+    runs = "in place"
+    compact = False
+
+    def __init__(self, *, indexed: bool = True) -> None:
+        self.indexed = indexed
+        self.points: dict[str, _Point] = {}
+        self.writes = 0
+
+    @contextlib.asynccontextmanager
+    async def call(self) -> Any:
+        await turn()
+        yield
+        await turn()
+
+    async def open_collection(self, collection: _Collection) -> Mapping[str, Any]:
+        return collection.metadata
+
+    def _found(self, where: _Filter) -> Iterator[_Record]:
+        return (
+            _Record(point.id, point.payload)
+            for point in self.points.values()
+            if matches(point.payload, where)
+        )
+
+    async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[_Record]:
+        async with self.call():
+            return [_Record(each, self.points[each].payload) for each in ids if each in self.points]
+
+    async def page(
+        self,
+        collection: str,
+        where: _Filter,
+        *,
+        limit: int,
+        cursor: Any = None,
+        newest_by: str | None = None,
+        payload: bool = True,
+    ) -> _Page:
+        async with self.call():
+            records = list(self._found(where))
+        if newest_by is not None:
+            records.sort(key=lambda record: cast("int", record.payload[newest_by]), reverse=True)
+        return _Page(records[:limit], None)
+
+    async def count(self, collection: str, where: _Filter) -> int:
+        async with self.call():
+            return len(list(self._found(where)))
+
+    # What an embedded engine has
+
+    async def drop(self, collection: str) -> None:
+        """Nothing to do: there is only the collection that is used, which is never dropped."""
+        assert collection.endswith(".restoring")
+
+    async def write(self, collection: str, points: Sequence[_Point], deleted: Sequence[str] = ()) -> None:
+        async with self.call():
+            self.points.update({point.id: point for point in points})
+            for each in deleted:
+                self.points.pop(each, None)
+        self.writes += 1
+
+    # What a server has
+
+    async def put(self, collection: str, puts: Sequence[_Put]) -> None:
+        async with self.call():
+            for each in puts:
+                for point in each.points:
+                    if self.allows(each, self.points.get(point.id)):
+                        self.points[point.id] = point
+
+    def allows(self, put: _Put, there: _Point | None) -> bool:
+        if there is None:
+            return put.mode != "update"
+        return put.mode != "insert" and (put.over is None or matches(there.payload, put.over))
+
+    async def delete(self, collection: str, where: _Filter | Sequence[str]) -> None:
+        async with self.call():
+            gone = [each.id for each in self._found(where)] if isinstance(where, _Filter) else where
+            for each in gone:
+                self.points.pop(each, None)
+
+
+# ------------------------------------------------------------------------------
+# Stores over them
+# ------------------------------------------------------------------------------
+
+
+class Owned(AsyncQdrantStore):
+    """The asynchronous store over a core of its own, whose operations hold a lock, as in a directory."""
+
+    core_class: type[_OwnedCore | _SharedCore] = _OwnedCore
+    engine_class: type[Points] = Points
+    indexed = True
+
+    def __init__(self, **options: Any) -> None:
+        self.config = QdrantStoreConfig(path="unused", max_history_per_user=MAXIMUM, **options)
+        self.engine = self.engine_class(indexed=self.indexed)
+        self.lock = Turns()
+        self._core = self.core = cast("Any", self.core_class)(self.engine, self.config)
+        self._held = cast("Any", object())
+
+    async def _drive(
+        self, operation: str, start: Callable[[_Core], Coroutine[Any, Any, T]], about: object = None
+    ) -> T:
+        async with self.lock():
+            return await self._core.begin(start)
+
+
+class Unindexed(Owned):
+    """The same over an engine without indexes."""
+
+    indexed = False
+
+
+class Shared(Owned):
+    """The store of a server: no lock, and an engine that others use as well."""
+
+    core_class = _SharedCore
+
+    async def _drive(
+        self, operation: str, start: Callable[[_Core], Coroutine[Any, Any, T]], about: object = None
+    ) -> T:
+        return await self._core.begin(start)
+
+
+# ------------------------------------------------------------------------------
+# Broken ones
+# ------------------------------------------------------------------------------
+
+
+class Unlocked(Owned):
+    """No lock at all."""
+
+    async def _drive(
+        self, operation: str, start: Callable[[_Core], Coroutine[Any, Any, T]], about: object = None
+    ) -> T:
+        return await self._core.begin(start)
+
+
+class UnlockedWithoutIndexes(Unlocked):
+    indexed = False
+
+
+class LockedByCall(Unlocked):
+    """The lock is taken for each call of the engine, not for the operation."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.engine.call = self.lock  # type: ignore[method-assign, assignment]
+
+
+class CheckedOutside(Owned):
+    """The condition of a write is looked at before the lock is taken for writing."""
+
+    async def upsert_latest(self, snapshot: StateSnapshot, *, expected: Any = ANY) -> None:
+        if expected is not ANY and await self.get_latest(snapshot.user_id) != expected:
+            raise attuned_store._conflict(snapshot.user_id, expected, None)
+        await super().upsert_latest(snapshot)
+
+
+class FilledLate(Owned):
+    """A state that was read goes into the cache after the lock has been released."""
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        cached = self.core.cached(user_id)
+        if cached is not None:
+            return cached
+
+        async def read(core: _Core) -> StateSnapshot | None:
+            found = await core.get_latest(user_id)
+            self.core._latest.pop(user_id, None)
+            return found
+
+        found = await self._drive("get", read)
+        await turn()
+        if found is not None:
+            self.core._latest[user_id] = found
+        return found
+
+
+class EmptiedLate(Owned):
+    """What was deleted leaves the cache after the lock has been released."""
+
+    async def delete(self, user_id: str) -> bool:
+        cached = self.core.cached(user_id)
+        answer = await super().delete(user_id)
+        if cached is not None:
+            self.core._latest[user_id] = cached
+            await turn()
+            self.core._latest.pop(user_id, None)
+        return answer
+
+
+class WrittenInTwo(Owned):
+    """The latest point and the history are written under two locks."""
+
+    async def upsert_latest(self, snapshot: StateSnapshot, *, expected: Any = ANY) -> None:
+        later = list[Sequence[_Point]]()
+        write = self.engine.write
+
+        async def first_half(collection: str, points: Sequence[_Point], deleted: Sequence[str] = ()) -> None:
+            self.engine.write = write  # type: ignore[method-assign]
+            await write(collection, points[:1])
+            later.append(points[1:])
+
+        async def start(core: _Core) -> None:
+            self.engine.write = first_half  # type: ignore[method-assign]
+            try:
+                await core.upsert_latest(snapshot, expected)
+            finally:
+                self.engine.write = write  # type: ignore[method-assign]
+                self.core._forget(snapshot.user_id)
+
+        await self._drive("upsert", start)
+        if later:
+            await self._drive("upsert", lambda _: write("", later[0]))
+            self.core._forget(snapshot.user_id)
+
+
+class Ungoverned(Points):
+    """A server that puts points whatever their guard says."""
+
+    def allows(self, put: _Put, there: _Point | None) -> bool:
+        return True
+
+
+class SharedWithoutGuards(Shared):
+    engine_class = Ungoverned
+
+
+class Hopeful(_SharedCore):
+    """Takes every conditional write for a success."""
+
+    async def _replace(self, snapshot: StateSnapshot, before: Mapping[str, Any] | None) -> None:
+        with contextlib.suppress(attuned_store.ConflictError):
+            await super()._replace(snapshot, before)
+
+
+class SharedAndHopeful(Shared):
+    core_class = Hopeful
+
+
+class Unconditional(_SharedCore):
+    """Looks at the condition, then puts without a guard."""
+
+    async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None:
+        if await self.get_latest(snapshot.user_id) != expected:
+            raise attuned_store._conflict(snapshot.user_id, expected, None)
+        await self.write([snapshot])
+
+
+class SharedAndUnconditional(Shared):
+    core_class = Unconditional
+
+
+class AlwaysNewest(_SharedCore):
+    """Puts the latest point without looking whether it is the newest."""
+
+    def _puts(self, newest: Any, history: list[_Point]) -> list[_Put]:
+        return [put._replace(over=None) for put in super()._puts(newest, history)]
+
+
+class SharedWithoutNewest(Shared):
+    core_class = AlwaysNewest
+
+
+# ------------------------------------------------------------------------------
+# Tests
+# ------------------------------------------------------------------------------
+
+# On a server, what takes several requests may be seen half done: only latest states are looked at there.
+SHARED_KINDS = {kind: weight for kind, weight in KINDS.items() if kind not in ("delete", "history", "count")}
+SCHEDULES = st.lists(st.integers(0, 7), max_size=150)
+SEEDS = st.integers(0, 2**20)
+GENERATE = settings(max_examples=3_000, database=None, deadline=None, phases=[Phase.generate])
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock stands still, and waiting is a turn for the others."""
+
+    async def sleep(seconds: float) -> None:
+        await turn()
+
+    monkeypatch.setattr(attuned_store, "_sleep", sleep)
+    monkeypatch.setattr(attuned_store, "_now_ms", lambda: NOW)
+
+
+def play(kind: type[Owned], seed: int, schedule: Sequence[int], **options: Any) -> str:
+    """What went wrong when programs used one store, in the order of the schedule; "" for nothing."""
+    store = kind(**options)
+    shared = isinstance(store, Shared)
+    names = [f"user-{number}" for number in range(1 + seed % 2)]
+    recorder = Recorder(names, whole_batches=not shared)
+    programs = make_programs(str(seed), names, callers=4, kinds=SHARED_KINDS if shared else KINDS)
+    interleave([store.core.ensure_open() if shared else store.core.open()], [])
+    interleave([recorder.run(store, program, turn) for program in programs], schedule)
+    interleave([recorder.run(store, last_look(len(names), history=not shared))], [])
+    return "" if find_order(recorder.events, len(names)) else shown(recorder.events)
+
+
+def last_look(users: int, *, history: bool) -> list[Order]:
+    """A program that reads everything."""
+    kinds = ["latest", "history"] if history else ["latest"]
+    return [Order(kind, [user], [state()], MAXIMUM) for user in range(users) for kind in kinds]
+
+
+RIGHT: list[type[Owned]] = [Owned, Unindexed, Shared]
+BROKEN: list[type[Owned]] = [
+    Unlocked,
+    UnlockedWithoutIndexes,
+    LockedByCall,
+    CheckedOutside,
+    FilledLate,
+    EmptiedLate,
+    WrittenInTwo,
+    SharedWithoutGuards,
+    SharedAndHopeful,
+    SharedAndUnconditional,
+    SharedWithoutNewest,
+]
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+@settings(
+    max_examples=5_000 if os.environ.get("ATTUNED_TEST_LONG") else 200,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(seed=SEEDS, schedule=SCHEDULES, cache_size=st.sampled_from([0, 1, 100]))
+def test_no_schedule_breaks_a_store(
+    kind: type[Owned], seed: int, schedule: list[int], cache_size: int
+) -> None:
+    """Whoever has a turn when, callers see what they could have seen one after the other."""
+    wrong = play(kind, seed, schedule, cache_size=cache_size)
+    note(wrong)
+    assert not wrong
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_is_broken_is_found_out(kind: type[Owned]) -> None:
+    """For every way to break a store there is a schedule that shows it."""
+    find(
+        st.tuples(SEEDS, SCHEDULES),
+        lambda case: bool(play(kind, *case)),
+        settings=GENERATE,
+        random=Random(0),
+    )

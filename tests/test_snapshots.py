@@ -1,0 +1,1494 @@
+"""Portable snapshots: those of every store, bad input, the files and their faults, and the one on start."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import gzip
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+import struct
+import subprocess
+import tarfile
+import tempfile
+import tracemalloc
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import anyio
+import pytest
+from conformance import (
+    BACKENDS,
+    EMBEDDED,
+    NOW,
+    PEOPLE,
+    AsyncReplacementTests,
+    AsyncSnapshotTests,
+    Clock,
+    SnapshotTests,
+    archived,
+    environment,
+    needs,
+    random_states,
+    read_archive,
+    run_python,
+    script,
+    snapshot_of,
+    state,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import attuned_store
+from attuned_store import (
+    CANONICAL_AXES,
+    MemoryStore,
+    QdrantStore,
+    SnapshotError,
+    StateSnapshot,
+    StateStore,
+    StoreError,
+    ValidationError,
+    alist_snapshots,
+    averify_snapshot,
+    list_snapshots,
+    snapshot_on_start,
+    verify_snapshot,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+pytestmark = pytest.mark.once
+
+LONG = bool(os.environ.get("ATTUNED_TEST_LONG"))
+
+
+SERVERS = tuple(name for name in BACKENDS if name not in EMBEDDED)
+
+
+class TestSnapshots(SnapshotTests):
+    backends = EMBEDDED
+
+
+class TestAsyncSnapshots(AsyncSnapshotTests):
+    backends = EMBEDDED
+
+
+class TestAsyncReplacements(AsyncReplacementTests):
+    backends = EMBEDDED
+
+
+@pytest.mark.once
+class TestServerSnapshots(SnapshotTests):
+    backends = SERVERS
+    faces = ("sync", "asyncio")
+
+
+@pytest.mark.once
+class TestAsyncServerSnapshots(AsyncSnapshotTests):
+    backends = SERVERS
+
+
+# ------------------------------------------------------------------------------
+# Archives made here, byte by byte
+# ------------------------------------------------------------------------------
+
+FIELDS: dict[str, Any] = {
+    "user_id": "ann",
+    "axes": {"warmth": 0.5},
+    "updated_at_unix_ms": 5,
+    "source": "self_report",
+    "confidence": 1.0,
+    "schema_version": 1,
+}
+MANIFEST = "manifest.json"
+
+
+def line(**fields: Any) -> bytes:
+    return json.dumps({**FIELDS, **fields}).encode() + b"\n"
+
+
+def part(*lines: bytes) -> bytes:
+    return b"".join(lines)
+
+
+def manifest_of(data_of_parts: Sequence[bytes], /, **changes: Any) -> dict[str, Any]:
+    """What stands in a manifest, counted as an honest writer would."""
+    names = [f"snapshots-{number:05d}.jsonl" for number in range(len(data_of_parts))]
+    states = [each for data in data_of_parts for each in data.splitlines()]
+    users = set(re.findall(rb'"user_id": ("(?:[^"\\]|\\.)*")', b"".join(states)))
+    collection = {
+        "name": "attuned_state",
+        "axes": list(CANONICAL_AXES),
+        "users": len(users),
+        "snapshots": len(states),
+        "parts": [
+            {
+                "name": name,
+                "size": len(data),
+                "sha256": hashlib.sha256(data).hexdigest(),
+                "snapshots": data.count(b"\n"),
+            }
+            for name, data in zip(names, data_of_parts, strict=True)
+        ],
+    }
+    top = {"format_version": 1, "engine": "memory", "created_at": "2026-01-17T12:00:00.000Z"}
+    collection.update({name: changes.pop(name) for name in [*changes] if name in collection})
+    return {**top, "collections": [collection], **changes}
+
+
+def member(name: str, data: bytes, **fields: Any) -> bytes:
+    """A member of a tar; its header may say anything."""
+    header = tarfile.TarInfo(name)
+    header.size = len(data)
+    for field, value in fields.items():
+        setattr(header, field, value)
+    return header.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
+
+
+def seal(data: bytes) -> bytes:
+    """What stands at the end of a snapshot, as the format says."""
+    digest = hashlib.sha256(data).digest()
+    extra = b"AS" + struct.pack("<H", len(digest)) + digest
+    return b"\x1f\x8b\x08\x04\0\0\0\0\0\xff" + struct.pack("<H", len(extra)) + extra + b"\x03\0" + bytes(8)
+
+
+def packed(tar: bytes) -> bytes:
+    data = gzip.compress(tar, 1, mtime=0)
+    return data + seal(data)
+
+
+END = bytes(1024)
+
+
+def archive(*data_of_parts: bytes, **changes: Any) -> bytes:
+    """A snapshot of these parts whose manifest is right but for the changes."""
+    members = [member(f"snapshots-{number:05d}.jsonl", data) for number, data in enumerate(data_of_parts)]
+    manifest = json.dumps(manifest_of(data_of_parts, **changes)).encode()
+    return packed(b"".join(members) + member(MANIFEST, manifest) + END)
+
+
+def around(*extra: bytes, before: bool = True) -> bytes:
+    """A good snapshot with more members, before the manifest or after it."""
+    good, manifest = member(PART, ONE), member(MANIFEST, json.dumps(manifest_of([ONE])).encode())
+    return packed(b"".join([good, *extra, manifest, END] if before else [good, manifest, *extra, END]))
+
+
+def text_of(manifest: str | bytes) -> bytes:
+    """A snapshot with this text as its manifest."""
+    data = manifest if isinstance(manifest, bytes) else manifest.encode()
+    return packed(member(PART, ONE) + member(MANIFEST, data) + END)
+
+
+PART = "snapshots-00000.jsonl"
+ONE = line()
+HONEST = json.dumps(manifest_of([ONE]))
+
+
+def content_of(store: StateStore) -> dict[str, list[StateSnapshot]]:
+    return {user_id: store.get_history(user_id, 10**6) for user_id in store.users()}
+
+
+def check_refused(path: Path, match: str, store: StateStore | None = None) -> None:
+    """Verifying, and restoring in every mode, raise SnapshotError that says this; the store is as before."""
+    with pytest.raises(SnapshotError, match=match) as caught:
+        verify_snapshot(path)
+    assert str(path) in str(caught.value)
+    if store is None:
+        store = MemoryStore()
+        store.upsert_many(PEOPLE)
+    before = content_of(store)
+    for mode in ("replace", "merge", "skip"):
+        with pytest.raises(SnapshotError, match=match):
+            store.restore_snapshot(path, mode=cast("Any", mode))
+    assert content_of(store) == before
+
+
+def test_an_archive_of_another_program_is_read(tmp_path: Path) -> None:
+    """An archive that another program wrote, as the format says, is restored; the order of fields is free."""
+    path = tmp_path / "theirs.attuned"
+    fields = dict(reversed(FIELDS.items()))
+    mine = json.dumps({**fields, "updated_at_unix_ms": 7, "axes": {"warmth": 1, "formality": 0}}).encode()
+    odd = line(user_id='a":"b\\', axes={}, source="mixed", confidence=0.25, schema_version=3)
+    path.write_bytes(archive(part(ONE, mine + b"\n", odd)))
+    store = MemoryStore()
+
+    assert store.restore_snapshot(path).points == verify_snapshot(path).points == 3
+
+    assert content_of(store) == {
+        "ann": [
+            StateSnapshot("ann", {"warmth": 1, "formality": 0}, 7),
+            StateSnapshot("ann", {"warmth": 0.5}, 5),
+        ],
+        'a":"b\\': [StateSnapshot('a":"b\\', {}, 5, "mixed", 0.25, 3)],
+    }
+
+
+# ------------------------------------------------------------------------------
+# Bad input
+# ------------------------------------------------------------------------------
+
+SECOND = line(updated_at_unix_ms=6)
+BAD_LINES: dict[str, tuple[bytes, str]] = {
+    "not JSON": (b"warmth\n", "line 1"),
+    "an empty line": (b"\n", "line 1"),
+    "an array": (b"[1]\n", "an object"),
+    "a string": (b'"ann"\n', "an object"),
+    "null": (b"null\n", "an object"),
+    "a field too few": (line().replace(b'"confidence": 1.0, ', b""), "an object with"),
+    "a field too many": (line(mood="good"), "an object with"),
+    "NaN": (line(axes={"warmth": float("nan")}), "warmth"),
+    "infinity": (line(axes={"warmth": float("inf")}), "warmth"),
+    "NaN as confidence": (line(confidence=float("nan")), "confidence"),
+    "1e999": (line().replace(b"1.0", b"1e999"), "confidence"),
+    "an axis above 1": (line(axes={"warmth": 1.5}), "warmth"),
+    "an axis as text": (line(axes={"warmth": "0.5"}), "warmth"),
+    "an axis as bool": (line(axes={"warmth": True}), "warmth"),
+    "an axis as object": (line(axes={"warmth": {}}), "warmth"),
+    "axes as number": (line(axes=5), "axes"),
+    "axes as null": (line(axes=None), "axes"),
+    "axes as text": (line(axes="warmth"), "axes"),
+    "axes as list": (line(axes=["warmth"]), "axes"),
+    "a user id as number": (line(user_id=5), "user_id"),
+    "a user id as list": (line(user_id=["ann"]), "user_id"),
+    "an empty user id": (line(user_id=""), "user_id"),
+    "half a surrogate": (line(user_id="\ud800"), "user_id"),
+    "a time as text": (line(updated_at_unix_ms="5"), "updated_at_unix_ms"),
+    "a time as float": (line(updated_at_unix_ms=5.0), "updated_at_unix_ms"),
+    "a time as bool": (line(updated_at_unix_ms=True), "updated_at_unix_ms"),
+    "a negative time": (line(updated_at_unix_ms=-1), "updated_at_unix_ms"),
+    "a number of 5,000 digits": (line().replace(b" 5,", b" " + b"9" * 5000 + b","), "line 1"),
+    "an unknown source": (line(source="guess"), "source"),
+    "a source as number": (line(source=5), "source"),
+    "a confidence as text": (line(confidence="1"), "confidence"),
+    "a version as bool": (line(schema_version=True), "schema_version"),
+    "not UTF-8": (line().replace(b"ann", b"\xff\xfe"), "line 1"),
+    "UTF-16": (json.dumps(FIELDS).encode("utf-16-be") + b"\0\n", "line 1"),
+    "a byte order mark": (b"\xef\xbb\xbf" + line(), "line 1"),
+    "nested too deep": (b"[" * 100_000 + b"\n", "line 1"),
+    "a name twice": (line().replace(b'"axes"', b'"user_id": "bob", "axes"'), "twice"),
+    "a name twice, spaced": (line().replace(b'"axes"', b'"user_id" : "bob", "axes"'), "twice"),
+    "an axis twice": (line().replace(b'{"warmth": 0.5}', b'{"warmth": 0.5, "warmth" : 0.7}'), "twice"),
+    "an axis twice, escaped": (
+        line().replace(b'{"warmth": 0.5}', b'{"warmth": 0.5, "\\u0077armth": 0.7}'),
+        "twice",
+    ),
+    "no end of the last line": (line()[:-1], "no end"),
+    "a state twice": (part(ONE, ONE), "order"),
+    "states of a user out of order": (part(SECOND, ONE), "order"),
+    "a user at two places": (part(ONE, line(user_id="bob"), SECOND), "stand together"),
+    "nothing": (b"", "no end"),
+    "an axis that the manifest does not name": (line(axes={"valence": 1}), "valence"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_LINES)
+def test_a_bad_line_is_refused(what: str, tmp_path: Path) -> None:
+    """Whatever is wrong with the states of an archive is SnapshotError that says so."""
+    data, match = BAD_LINES[what]
+    (tmp_path / "bad.attuned").write_bytes(archive(data, users=1, snapshots=1))
+
+    check_refused(tmp_path / "bad.attuned", match)
+
+
+BAD_ARCHIVES: dict[str, tuple[bytes, str]] = {
+    # Members
+    "an extra member": (around(member("notes.txt", b"hello")), "notes.txt"),
+    "an extra member behind the manifest": (around(member("notes.txt", b"hi"), before=False), "behind"),
+    "the manifest twice": (around(member(MANIFEST, HONEST.encode()), before=True), "behind manifest.json"),
+    "the manifest first": (
+        packed(member(MANIFEST, HONEST.encode()) + member(PART, ONE) + END),
+        "differ",
+    ),
+    "a part twice": (around(member(PART, ONE)), "should be snapshots-00001"),
+    "parts in another order": (
+        packed(member("snapshots-00001.jsonl", ONE) + member(PART, ONE) + END),
+        "should be snapshots-00000",
+    ),
+    "an absolute name": (around(member("/etc/passwd", b"root::0:0")), "/etc/passwd"),
+    "a name that leads out": (around(member("../../evil", b"x")), r"\.\./\.\./evil"),
+    "a part in a directory": (packed(member("./" + PART, ONE) + END), "should be"),
+    "a link": (around(member("link", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")), "plain file"),
+    "a hard link": (around(member("link", b"", type=tarfile.LNKTYPE, linkname=PART)), "plain file"),
+    "a device": (around(member("null", b"", type=tarfile.CHRTYPE, devmajor=1, devminor=3)), "plain file"),
+    "a block device": (around(member("sda", b"", type=tarfile.BLKTYPE)), "plain file"),
+    "a FIFO": (around(member("pipe", b"", type=tarfile.FIFOTYPE)), "plain file"),
+    "a directory": (around(member("dir", b"", type=tarfile.DIRTYPE)), "plain file"),
+    "a sparse file": (around(member("holes", b"", type=tarfile.GNUTYPE_SPARSE)), "plain file"),
+    "a long name": (around(member("a" * 300, b"x")), "plain file"),
+    "a part that is a link": (packed(member(PART, b"", type=tarfile.SYMTYPE) + END), "plain file"),
+    "a member of 1 GiB": (packed(member(PART, b"", size=1 << 30)), "bytes"),
+    "a member of 8 EiB": (packed(member(PART, b"", size=1 << 63)), "bytes"),
+    "a negative size": (packed(member(PART, b"", size=-1)), "bytes"),
+    "small parts": (archive(ONE, SECOND), "too small"),
+    "padding that is not zero": (packed(member(PART, ONE)[:-1] + b"x" + END), "behind the end"),
+    "no manifest": (packed(member(PART, ONE) + END), "no archive"),
+    "no end of the tar": (packed(member(PART, ONE) + member(MANIFEST, HONEST.encode())), "too early"),
+    "more behind the tar": (
+        packed(member(PART, ONE) + member(MANIFEST, HONEST.encode()) + END + b"x"),
+        "behind its end",
+    ),
+    "an empty tar": (packed(END), "no archive"),
+    "nothing packed": (packed(b""), "too early"),
+    "no tar": (packed(b"hello " * 1000), "no archive"),
+    # Around them
+    "an empty file": (b"", "cut short"),
+    "no gzip": (b"hello " * 1000, "damaged"),
+    "a zip": (b"PK\x03\x04" + bytes(100), "damaged"),
+    "no seal": (gzip.compress(b"", 1), "too early"),
+    "packed anew": (gzip.compress(gzip.decompress(archive(ONE)), 6), "packed anew"),
+    "another seal": (archive(ONE)[:-58] + archive(SECOND)[-58:], "altered"),
+    "half a seal": (archive(ONE)[:-20], "cut short"),
+    "more behind the seal": (archive(ONE) + b"x", "altered"),
+    "two archives": (archive(ONE) * 2, "altered"),
+    # The manifest
+    "an empty manifest": (text_of(""), "manifest"),
+    "a manifest that is no JSON": (text_of("hello"), "manifest"),
+    "a manifest that is a list": (text_of("[]"), "object"),
+    "a manifest that is not UTF-8": (text_of(b'{"\xff": 1}'), "manifest"),
+    "a manifest nested too deep": (text_of("[" * 100_000), "manifest"),
+    "a manifest of nothing": (text_of("{}"), "portable"),
+    "a name twice in the manifest": (
+        text_of(HONEST.replace('"engine"', '"format_version": 1, "engine"')),
+        "twice",
+    ),
+    "a count twice in the manifest": (text_of(HONEST.replace('"users"', '"users": 2, "users"')), "twice"),
+    "a newer format": (archive(ONE, format_version=2), "format 2.*upgrade"),
+    "format 0": (archive(ONE, format_version=0), "not one"),
+    "a format in words": (archive(ONE, format_version="1"), "not one"),
+    "no format": (archive(ONE, format_version=None), "not one"),
+    "no collections": (archive(ONE, collections=[]), "0 collections"),
+    "two collections": (archive(ONE, collections=[{}, {}]), "2 collections"),
+    "collections as text": (archive(ONE, collections="one"), "not one"),
+    "a collection as text": (archive(ONE, collections=["one"]), "collections"),
+    "too many users": (archive(ONE, users=2), "users differ"),
+    "users in words": (archive(ONE, users="1"), "users differ"),
+    "too few snapshots": (archive(ONE, snapshots=0), "snapshots differ"),
+    "no parts": (archive(ONE, parts=[]), "parts differ"),
+    "parts as null": (archive(ONE, parts=None), "parts differ"),
+    "a wrong digest": (
+        archive(ONE, parts=[{**manifest_of([ONE])["collections"][0]["parts"][0], "sha256": "0" * 64}]),
+        "parts differ",
+    ),
+    "a wrong size": (
+        archive(ONE, parts=[{**manifest_of([ONE])["collections"][0]["parts"][0], "size": 5}]),
+        "parts differ",
+    ),
+    "no axes": (archive(ONE, axes=None), "axis|axes"),
+    "axes as text": (archive(ONE, axes="warmth"), "axes"),
+    "axes as number": (archive(ONE, axes=5), "manifest"),
+    "an axis as number": (archive(ONE, axes=[5]), "manifest"),
+    "an axis twice": (archive(ONE, axes=["warmth", "warmth"]), "once"),
+    "fewer axes than occur": (archive(ONE, axes=["formality"]), "warmth"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_ARCHIVES)
+def test_a_bad_archive_is_refused(what: str, tmp_path: Path) -> None:
+    """Whatever is wrong with an archive is SnapshotError that says so, and changes nothing."""
+    data, match = BAD_ARCHIVES[what]
+    (tmp_path / "bad.attuned").write_bytes(data)
+
+    check_refused(tmp_path / "bad.attuned", match)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.attuned"]
+
+
+def test_the_good_archive_of_these_tests_is_good(tmp_path: Path) -> None:
+    """What the bad archives are made from would be read."""
+    (tmp_path / "good.attuned").write_bytes(archive(ONE))
+
+    assert verify_snapshot(tmp_path / "good.attuned").points == 1
+
+
+@pytest.fixture(scope="module")
+def small() -> bytes:
+    """A small snapshot of two parts, as a store writes it."""
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attuned_store, "_PART_BYTES", 400)
+        path = snapshot_of(PEOPLE, Path(directory))
+        assert len(read_archive(path)[0]["collections"][0]["parts"]) > 1
+        return path.read_bytes()
+
+
+def test_verifying_and_listing_have_asynchronous_forms(tmp_path: Path) -> None:
+    """averify_snapshot and alist_snapshots do the same in a worker thread, progress included."""
+    path = snapshot_of(PEOPLE, tmp_path)
+    calls: list[tuple[int, int | None]] = []
+
+    async def both() -> tuple[Any, Any]:
+        verified = await averify_snapshot(path, progress=lambda *call: calls.append(call))
+        return verified, await alist_snapshots(tmp_path)
+
+    verified, (listed,) = anyio.run(both)
+
+    assert (verified.path, verified.points, listed.path) == (path, 7, path)
+    assert calls == [(7, None)]
+
+
+@pytest.fixture
+def holder(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
+    """A store that holds something, for which small parts will do."""
+    monkeypatch.setattr(attuned_store, "_PART_BYTES", 400)
+    store = MemoryStore()
+    store.upsert_many([state("zoe", 1), state("ann", 99)])
+    return store
+
+
+def check_damaged(store: StateStore, path: Path, data: bytes, what: object) -> None:
+    path.write_bytes(data)
+    before = content_of(store)
+    for attempt in (verify_snapshot, store.restore_snapshot):
+        try:
+            attempt(path)
+        except SnapshotError as error:
+            assert str(path) in str(error)  # noqa: PT017 - any other error is the failure
+        else:
+            pytest.fail(f"accepted: {what}")
+    assert content_of(store) == before, what
+
+
+def test_a_snapshot_cut_anywhere_is_refused(small: bytes, holder: MemoryStore, tmp_path: Path) -> None:
+    """A file cut short at any byte is SnapshotError, and changes nothing."""
+    for length in range(len(small)):
+        check_damaged(holder, tmp_path / "cut.attuned", small[:length], length)
+    (tmp_path / "whole.attuned").write_bytes(small)
+    assert holder.restore_snapshot(tmp_path / "whole.attuned").points == len(PEOPLE)
+
+
+def test_a_snapshot_altered_anywhere_is_refused(small: bytes, holder: MemoryStore, tmp_path: Path) -> None:
+    """A file with any byte altered is SnapshotError, and changes nothing."""
+    for position, byte in enumerate(small):
+        altered = small[:position] + bytes([byte ^ 0xFF]) + small[position + 1 :]
+        check_damaged(holder, tmp_path / "altered.attuned", altered, position)
+
+
+@pytest.mark.once
+def test_a_single_altered_bit_is_refused(small: bytes, holder: MemoryStore, tmp_path: Path) -> None:
+    """A file with a single bit altered, wherever that is, is SnapshotError."""
+    path, bits, seed = tmp_path / "altered.attuned", range(8 * len(small)), random.randrange(10**6)
+    for number in bits if LONG else random.Random(seed).sample(bits, len(small)):
+        position, bit = divmod(number, 8)
+        altered = small[:position] + bytes([small[position] ^ 1 << bit]) + small[position + 1 :]
+        path.write_bytes(altered)
+        try:
+            verify_snapshot(path)
+        except SnapshotError:
+            continue
+        pytest.fail(f"accepted: bit {bit} of byte {position} altered")
+
+
+def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
+    """Directories, FIFOs and what is not there are SnapshotError, and nothing waits for a FIFO."""
+    (tmp_path / "dir.attuned").mkdir()
+    os.mkfifo(tmp_path / "fifo.attuned")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop.attuned").symlink_to(tmp_path / "loop.attuned")
+
+    check_refused(tmp_path / "dir.attuned", "not a file")
+    check_refused(tmp_path / "fifo.attuned", "not a file")
+    check_refused(tmp_path / "fifo", "not a file")
+    check_refused(tmp_path / "missing.attuned", "cannot be read: No such file")
+    check_refused(tmp_path / "loop.attuned", "cannot be read")
+    check_refused(tmp_path / ("a" * 300), "cannot be read")
+    with pytest.raises(SnapshotError, match="cannot be read"):
+        verify_snapshot("~nobody-of-this-name/x.attuned")
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that may not be opened, or fails while it is read, is SnapshotError."""
+    path = snapshot_of(PEOPLE, tmp_path)
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", fail)
+        check_refused(path, "cannot be read: Input/output error")
+    with monkeypatch.context() as patch:
+        patch.setattr(attuned_store._Unpacked, "_read", fail)
+        check_refused(path, "cannot be read: Input/output error")
+
+
+def test_another_file_is_said_to_be_no_snapshot(tmp_path: Path) -> None:
+    """A file of another kind is not mistaken for a damaged snapshot of a server."""
+    (tmp_path / "notes.txt").write_text("hello")
+
+    with pytest.raises(SnapshotError, match=r"notes\.txt: is no portable snapshot"):
+        MemoryStore().restore_snapshot(tmp_path / "notes.txt")
+    with pytest.raises(SnapshotError, match="not a snapshot of a server"):
+        verify_snapshot(tmp_path / "notes.txt")
+
+
+def test_a_file_that_changes_while_it_is_restored_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is another one when it is read again, after it was verified, is SnapshotError."""
+    path, other = snapshot_of(PEOPLE, tmp_path / "a"), snapshot_of(PEOPLE[:3], tmp_path / "b")
+    store = MemoryStore()
+
+    verify = attuned_store._SavedSnapshot.verify
+
+    def verify_and_change(saved: Any, *arguments: Any) -> None:
+        verify(saved, *arguments)
+        other.replace(path)
+
+    monkeypatch.setattr(attuned_store._SavedSnapshot, "verify", verify_and_change)
+
+    with pytest.raises(SnapshotError, match="changed while it was read"):
+        store.restore_snapshot(path, mode="merge")
+
+
+# Memory
+
+MIB = 1 << 20
+
+
+class Deflated:
+    """A gzip file whose contents are a few pieces repeated as often as wanted, made without holding them."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._crc = self._size = 0
+        self._digest = hashlib.sha256()
+        self._put(b"\x1f\x8b\x08\0\0\0\0\0\x04\x03")
+
+    def _put(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+
+    def add(self, data: bytes, times: int = 1) -> None:
+        """Compressed once: a flushed block may be repeated."""
+        packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+        block = packer.compress(data) + packer.flush(zlib.Z_FULL_FLUSH)
+        for _ in range(times):
+            self._put(block)
+            self._crc = zlib.crc32(data, self._crc)
+        self._size += len(data) * times
+
+    def finish(self) -> None:
+        self._put(b"\x03\0" + struct.pack("<II", self._crc, self._size & 0xFFFFFFFF))
+        digest = self._digest.digest()
+        extra = b"AS" + struct.pack("<H", len(digest)) + digest
+        head = b"\x1f\x8b\x08\x04\0\0\0\0\0\xff" + struct.pack("<H", len(extra))
+        self._file.write(head + extra + b"\x03\0" + bytes(8))
+        self._file.close()
+
+
+def header(name: str, size: int) -> bytes:
+    return member(name, b"", size=size)
+
+
+def a_line_of_1_gib(out: Deflated) -> None:
+    out.add(header(PART, 1 << 30))
+    out.add(b"a" * MIB, 1024)
+
+
+def zeros_behind_the_end(out: Deflated) -> None:
+    out.add(member(PART, ONE) + member(MANIFEST, HONEST.encode()) + END)
+    out.add(bytes(MIB), 1024)
+
+
+def a_large_manifest(out: Deflated) -> None:
+    out.add(member(PART, ONE) + header(MANIFEST, 64 * MIB))
+    out.add(b"[],[],[],[]," * 87381 + b"[[],", 64)
+
+
+def many_empty_lines(out: Deflated) -> None:
+    out.add(header(PART, MIB))
+    out.add(b"\n" * MIB)
+
+
+def a_line_of_many_lists(out: Deflated) -> None:
+    out.add(header(PART, MIB) + b"[")
+    out.add(b"[],[],[],[]," * 87381 + b"],\n")
+
+
+def many_small_parts(out: Deflated) -> None:
+    for number in range(100_000):
+        out.add(member(f"snapshots-{number:05d}.jsonl", line(user_id=f"user-{number}")))
+        if number == 2:
+            break
+    out.add(END)
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        a_line_of_1_gib,
+        zeros_behind_the_end,
+        a_large_manifest,
+        many_empty_lines,
+        a_line_of_many_lists,
+        many_small_parts,
+    ],
+)
+def test_no_archive_takes_up_much_memory(bomb: Callable[[Deflated], None], tmp_path: Path) -> None:
+    """An archive that unpacks to gigabytes is refused within a few MiB."""
+    path = tmp_path / "bomb.attuned"
+    out = Deflated(path)
+    bomb(out)
+    out.finish()
+    assert path.stat().st_size < 3 * MIB
+
+    tracemalloc.start()
+    try:
+        with pytest.raises(SnapshotError, match=r"bytes|behind|line 1|too small"):
+            MemoryStore().restore_snapshot(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 48 * MIB
+
+
+@pytest.mark.once
+def test_memory_does_not_grow_with_the_number_of_states(tmp_path: Path) -> None:
+    """Creating and verifying take the same memory for many states as for few."""
+
+    class Endless(MemoryStore):
+        """A store of so many users, whose states are made while they are read."""
+
+        users_left = 0
+
+        def _page_of_states(self, cursor: Any) -> Any:
+            start = cursor or 0
+            stop = min(start + 64, self.users_left)
+            states = [state(f"user-{number}", number) for number in range(start, stop)]
+            return states, stop if stop < self.users_left else None
+
+    def peak_of(number: int) -> int:
+        store = Endless()
+        store.users_left = number
+        tracemalloc.start()
+        try:
+            path = store.create_snapshot(tmp_path).path
+            assert path is not None
+            assert verify_snapshot(path).points == number
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak_of(100)
+    few, many = peak_of(4_000), peak_of(14_000)
+
+    assert many < few + 64 * 10_000, (few, many)
+
+
+# Any content
+
+names = st.sampled_from(CANONICAL_AXES)
+values = st.floats(0, 1)
+ids = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=60)
+snapshots = st.builds(
+    StateSnapshot,
+    user_id=ids,
+    axes=st.dictionaries(names, values, max_size=23),
+    updated_at_unix_ms=st.integers(0, 253402300799999),
+    source=st.sampled_from(["self_report", "inferred", "mixed"]),
+    confidence=values,
+    schema_version=st.integers(1, 2**63 - 1),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(states=st.lists(snapshots, max_size=20), part_bytes=st.sampled_from([200, 1000, 1 << 18]))
+def test_any_content_comes_back_from_a_snapshot(states: list[StateSnapshot], part_bytes: int) -> None:
+    """Whatever a store holds, its snapshot gives the same back, to the last bit."""
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attuned_store, "_PART_BYTES", part_bytes)
+        store, other = MemoryStore(max_history_per_user=99), MemoryStore(max_history_per_user=99)
+        store.upsert_many(states)
+        path = store.create_snapshot(directory).path
+        assert path is not None
+        other.restore_snapshot(path)
+
+        found = content_of(store)
+        assert content_of(other) == found
+        assert archived(path) == {user_id: history[::-1] for user_id, history in found.items()}
+
+
+# ------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------
+
+
+def filled() -> MemoryStore:
+    store = MemoryStore()
+    store.upsert_many(random_states(50, 1))
+    return store
+
+
+def names_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_directory_that_cannot_be_made_is_an_error(tmp_path: Path, read_only: Path) -> None:
+    """A directory below a file, or in a read-only place, is SnapshotError with its path."""
+    (tmp_path / "file").write_text("precious")
+
+    for place in (tmp_path / "file", tmp_path / "file" / "deeper", read_only / "snapshots"):
+        with pytest.raises(SnapshotError, match=f"{place.name}: cannot be made"):
+            filled().create_snapshot(place)
+    with pytest.raises(SnapshotError, match="cannot be made"):
+        filled().create_snapshot("~nobody-of-this-name/\N{SNOWMAN}" + "a" * 300)
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def fail_with(number: int) -> Callable[..., Any]:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("call", ["open", "fsync", "link"])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_failing_system_call_leaves_no_file(
+    call: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever fails while a snapshot is written is SnapshotError; no file is left, and no older one gone."""
+    store, (older,) = filled(), [filled().create_snapshot(tmp_path).path]
+    monkeypatch.setattr(os, call, fail_with(number))
+    if call == "link":  # a file system without links renames
+        monkeypatch.setattr(Path, "rename", fail_with(number))
+
+    with pytest.raises(SnapshotError, match=f"cannot be written: {os.strerror(number)}") as caught:
+        store.create_snapshot(tmp_path, keep=1)
+
+    assert str(tmp_path) in str(caught.value)
+    assert list(tmp_path.iterdir()) == [older]
+
+
+def test_a_directory_that_cannot_be_synced_has_no_new_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the new name may not survive a power cut, it is taken back."""
+    monkeypatch.setattr(attuned_store, "_sync", fail_with(errno.EIO))
+
+    with pytest.raises(SnapshotError, match="cannot be written"):
+        filled().create_snapshot(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_links_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are no links the file is renamed, and overwrites nothing."""
+    monkeypatch.setattr(os, "link", fail_with(errno.EPERM))
+    monkeypatch.setattr(attuned_store, "_now_ms", lambda: NOW)
+
+    paths = [filled().create_snapshot(tmp_path).path for _ in range(3)]
+
+    assert len(set(paths)) == 3
+    assert names_in(tmp_path) == sorted(path.name for path in paths if path)
+
+
+def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are no locks snapshots are taken all the same, and nothing is taken for abandoned."""
+    (tmp_path / ".attuned-0123456789abcdef.tmp").write_text("whose?")
+    monkeypatch.setattr(attuned_store, "_lock_descriptor", fail_with(errno.ENOLCK))
+
+    report = filled().create_snapshot(tmp_path)
+
+    assert names_in(tmp_path) == [".attuned-0123456789abcdef.tmp", report.snapshot_name]
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from attuned_store import MemoryStore, QdrantStore, SnapshotError, StateSnapshot
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+store = MemoryStore()
+store.upsert_many([StateSnapshot(f"user-{n}", {"warmth": n / 30000}, n) for n in range(30000)])
+directory, limit = Path(sys.argv[1]), int(sys.argv[2])
+before = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+try:
+    store.create_snapshot(directory)
+except SnapshotError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, before)
+print([path.name for path in directory.iterdir()])
+"""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("limit", [0, 5_000, 100_000])
+def test_a_full_disk_leaves_no_file(limit: int, tmp_path: Path) -> None:
+    """Where there is no room for the file, SnapshotError says so, and nothing is left."""
+    done = run_python(FULL_DISK, tmp_path / "snapshots", limit)
+
+    first, second = done.stdout.splitlines()
+    assert "snapshots: cannot be written: File too large" in first, done.stderr
+    assert (second, done.stderr) == ("[]", "")
+
+
+def test_snapshots_of_one_millisecond_have_names_of_their_own(tmp_path: Path, clock: Clock) -> None:
+    """Two snapshots of the same millisecond do not overwrite each other."""
+    clock.now = 1_768_651_200_123
+    store = filled()
+
+    names = [store.create_snapshot(tmp_path).snapshot_name for _ in range(3)]
+
+    assert names == [f"20260117T120000.{number}Z-attuned_state.attuned" for number in (123, 124, 125)]
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
+def test_keep_removes_only_older_snapshots_of_the_same_kind(tmp_path: Path, clock: Clock) -> None:
+    """Beyond the newest so many, files of the same collection and kind are removed, and no others."""
+    store = filled()
+    others = [
+        "20200101T000000.000Z-attuned_state.snap",
+        "20200101T000000.000Z-attuned_state.snap.sha256",
+        "20200101T000000.000Z-attuned_state2.attuned",
+        "20200101T000000.000Z-other-attuned_state.attuned",
+        "20200101T000000.000Z-attuned_state.attuned.bak",
+        "20200101-attuned_state.attuned",
+        "attuned_state.attuned",
+        "copy of 20200101T000000.000Z-attuned_state.attuned",
+        "notes.txt",
+    ]
+    for name in others:
+        (tmp_path / name).write_text("precious")
+    (tmp_path / "20200102T000000.000Z-attuned_state.attuned").mkdir()
+    (tmp_path / "20200103T000000.000Z-attuned_state.attuned").symlink_to(tmp_path / "notes.txt")
+    before = names_in(tmp_path)
+
+    made: list[str] = []
+    for number in range(5):
+        clock.now = NOW + number * 1000
+        made.append(cast("str", store.create_snapshot(tmp_path).snapshot_name))
+    assert names_in(tmp_path) == sorted([*before, *made])
+    clock.now = NOW + 9000
+    made.append(cast("str", store.create_snapshot(tmp_path, keep=3).snapshot_name))
+
+    assert names_in(tmp_path) == sorted([*before, *made[-3:]])
+    clock.now = NOW - 9000
+    made.append(cast("str", store.create_snapshot(tmp_path, keep=1).snapshot_name))
+    assert names_in(tmp_path) == sorted([*before, made[-1]])
+
+
+def test_nothing_is_removed_before_the_new_file_is_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where reading the new snapshot back fails, older ones stay and the new one goes."""
+    store = filled()
+    kept = [store.create_snapshot(tmp_path).path for _ in range(3)]
+
+    class Rotten(attuned_store._Unpacked):
+        def _read(self) -> bytes:
+            return super()._read().replace(b"\x00\x00", b"\x00\x01")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attuned_store, "_Unpacked", Rotten)
+        with pytest.raises(SnapshotError, match=tmp_path.name):
+            store.create_snapshot(tmp_path, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(attuned_store._Unpacked, "finish", lambda self: "0" * 64)
+        with pytest.raises(SnapshotError, match="read back"):
+            store.create_snapshot(tmp_path, keep=1)
+    assert sorted(tmp_path.iterdir()) == kept
+
+    store.create_snapshot(tmp_path, keep=1)
+    assert len(names_in(tmp_path)) == 1
+
+
+def test_an_older_snapshot_that_cannot_be_removed_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The new snapshot is there: what cannot be removed is logged."""
+    store = filled()
+    store.create_snapshot(tmp_path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attuned_store, "_snapshots_in", fail_with(errno.EACCES))
+        assert store.create_snapshot(tmp_path, keep=1).status == "completed"
+
+    assert "removing older snapshots" in caplog.text
+    assert len(names_in(tmp_path)) == 2
+
+
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    """Temporary files that nobody writes are removed by the next snapshot, those of the living are not."""
+    (tmp_path / ".attuned-00000000000000aa.tmp").write_text("left")
+    (tmp_path / "20200101T000000.000Z-attuned_state.snap.sha256").write_text("of a file that never came")
+    (tmp_path / "precious").write_text("precious")
+    for name in (".attuned-00000000000000bb.tmp", "20200103T000000.000Z-a.snap.sha256"):
+        (tmp_path / name).symlink_to(tmp_path / "precious")
+    (tmp_path / ".attuned-00000000000000cc.tmp").symlink_to(tmp_path / "never")
+    (tmp_path / ".attuned-00000000000000dd.tmp").mkdir()
+    others = [".attuned-short.tmp", "other.tmp", "backup.snap.sha256", "20200104T000000.000Z-a.snap"]
+    for name in [*others, "20200104T000000.000Z-a.snap.sha256"]:
+        (tmp_path / name).write_text("theirs")
+    living = [tmp_path / ".attuned-00000000000000ee.tmp", tmp_path / "20200102T000000.000Z-a.snap.sha256"]
+    before = names_in(tmp_path)
+
+    with living[0].open("w") as one, living[1].open("w") as two:
+        fcntl.flock(one, fcntl.LOCK_EX)
+        fcntl.flock(two, fcntl.LOCK_EX)
+        made = filled().create_snapshot(tmp_path).snapshot_name
+        gone = [".attuned-00000000000000aa.tmp", "20200101T000000.000Z-attuned_state.snap.sha256"]
+        expected = {*before, made, *(path.name for path in living)} - {*gone}
+        assert set(names_in(tmp_path)) == expected
+    made = filled().create_snapshot(tmp_path).snapshot_name
+    assert set(names_in(tmp_path)) == {*expected, made} - {path.name for path in living}
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_file_that_another_process_took_for_abandoned_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that another process locks, or removes, before its maker has locked it, is made again."""
+    lock = attuned_store._lock_descriptor
+    made: list[int] = []
+
+    def be_late(descriptor: int) -> None:
+        made.append(descriptor)
+        (path,) = tmp_path.glob(".attuned-*.tmp")
+        if len(made) == 1:
+            path.unlink()
+        if len(made) == 2:
+            path.unlink()
+            raise BlockingIOError
+        lock(descriptor)
+
+    monkeypatch.setattr(attuned_store, "_lock_descriptor", be_late)
+
+    report = filled().create_snapshot(tmp_path)
+
+    assert len(made) == 3
+    assert names_in(tmp_path) == [report.snapshot_name]
+
+
+def test_snapshots_are_listed_newest_first(tmp_path: Path, clock: Clock) -> None:
+    """list_snapshots tells of every snapshot in a directory, and of nothing else."""
+    store = filled()
+    made = []
+    for number in (0, 2, 1):
+        clock.now = NOW + number
+        made.append(store.create_snapshot(tmp_path))
+    (tmp_path / "20200101T000000.000Z-a.snap").write_bytes(b"any")
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "20200101T000000.000Z-a.attuned").mkdir()
+
+    found = list_snapshots(str(tmp_path))
+
+    assert [report.path for report in found] == [
+        made[1].path,
+        made[2].path,
+        made[0].path,
+        tmp_path / "20200101T000000.000Z-a.snap",
+    ]
+    assert [(report.kind, report.bytes) for report in found] == [
+        *[("portable", report.bytes) for report in (made[1], made[2], made[0])],
+        ("native", 3),
+    ]
+    with pytest.raises(SnapshotError, match="missing"):
+        list_snapshots(tmp_path / "missing")
+
+
+def test_a_snapshot_that_goes_while_it_is_listed_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A snapshot that another process removes meanwhile is no error."""
+    path = filled().create_snapshot(tmp_path).path
+    gone = tmp_path / "20200101T000000.000Z-a.attuned"
+    monkeypatch.setattr(attuned_store, "_snapshots_in", lambda directory: [path, gone])
+
+    assert [report.path for report in list_snapshots(tmp_path)] == [path]
+
+
+# ------------------------------------------------------------------------------
+# Interrupted
+# ------------------------------------------------------------------------------
+
+# Forks a worker for every line of input, lets it run for so many seconds once it has begun, and kills it.
+NURSERY = """
+import importlib, itertools, os, signal, sys, time, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+import attuned_store
+from attuned_store import QdrantStore
+what, engine, path, *files = sys.argv[1:]
+importlib.import_module({"edge": "qdrant_edge", "local": "qdrant_client.local.qdrant_local"}[engine])
+def work(begun):
+    store = QdrantStore(path=path, engine=engine)
+    os.write(begun, b"!")
+    for number in itertools.count():
+        if what == "create":
+            store.create_snapshot(files[0], keep=2)
+        else:
+            store.restore_snapshot(files[number % 2])
+for seconds in sys.stdin:
+    begun, begins = os.pipe()
+    if not (worker := os.fork()):
+        os.close(begun)
+        work(begins)
+    os.close(begins)
+    os.read(begun, 1)
+    time.sleep(float(seconds))
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
+    os.close(begun)
+    print("killed", flush=True)
+"""
+KILLS = 17 if LONG else 4  # of each of three: 51 or 12
+
+
+@contextmanager
+def nursery(*arguments: object) -> Iterator[Callable[[float], None]]:
+    """A function that lets a worker run for so many seconds and kills it."""
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(script(NURSERY, *arguments), env=environment(), **pipes) as process:
+
+        def kill_after(seconds: float) -> None:
+            process.stdin.write(f"{seconds}\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "killed\n"
+
+        try:
+            yield kill_after
+        finally:
+            process.stdin.close()
+
+
+def tree(path: Path) -> list[str]:
+    """The names of what is in a directory of a store, those of the engine's own files left out."""
+    return sorted(
+        str(found.relative_to(path)) for found in path.rglob("*") if len(found.relative_to(path).parts) <= 2
+    )
+
+
+def pattern(names: list[str]) -> list[str]:
+    """The same with the generations of a collection made alike."""
+    return sorted(re.sub(r"/attuned_state(@\d+)?$", "/*", name) for name in names)
+
+
+@pytest.mark.once
+@needs("qdrant_edge", "qdrant_client")
+def test_a_process_killed_while_it_takes_snapshots_leaves_whole_ones(tmp_path: Path) -> None:
+    """Killed at any moment of taking a snapshot, a process leaves no partial file under a final name."""
+    seed = random.randrange(10**6)
+    moments, directory = random.Random(seed), tmp_path / "snapshots"
+    with QdrantStore(path=tmp_path / "store", engine="edge") as store:
+        store.upsert_many(random_states(400, 2))
+        before = content_of(store)
+
+    with nursery("create", "edge", tmp_path / "store", directory) as kill_after:
+        for number in range(KILLS):
+            kill_after(moments.uniform(0, 0.12))
+            for report in list_snapshots(directory) if directory.exists() else []:
+                assert verify_snapshot(cast("Path", report.path)).points == 400, f"seed {seed}, {number}"
+            with QdrantStore(path=tmp_path / "store") as store:
+                assert store.count() == 400, f"seed {seed}, {number}"
+
+    with QdrantStore(path=tmp_path / "store") as store:
+        assert content_of(store) == before
+        report = store.create_snapshot(directory, keep=1)
+    assert names_in(directory) == [report.snapshot_name], f"seed {seed}"
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param("edge", marks=needs("qdrant_edge")), pytest.param("local", marks=needs("qdrant_client"))],
+)
+def test_a_process_killed_while_it_restores_leaves_the_old_or_the_new(engine: Any, tmp_path: Path) -> None:
+    """Killed at any moment of a replacement, the store holds what it held or what the file holds."""
+    seed, path = random.randrange(10**6), tmp_path / "store"
+    moments = random.Random(seed)
+    files = [snapshot_of(random_states(150 + part, part), tmp_path / str(part)) for part in range(2)]
+    contents = []
+    with QdrantStore(path=path, engine=engine) as store:
+        shape = pattern(tree(path))
+        for file in files:
+            store.restore_snapshot(file)
+            contents.append(content_of(store))
+
+    with nursery("restore", engine, path, *files) as kill_after:
+        for number in range(KILLS):
+            kill_after(moments.uniform(0, 0.25))
+            with QdrantStore(path=path) as store:
+                assert content_of(store) in contents, f"seed {seed}, kill {number}"
+                assert pattern(tree(path)) == shape, f"seed {seed}, kill {number}"
+                store.upsert_latest(state("zoe", number))
+                store.delete("zoe")
+
+
+EMBEDDED_ENGINES = [
+    pytest.param("edge", marks=needs("qdrant_edge")),
+    pytest.param("local", marks=needs("qdrant_client")),
+]
+
+
+@pytest.fixture(params=EMBEDDED_ENGINES)
+def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[QdrantStore]:
+    """A store on disk that holds something."""
+    with QdrantStore(path=tmp_path / "store", engine=request.param) as store:
+        store.upsert_many(PEOPLE)
+        yield store
+
+
+def check_kept(store: QdrantStore, before: object, file: Path) -> None:
+    """The store is as it was, now and when it is opened again, and takes the snapshot then."""
+    shape = pattern(tree(Path(cast("str", store.config.path))))
+    assert content_of(store) == before
+    store.upsert_latest(state("zoe"))
+    store.delete("zoe")
+    store.close()
+    with QdrantStore(path=store.config.path) as again:
+        assert content_of(again) == before
+        assert pattern(tree(Path(cast("str", store.config.path)))) == shape
+        again.restore_snapshot(file)
+        assert again.count() == 150
+
+
+@contextmanager
+def switching(do: Callable[[pytest.MonkeyPatch], None]) -> Iterator[None]:
+    """While the block lasts, something is done right before what was restored takes the place of the old."""
+    adopt = attuned_store._OwnedCore.adopt
+
+    async def adopt_so(core: Any, staged: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            do(patch)
+            await adopt(core, staged)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attuned_store._OwnedCore, "adopt", adopt_so)
+        yield
+
+
+try:
+    from qdrant_edge import EdgeShard
+except ImportError:
+    EdgeShard = None
+
+FAULTS: dict[str, list[tuple[Any, str]]] = {
+    "edge": [
+        (Path, "rename"),
+        (Path, "replace"),
+        (os, "fsync"),
+        (attuned_store, "_write_file"),
+        (attuned_store._EdgeEngine, "_move"),
+        (EdgeShard, "load"),
+    ],
+    "local": [(Path, "replace"), (attuned_store._LocalEngine, "_disconnect")],
+}
+
+
+def test_a_replacement_that_fails_changes_nothing(kept: QdrantStore, tmp_path: Path) -> None:
+    """A replacement that fails at its last step leaves what was there, also on disk."""
+    file = snapshot_of(random_states(150, 5), tmp_path / "snapshots")
+    before, backend = content_of(kept), kept.health().backend
+
+    for owner, name in FAULTS[backend]:
+        with (
+            switching(lambda patch, at=(owner, name): patch.setattr(*at, fail_with(errno.EIO))),
+            pytest.raises(StoreError, match="Input/output error"),
+        ):
+            kept.restore_snapshot(file)
+        assert content_of(kept) == before, name
+
+    check_kept(kept, before, file)
+
+
+def test_a_name_that_may_not_be_durable_is_no_failure(kept: QdrantStore, tmp_path: Path) -> None:
+    """Where the directory cannot be synced after the switch, the new content is there: nothing is lost."""
+    file = snapshot_of(random_states(150, 5), tmp_path / "snapshots")
+    sync = attuned_store._sync
+
+    def fail_on_directories(*paths: Path) -> None:
+        if len(paths) == 1 and paths[0].is_dir():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(*paths)
+
+    with switching(lambda patch: patch.setattr(attuned_store, "_sync", fail_on_directories)):
+        kept.restore_snapshot(file)
+
+    assert kept.count() == 150
+    kept.upsert_latest(state("zoe"))
+    kept.close()
+    with QdrantStore(path=kept.config.path) as again:
+        assert again.count() == 151
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interrupted_switch_leaves_the_one_or_the_other(
+    kept: QdrantStore, moment: str, tmp_path: Path
+) -> None:
+    """Ctrl-C at the last step leaves a store that goes on with what is on disk."""
+    file = snapshot_of(random_states(150, 5), tmp_path / "snapshots")
+    before, local = content_of(kept), kept.health().backend == "local"
+    write_file = attuned_store._write_file
+
+    def interrupt(*arguments: Any) -> None:
+        if moment == "after" and not local:
+            write_file(*arguments)
+        raise KeyboardInterrupt
+
+    async def interrupt_drop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    def interrupting(patch: pytest.MonkeyPatch) -> None:
+        if not local:
+            patch.setattr(attuned_store, "_write_file", interrupt)
+        elif moment == "before":
+            patch.setattr(attuned_store._LocalEngine, "_disconnect", interrupt)
+        else:
+            patch.setattr(attuned_store._LocalEngine, "drop", interrupt_drop)
+
+    with switching(interrupting), pytest.raises(KeyboardInterrupt):
+        kept.restore_snapshot(file)
+
+    found = content_of(kept)
+    assert len(found) in (len(before), 150)
+    assert (found == before) == (moment == "before")
+    kept.upsert_latest(state("zoe"))
+    kept.close()
+    with QdrantStore(path=kept.config.path) as again:
+        again.delete("zoe")
+        assert content_of(again) == found
+
+
+FORK_AFTER_RESTORE = """
+import os, sys, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+from attuned_store import QdrantStore, StateSnapshot, StoreError
+store = QdrantStore(path=sys.argv[1], engine=sys.argv[2])
+store.restore_snapshot(sys.argv[3])
+child = os.fork()
+if child == 0:
+    try:
+        print(store.count(), flush=True)
+    except StoreError as error:
+        print(error, flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+store.close()
+with QdrantStore(path=sys.argv[1]) as store:
+    print(store.count())
+"""
+
+
+@pytest.mark.parametrize("engine", EMBEDDED_ENGINES)
+def test_a_restored_store_may_be_forked(engine: str, tmp_path: Path) -> None:
+    """A child that inherits a store into which a snapshot was restored is told so, and the parent goes on."""
+    file = snapshot_of(PEOPLE, tmp_path / "snapshots")
+
+    done = run_python(FORK_AFTER_RESTORE, tmp_path / "store", engine, file)
+
+    first, second = done.stdout.splitlines()
+    assert "after the fork" in first, done.stderr
+    assert (second, done.stderr) == ("5", "")
+
+
+def test_one_snapshot_is_restored_at_a_time(kept: QdrantStore, tmp_path: Path) -> None:
+    """A second replacement while one is going on is an error, and the first one ends well."""
+    file = snapshot_of(random_states(150, 5), tmp_path / "snapshots")
+    refused: list[StoreError] = []
+
+    def again(done: int, total: int | None) -> None:
+        with pytest.raises(StoreError, match="already") as caught:
+            kept.restore_snapshot(file)
+        refused.append(caught.value)
+
+    kept.restore_snapshot(file, progress=again)
+
+    assert len(refused) >= 2
+    assert kept.count() == 150
+
+
+def test_what_was_staged_for_nobody_is_in_nobodys_way(kept: QdrantStore, tmp_path: Path) -> None:
+    """A replacement whose task never heard that it had begun does not block the next one."""
+    kept._stage("")
+
+    kept.restore_snapshot(snapshot_of(random_states(150, 5), tmp_path / "snapshots"))
+
+    assert kept.count() == 150
+    staged = kept._stage("")
+    kept._discard(staged)
+    with pytest.raises(StoreError, match="given up"):
+        kept._adopt(staged)
+
+
+# ------------------------------------------------------------------------------
+# On start
+# ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of snapshots on start, which are switched on."""
+    monkeypatch.setenv("QDRANT_SNAPSHOT_ON_START", "true")
+    monkeypatch.setenv("QDRANT_SNAPSHOT_DIR", str(tmp_path / "deep" / "start"))
+    return tmp_path / "deep" / "start"
+
+
+@pytest.mark.parametrize("word", ["true", "1", "yes", "y", "on", "TRUE", "Yes", "oN", " true "])
+def test_a_snapshot_is_taken_on_start(
+    word: str, on_start: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With QDRANT_SNAPSHOT_ON_START, in any case, a snapshot is taken, and logged with all that is known."""
+    monkeypatch.setenv("QDRANT_SNAPSHOT_ON_START", word)
+    caplog.set_level(logging.INFO, logger="attuned_store")
+    store = filled()
+
+    report = snapshot_on_start(store)
+
+    assert (report.status, report.reason, report.kind, report.points) == (
+        "completed",
+        "startup",
+        "portable",
+        50,
+    )
+    assert verify_snapshot(cast("Path", report.path)).points == 50
+    assert names_in(on_start) == [report.snapshot_name]
+    (record,) = caplog.records
+    for said in (str(report.snapshot_name), str(report.path), f"{report.bytes} bytes", "ms"):
+        assert said in record.getMessage()
+
+
+@pytest.mark.parametrize("word", [None, "", "false", "0", "no", "off", "n", "perhaps"])
+def test_without_the_switch_nothing_is_done_on_start(
+    word: str | None, on_start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it is switched on, nothing is taken and no directory is made."""
+    monkeypatch.delenv("QDRANT_SNAPSHOT_ON_START")
+    if word is not None:
+        monkeypatch.setenv("QDRANT_SNAPSHOT_ON_START", word)
+
+    report = snapshot_on_start(filled())
+
+    assert (report.status, report.path) == ("skipped", None)
+    assert "QDRANT_SNAPSHOT_ON_START" in report.message
+    assert not on_start.exists()
+
+
+def test_the_default_directory_of_snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without QDRANT_SNAPSHOT_DIR it is ./data/qdrant/snapshots, made absolute."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("QDRANT_SNAPSHOT_DIR", raising=False)
+    monkeypatch.setenv("QDRANT_SNAPSHOT_ON_START", "1")
+
+    report = snapshot_on_start(filled())
+
+    assert cast("Path", report.path).parent == tmp_path / "data" / "qdrant" / "snapshots"
+
+
+def test_on_start_is_once_for_each_process_and_store(on_start: Path, tmp_path: Path) -> None:
+    """A second store on the same place is skipped, another place or collection is not."""
+    with QdrantStore(path=tmp_path / "store") as store, QdrantStore(path=f"{tmp_path}/./store") as same:
+        other = QdrantStore(path=tmp_path / "store", collection_name="other")
+        reports = [snapshot_on_start(each) for each in (store, store, same, other, filled(), filled())]
+        other.close()
+    memory = filled()
+    reports += [snapshot_on_start(memory), snapshot_on_start(memory)]
+
+    done = [report.status for report in reports]
+    assert done == ["completed", "skipped", "skipped", *["completed"] * 4, "skipped"]
+    assert "already" not in reports[0].message
+    assert "taken or tried in this process already" in reports[1].message
+    assert len(names_in(on_start)) == 5
+
+
+def test_on_start_keeps_so_many(on_start: Path) -> None:
+    """On start, too, older snapshots can be removed."""
+    for _ in range(3):
+        assert snapshot_on_start(filled(), keep=2).status == "completed"
+
+    assert len(names_in(on_start)) == 2
+
+
+def test_a_directory_for_the_start_is_checked_before_the_store_is_asked(
+    on_start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory that cannot be made or written is SnapshotError each time, and no store is contacted."""
+
+    class Untouchable(MemoryStore):
+        def wait_until_ready(self, timeout: float = 30.0) -> None:
+            raise AssertionError("contacted")
+
+    store = Untouchable()
+    on_start.parent.mkdir()
+    on_start.write_text("in the way")
+    for _ in range(2):
+        with pytest.raises(SnapshotError, match="cannot be made"):
+            snapshot_on_start(store)
+    on_start.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fail_with(errno.EROFS))
+        with pytest.raises(SnapshotError, match="cannot be written"):
+            snapshot_on_start(store)
+    assert snapshot_on_start(store).status == "failed"
+
+
+def test_a_failing_snapshot_on_start_is_logged_and_returned(
+    on_start: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever fails but the directory is logged at error level and returned; it is raised to nobody."""
+    store, closed = filled(), filled()
+    closed.close()
+    monkeypatch.setattr(os, "fsync", fail_with(errno.ENOSPC))
+
+    for each, said in ((store, "No space left"), (closed, "closed")):
+        caplog.clear()
+        report = snapshot_on_start(each)
+        assert (report.status, report.reason, report.path) == ("failed", "startup", None)
+        assert said in report.message
+        (record,) = caplog.records
+        assert record.levelname == "ERROR"
+        assert said in record.getMessage()
+    assert names_in(on_start) == []
+
+
+# ------------------------------------------------------------------------------
+# What is missing, and copies that must not be made
+# ------------------------------------------------------------------------------
+
+
+@needs("qdrant_edge")
+def test_a_replaced_collection_that_is_missing_is_no_empty_one(tmp_path: Path) -> None:
+    """Where the data of a replaced collection is gone, opening says so, and makes no empty one instead."""
+    source = MemoryStore()
+    source.upsert_latest(state("ann"))
+    with QdrantStore(path=tmp_path / "store", engine="edge") as store:
+        store.restore_snapshot(snapshot_path(source, tmp_path))
+    (data,) = (tmp_path / "store" / "collections").glob("attuned_state@*")
+    data.rename(tmp_path / "elsewhere")
+
+    with pytest.raises(StoreError, match="is missing"):
+        QdrantStore(path=tmp_path / "store", engine="edge")
+
+    (tmp_path / "elsewhere").rename(data)
+    with QdrantStore(path=tmp_path / "store", engine="edge") as store:
+        assert list(store.users()) == ["ann"]
+
+
+def snapshot_path(store: StateStore, directory: Path) -> Path:
+    path = store.create_snapshot(directory).path
+    assert path is not None
+    return path
+
+
+@pytest.mark.parametrize("source", [None, 5, b"path"])
+def test_a_copy_from_nothing_is_refused(source: Any) -> None:
+    """An end of a copy that is neither a store nor a place is refused, whatever the target holds."""
+    target = MemoryStore()
+    target.upsert_latest(state("ann"))
+    with pytest.raises(ValidationError, match="source: a StateStore, a path or a url"):
+        attuned_store.copy(source, target, replace=True)
+    assert list(target.users()) == ["ann"]
+
+
+def test_a_copy_that_would_lose_history_changes_nothing() -> None:
+    """A target that keeps less than the source holds is left as it was."""
+    source, target = MemoryStore(), MemoryStore(max_history_per_user=2)
+    source.upsert_many([state("bob", moment) for moment in (1, 2, 3)])
+    target.upsert_latest(state("ann"))
+    with pytest.raises(SnapshotError, match="keep less history"):
+        attuned_store.copy(source, target, replace=True)
+    assert list(target.users()) == ["ann"]
