@@ -5083,8 +5083,11 @@ class _LocalEngine(_CountsEach):
     async def drop(self, collection: str) -> None:
         with _translated(self.name, "drop"):
             self._sizes.pop(collection, None)
-            if collection in self._client.collections:
-                self._client.collections[collection].close()
+            held = self._client.collections.get(collection)
+            if held is not None:
+                held.close()
+            # One that is not listed was being created by a process that was killed.
+            if held is not None or self._file_of(collection).parent.exists():
                 self._client.delete_collection(collection)
 
     async def replace(self, collection: str, by: str) -> None:
@@ -6502,9 +6505,8 @@ class _Core(ABC):
         distinct: dict[int, _Record] = {}
         for record in page.records:
             time_ms = _field_of(record, "updated_at_unix_ms")
-            if (
-                time_ms not in distinct or _field_of(record, "kind") == "latest"
-            ):  # which counts, if they differ
+            # The latest counts, if they differ.
+            if time_ms not in distinct or _field_of(record, "kind") == "latest":
                 distinct[time_ms] = record
         return [_snapshot(record.payload) for record in itertools.islice(distinct.values(), wanted)]
 

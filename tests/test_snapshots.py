@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import re
+import shutil
 import struct
 import subprocess
 import tarfile
@@ -1117,6 +1118,25 @@ def test_a_process_killed_while_it_restores_leaves_the_old_or_the_new(engine: An
                 assert pattern(tree(path)) == shape, f"seed {seed}, kill {number}"
                 store.upsert_latest(state("zoe", number))
                 store.delete("zoe")
+
+
+@needs("qdrant_client")
+def test_a_collection_that_was_being_made_for_a_restore_is_removed_on_opening(tmp_path: Path) -> None:
+    """Killed before local mode had listed it, a process leaves a directory that nothing speaks of."""
+    path = tmp_path / "store"
+    with QdrantStore(path=path, engine="local") as store:
+        store.upsert_latest(state("ann", 1))
+        before, shape = content_of(store), tree(path)
+    beside = path / "collection" / ".attuned_state.restoring"
+    beside.mkdir()
+    shutil.copy(path / "collection" / "attuned_state" / "storage.sqlite", beside)
+
+    with QdrantStore(path=path) as store:
+        assert content_of(store) == before
+        assert not beside.exists()
+        store.restore_snapshot(snapshot_of([state("zoe", 1)], tmp_path / "other"))
+        assert list(store.users()) == ["zoe"]
+    assert tree(path) == shape
 
 
 EMBEDDED_ENGINES = [
