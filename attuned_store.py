@@ -628,6 +628,8 @@ class StateSnapshot:
 
     def axis(self, name: str) -> float:
         """The value of an axis in [0, 1]; 0.5, which is neutral, where the snapshot does not have it."""
+        if not isinstance(name, str):
+            raise ValidationError(f"axis: a name is needed, got {_kind(name)}")
         return self.axes.get(name, _NEUTRAL)
 
     def patched(self, axes: Mapping[str, float], **fields: Unpack[SnapshotFields]) -> StateSnapshot:
@@ -771,9 +773,10 @@ def _axis_names(value: Iterable[str] | None) -> tuple[str, ...] | None:
 def _path(value: str | os.PathLike[str]) -> str:
     try:
         path = os.fspath(value)
-    except TypeError:
-        path = None
-    if isinstance(path, str) and path and "\0" not in path:
+        encoded = os.fsencode(path)
+    except (TypeError, UnicodeEncodeError):  # a lone surrogate is in no path
+        path, encoded = None, b""
+    if isinstance(path, str) and encoded and b"\0" not in encoded:
         return path
     raise ValidationError(f"path: a directory is needed, got {_shown(value)}")
 
@@ -798,6 +801,16 @@ def _check_url(url: object) -> None:
 def _choice(field: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValidationError(f"{field}: one of {', '.join(choices)} is needed, got {_shown(value)}")
+
+
+def _flag(field: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValidationError(f"{field}: True or False is needed, got {_shown(value)}")
+
+
+def _function(field: str, value: object) -> None:
+    if not callable(value):
+        raise ValidationError(f"{field}: a function is needed, got {_kind(value)}")
 
 
 def _positive(field: str, value: object, *, zero: bool = False) -> None:
@@ -900,10 +913,7 @@ class MemoryStoreConfig:
         least = len(self.axes or ()) or 1
         if self.vector_size is not None:
             _integer("vector_size", self.vector_size, least, _MAX_VECTOR_SIZE)
-        if not isinstance(self.enable_history, bool):
-            raise ValidationError(
-                f"enable_history: True or False is needed, got {_shown(self.enable_history)}"
-            )
+        _flag("enable_history", self.enable_history)
         _integer("max_history_per_user", self.max_history_per_user, 0, _MAX_INTEGER)
         if self.history_retention_days is not None:
             _positive("history_retention_days", self.history_retention_days)
@@ -914,14 +924,18 @@ class MemoryStoreConfig:
 
         Lists are separated by commas. Raises ValidationError, which names the variable.
         """
+        if not isinstance(environ, Mapping):
+            raise ValidationError(f"environ: a mapping is needed, got {_kind(environ)}")
         found: dict[str, Any] = {}
         for field in attrs.fields(cls):
             if field.name in ("retry", "breaker"):
                 continue  # more than one variable can say
             variable = _variable(field.name)
-            text = environ.get(variable, "").strip()
-            if text:
-                found[field.name] = _parsed(variable, text, str(field.type))
+            text = environ.get(variable, "")
+            if not isinstance(text, str):
+                raise ValidationError(f"{variable}: a string is needed, got {_kind(text)}")
+            if text.strip():
+                found[field.name] = _parsed(variable, text.strip(), str(field.type))
         try:
             return cls(**found)
         except ValidationError as error:
@@ -1044,6 +1058,8 @@ _Config = TypeVar("_Config", bound=MemoryStoreConfig)
 
 def _configured(kind: type[_Config], config: _Config | None, options: Mapping[str, Any]) -> _Config:
     """The configuration with these options instead of its own."""
+    if not isinstance(config, kind | None):
+        raise ValidationError(f"config: a {kind.__name__} is needed, got {_kind(config)}")
     known = [field.name for field in attrs.fields(kind)]
     for option in options:
         if option not in known:
@@ -2301,6 +2317,7 @@ class _Order:
         _choice("reason", fields["reason"], ("startup", "api", "manual"))
         if fields["keep"] is not None:
             _integer("keep", fields["keep"], 1, _MAX_INTEGER)
+        _flag("keep_remote", fields["keep_remote"])
         return cls(**fields, directory=_snapshot_directory(directory))
 
     def completed(self, path: Path, **found: Any) -> SnapshotReport:
@@ -2674,6 +2691,7 @@ def verify_snapshot(path: str | os.PathLike[str], *, progress: _Progress | None 
     can read, the SHA-256 that was kept beside it, and its frame. ``progress(done, None)`` is called with the
     number of states read. Raises SnapshotError, which says what is wrong.
     """
+    _check_progress(progress)
     saved = _SavedSnapshot(path)
     saved.verify(progress=progress)
     return saved.report(str(saved.path))
@@ -2908,6 +2926,12 @@ _Progress = Callable[[int, int | None], object]
 _Cursor = Any  # where the next page begins: known to the engine alone; None begins
 
 
+def _check_progress(progress: object) -> None:
+    """Raise before anything is written, not after the first batch."""
+    if progress is not None:
+        _function("progress", progress)
+
+
 def _next_page(remaining: Iterator[str]) -> tuple[list[str], Iterator[str] | None]:
     """A page of ids that are in memory, and the cursor to the next one."""
     page = list(itertools.islice(remaining, _BATCH))
@@ -3115,6 +3139,7 @@ class StateStore(ABC):
         batch, ``total`` None where it is unknown.
         """
         self._ensure_open()
+        _check_progress(progress)
         self._open()
         total, written = _size(snapshots), 0
         try:
@@ -3151,6 +3176,7 @@ class StateStore(ABC):
         to leave things as they are. It runs without a lock, may use the store, and may run several times.
         Returns the latest afterwards; raises ConflictError after ``attempts`` conflicts, ValidationError.
         """
+        _function("fn", fn)
         for attempt in range(_integer("attempts", attempts, 1, _MAX_INTEGER)):
             latest = self.get_latest(user_id)
             new = _successor(user_id, latest, fn(latest))
@@ -3289,6 +3315,7 @@ class StateStore(ABC):
         ValidationError, BackendError; then there is no new file, and none was removed.
         """
         self._ensure_open()
+        _check_progress(progress)
         fields = _OrderFields(kind=kind, reason=reason, keep=keep, keep_remote=keep_remote)
         order = _Order.of(directory, fields)
         if order.kind == "native" or (order.kind == "auto" and self._has_native):
@@ -3322,6 +3349,7 @@ class StateStore(ABC):
         axes, and changes nothing then.
         """
         self._ensure_open()
+        _check_progress(progress)
         saved = _SavedSnapshot(path)
         saved.check_mode(mode, native=self._has_native)
         if saved.kind == "native":
@@ -3370,12 +3398,13 @@ class StateStore(ABC):
         """Whether this is a server, which takes snapshots of its own and is changed in place."""
         return False
 
-    def wait_until_ready(self, timeout: float = 30.0) -> None:  # noqa: ARG002 - for a server to override
+    def wait_until_ready(self, timeout: float = 30.0) -> None:
         """Wait until a server answers, at most ``timeout`` seconds; any other store is ready at once.
 
-        Raises what the server answers last, such as BackendUnavailableError.
+        Raises what the server answers last, such as BackendUnavailableError, ValidationError.
         """
         self._ensure_open()
+        _positive("timeout", timeout, zero=True)
 
     def __getitem__(self, user_id: str) -> StateSnapshot:
         latest = self.get_latest(user_id)
@@ -3599,6 +3628,7 @@ class AsyncStateStore(ABC):
     ) -> int:
         """See StateStore.upsert_many; other tasks run between batches."""
         self._ensure_open()
+        _check_progress(progress)
         await self._open()
         total, written = _size(snapshots), 0
         try:
@@ -3627,6 +3657,7 @@ class AsyncStateStore(ABC):
         attempts: int = 32,
     ) -> StateSnapshot | None:
         """See StateStore.update; ``fn`` may be an ``async def``."""
+        _function("fn", fn)
         for attempt in range(_integer("attempts", attempts, 1, _MAX_INTEGER)):
             latest = await self.get_latest(user_id)
             answer = fn(latest)
@@ -3727,6 +3758,7 @@ class AsyncStateStore(ABC):
     ) -> SnapshotReport:
         """See StateStore.create_snapshot; cancelled, it leaves the finished file or none."""
         self._ensure_open()
+        _check_progress(progress)
         fields = _OrderFields(kind=kind, reason=reason, keep=keep, keep_remote=keep_remote)
         order = _Order.of(directory, fields)
         if order.kind == "native" or (order.kind == "auto" and self._has_native):
@@ -3752,6 +3784,7 @@ class AsyncStateStore(ABC):
     ) -> SnapshotReport:
         """See StateStore.restore_snapshot; cancelled, a replacement changes nothing, but on a server."""
         self._ensure_open()
+        _check_progress(progress)
         saved = _SavedSnapshot(path)
         saved.check_mode(mode, native=self._has_native)
         if saved.kind == "native":
@@ -3807,9 +3840,10 @@ class AsyncStateStore(ABC):
     def _has_native(self) -> bool:
         return False
 
-    async def wait_until_ready(self, timeout: float = 30.0) -> None:  # noqa: ARG002, ASYNC109 - as in the other form
+    async def wait_until_ready(self, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - as in the other form
         """See StateStore.wait_until_ready."""
         self._ensure_open()
+        _positive("timeout", timeout, zero=True)
 
     def __aiter__(self) -> AsyncIterator[str]:
         return self.users()
@@ -6080,10 +6114,14 @@ def _engine_class(path: Path, config: QdrantStoreConfig) -> type[_EdgeEngine | _
 
 
 def _engine_of(path: Path) -> Literal["edge", "local"] | None:
-    edge, local = (path / "collections").exists(), (path / "meta.json").exists()
+    try:
+        edge, local = (path / "collections").exists(), (path / "meta.json").exists()
+        of_a_server = edge and _is_of_a_server(path)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error}") from error
     if edge and local:
         raise StoreError(f"{path}: holds the files of two engines (collections/ of edge, meta.json of local)")
-    if edge and not local and _is_of_a_server(path):
+    if of_a_server:
         raise StoreError(f"{path}: holds collections of something else, such as a Qdrant server")
     return "edge" if edge else "local" if local else None
 
@@ -6097,7 +6135,7 @@ def _is_of_a_server(path: Path) -> bool:
 
 def _collection_exists(config: QdrantStoreConfig) -> bool:
     """Whether a directory holds the collection, as far as can be seen without opening it."""
-    path = Path(cast("str", config.path)).expanduser()
+    path = _absolute(cast("str", config.path))
     match _engine_of(path):
         case "edge":
             return (path / "collections" / f"{config.collection_name}.json").exists()
@@ -7182,7 +7220,7 @@ _UNOPENED = cast("_Core", _UnopenedCore())
 
 def _acquire(config: QdrantStoreConfig) -> tuple[_Directory, _OwnedCore]:
     """The opened directory and the core of a store; the directory is to be released."""
-    path = os.path.realpath(Path(cast("str", config.path)).expanduser())
+    path = os.path.realpath(_absolute(cast("str", config.path)))
     directory = _directory_at(path, config)
     try:
         _agree(path, "durability", directory.durability, config.durability)
@@ -7243,6 +7281,7 @@ def _release_unclosed(held: _Directory | _Server) -> None:
 
 def _tries(timeout: float) -> Iterator[tuple[float, float]]:
     """For every try, the seconds that it may take and the moment after which there is no other."""
+    _positive("timeout", timeout, zero=True)
     deadline = time.monotonic() + timeout
     while True:
         yield max(0.01, min(deadline - time.monotonic(), _STATUS_TIMEOUT)), deadline
@@ -7893,7 +7932,7 @@ def _is_absent(target: str | os.PathLike[str]) -> bool:
         return False
     config = attrs.evolve(QdrantStoreConfig.from_env(), **place)
     if config.url is None:
-        return not Path(cast("str", config.path)).is_file() and not _collection_exists(config)
+        return not _collection_exists(config) and not _absolute(cast("str", config.path)).is_file()
     with QdrantStore(config) as store:
         health = store.health()
         return health.status != "unhealthy" and health.collection_status is None
@@ -7976,6 +8015,8 @@ def copy(
     states copied. Raises SchemaMismatchError, ValidationError, SnapshotError where the copy is not the same.
     """
     began, read = time.perf_counter(), _Digest()
+    _flag("replace", replace)
+    _check_progress(progress)
     _check_ends(source, target, StateStore)
     with contextlib.ExitStack() as stack:
         origin = source if isinstance(source, StateStore) else stack.enter_context(open_store(source))
@@ -8023,6 +8064,8 @@ async def acopy(
 ) -> SnapshotReport:
     """As copy, between asynchronous stores; other tasks run between batches."""
     began, read = time.perf_counter(), _Digest()
+    _flag("replace", replace)
+    _check_progress(progress)
     await _in_thread(lambda: _check_ends(source, target, AsyncStateStore))
     async with contextlib.AsyncExitStack() as stack:
         if not isinstance(source, AsyncStateStore):
@@ -8083,7 +8126,7 @@ def snapshot_on_start(store: StateStore, *, timeout: float = 60.0, keep: int | N
     directory cannot be made or written, before the store is contacted. Any other failure is logged and
     returned as a report with the status "failed": it does not keep the application from starting.
     """
-    skipped, directory = _start(store)
+    skipped, directory = _start(store, StateStore)
     if skipped is not None:
         return skipped
     try:
@@ -8100,7 +8143,7 @@ async def asnapshot_on_start(
     keep: int | None = None,
 ) -> SnapshotReport:
     """As snapshot_on_start, for an asynchronous store."""
-    skipped, directory = _start(store)
+    skipped, directory = _start(store, AsyncStateStore)
     if skipped is not None:
         return skipped
     try:
@@ -8110,8 +8153,12 @@ async def asnapshot_on_start(
         return _failed(store._target(), "startup", error)
 
 
-def _start(store: StateStore | AsyncStateStore) -> tuple[SnapshotReport | None, Path | None]:
+def _start(
+    store: StateStore | AsyncStateStore, kind: type[StateStore | AsyncStateStore]
+) -> tuple[SnapshotReport | None, Path | None]:
     """The report where there is nothing to do, else the directory, which can be written to."""
+    if not isinstance(store, kind):
+        raise ValidationError(f"store: a {kind.__name__} is needed, got {_kind(store)}")
 
     def skipped(message: str) -> tuple[SnapshotReport, None]:
         report = SnapshotReport(status="skipped", target=store._target(), reason="startup", message=message)
@@ -8130,7 +8177,7 @@ def _start(store: StateStore | AsyncStateStore) -> tuple[SnapshotReport | None, 
 def _is_first_start(store: StateStore | AsyncStateStore) -> bool:
     if isinstance(store, QdrantStore | AsyncQdrantStore):
         config = store.config
-        place = config.url or os.path.realpath(Path(cast("str", config.path)).expanduser())
+        place = config.url or os.path.realpath(_absolute(cast("str", config.path)))
         started: Any = _STARTED
         key: Any = (place, config.collection_name)
     else:
@@ -8287,8 +8334,8 @@ def _check_app(stores: Sequence[_AnyStore], authorize: _Authorize | None, keep: 
     for store in stores:
         if not isinstance(store, StateStore | AsyncStateStore):
             raise ValidationError(f"stores: a store is needed, got {_kind(store)}")
-    if authorize is not None and not callable(authorize):
-        raise ValidationError(f"authorize: a function is needed, got {_kind(authorize)}")
+    if authorize is not None:
+        _function("authorize", authorize)
     if keep is not None:
         _integer("keep", keep, 1, _MAX_INTEGER)
         names = [store._origin().collection for store in stores]
