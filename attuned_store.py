@@ -1808,17 +1808,17 @@ class _NewFile:
         _remove_abandoned(directory)
         while True:
             self.path = directory / f".attuned-{secrets.token_hex(8)}.tmp"
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            if self._is_kept(descriptor):
+            # Not a bare descriptor: after an interrupt that would keep its lock until the process ends.
+            self.file = open(self.path, "x+b", opener=_open_private)  # noqa: SIM115 - until it is discarded
+            if self._is_kept():
                 break
-            os.close(descriptor)
-        self.file = os.fdopen(descriptor, "w+b")
+            self.file.close()
 
-    def _is_kept(self, descriptor: int) -> bool:
+    def _is_kept(self) -> bool:
         """Whether nobody took it for an abandoned one before it was locked."""
         try:
-            _lock_descriptor(descriptor)
-            return os.path.samestat(os.fstat(descriptor), self.path.stat())
+            _lock_descriptor(self.file.fileno())
+            return os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
         except (BlockingIOError, FileNotFoundError):
             return False
         except OSError:  # a file system without locks, where none is taken for abandoned either
@@ -1845,6 +1845,10 @@ class _NewFile:
             self.path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # what could not be written then is not needed now
             self.file.close()
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _remove_abandoned(directory: Path) -> None:
@@ -2418,8 +2422,9 @@ def _remove_older(newest: Path, keep: int | None) -> None:
 def _snapshots_in(directory: Path) -> list[Path]:
     """The files with names of snapshots, newest first."""
     with _snapshot_errors(directory, "cannot be listed"):
-        entries = [entry for entry in os.scandir(directory) if _SNAPSHOT_NAME.fullmatch(entry.name)]
-        plain = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+        with os.scandir(directory) as entries:
+            named = [entry for entry in entries if _SNAPSHOT_NAME.fullmatch(entry.name)]
+        plain = [entry.name for entry in named if entry.is_file(follow_symlinks=False)]
     return [directory / name for name in sorted(plain, reverse=True)]
 
 
@@ -2521,7 +2526,8 @@ class _NativeTaking:
             beside.unlink()
             return None
         except BaseException:
-            beside.unlink()
+            if not os.path.lexists(self._order.directory / name):  # else an interrupt came right after
+                beside.unlink()
             raise
 
 
