@@ -7321,6 +7321,16 @@ def _report(place: _Directory | _Server | None, started: float, found: Health | 
     )
 
 
+def _look(place: _Directory | _Server, core: _Core) -> Health:
+    """How a store is that can be asked without awaiting."""
+    started = time.perf_counter()
+    try:
+        found: Health | StoreError = place.drive(core.look(_STATUS_TIMEOUT))
+    except StoreError as error:
+        found = error
+    return _report(place, started, found)
+
+
 _AnyQdrantStore = TypeVar("_AnyQdrantStore", bound="QdrantStore | AsyncQdrantStore")
 
 
@@ -7432,12 +7442,7 @@ class QdrantStore(_OnQdrant, StateStore):
 
     def health(self) -> Health:
         """See StateStore.health."""
-        started = time.perf_counter()
-        try:
-            found: Health | StoreError = self._held.drive(self._core.look(_STATUS_TIMEOUT))
-        except StoreError as error:
-            found = error
-        return _report(self._held, started, found)
+        return _look(self._held, self._core)
 
     def wait_until_ready(self, timeout: float = 30.0) -> None:
         """See StateStore.wait_until_ready."""
@@ -7642,12 +7647,7 @@ class AsyncQdrantStore(_OnQdrant, AsyncStateStore):
     def _glance(self) -> Health | None:
         if not isinstance(self._held, _Directory):
             return None  # not open yet, or on a server
-        started = time.perf_counter()
-        try:
-            found: Health | StoreError = self._held.drive(self._core.look(_STATUS_TIMEOUT))
-        except StoreError as error:
-            found = error
-        return _report(self._held, started, found)
+        return _look(self._held, self._core)
 
     async def aclose(self) -> None:
         """See StateStore.close."""
