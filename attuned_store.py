@@ -32,6 +32,7 @@ import functools
 import hashlib
 import heapq
 import html
+import importlib
 import inspect
 import io
 import itertools
@@ -1868,9 +1869,8 @@ def _remove_unlocked(path: Path) -> None:
     descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
     try:
         _lock_descriptor(descriptor)
-        if path.suffix == ".tmp" or _is_orphan(
-            path
-        ):  # still: its snapshot may have come before the lock went
+        # Still an orphan: its snapshot may have come before the lock went.
+        if path.suffix == ".tmp" or _is_orphan(path):
             path.unlink()
     finally:
         os.close(descriptor)
@@ -2296,7 +2296,6 @@ def _snapshot_errors(path: str | os.PathLike[str], failed: str) -> Generator[Non
 
 
 class _OrderFields(TypedDict):
-    kind: Literal["auto", "native", "portable"]
     reason: _Reason
     keep: int | None
     keep_remote: bool
@@ -2307,7 +2306,7 @@ class _Order:
     """A snapshot to be taken."""
 
     directory: Path
-    kind: Literal["auto", "native", "portable"]
+    kind: _SnapshotKind
     reason: _Reason
     keep: int | None
     keep_remote: bool
@@ -2315,21 +2314,34 @@ class _Order:
     began: float = attrs.field(factory=time.perf_counter, init=False)
 
     @classmethod
-    def of(cls, directory: str | os.PathLike[str] | None, fields: _OrderFields) -> _Order:
-        """Check what was asked for, then make the directory."""
-        _choice("kind", fields["kind"], ("auto", "native", "portable"))
+    def of(
+        cls,
+        directory: str | os.PathLike[str] | None,
+        kind: Literal["auto", "native", "portable"],
+        fields: _OrderFields,
+        *,
+        native: bool,
+    ) -> _Order:
+        """Check what was asked of a store, which can take native ones or not; then make the directory."""
+        _choice("kind", kind, ("auto", "native", "portable"))
+        if kind == "native" and not native:
+            raise ValidationError(
+                'kind: native snapshots are made by a Qdrant server; take a "portable" one here'
+            )
         _choice("reason", fields["reason"], ("startup", "api", "manual"))
         if fields["keep"] is not None:
             _integer("keep", fields["keep"], 1, _MAX_INTEGER)
         _flag("keep_remote", fields["keep_remote"])
-        return cls(**fields, directory=_snapshot_directory(directory))
+        if kind == "auto":
+            kind = "native" if native else "portable"
+        return cls(**fields, kind=kind, directory=_snapshot_directory(directory))
 
     def completed(self, path: Path, **found: Any) -> SnapshotReport:
         """The report of a snapshot that has its file."""
         report = SnapshotReport(
             status="completed",
             reason=self.reason,
-            kind="native" if path.suffix == _SUFFIXES["native"] else "portable",
+            kind=self.kind,
             path=path,
             snapshot_name=path.name,
             duration_ms=(time.perf_counter() - self.began) * 1000,
@@ -2347,14 +2359,13 @@ class _Origin(NamedTuple):
     collection: str
 
 
-class _PortableTaking:
-    """Takes a portable snapshot; as a context manager it leaves the finished file or none."""
+class _Taking:
+    """Takes a snapshot; as a context manager it leaves the finished file or none."""
 
-    def __init__(self, order: _Order, origin: _Origin, axes: Sequence[str]) -> None:
-        self._order, self._origin, self._axes = order, origin, axes
+    def __init__(self, order: _Order) -> None:
+        self._order = order
         with self._errors():
             self._new = _NewFile(order.directory)
-        self._writer = _ArchiveWriter(self._new.file, order.created_ms)
 
     def _errors(self) -> contextlib.AbstractContextManager[None]:
         return _snapshot_errors(self._order.directory, "cannot be written")
@@ -2364,6 +2375,15 @@ class _PortableTaking:
 
     def __exit__(self, *_: object) -> None:
         self._new.discard()
+
+
+class _PortableTaking(_Taking):
+    """Takes a portable snapshot."""
+
+    def __init__(self, order: _Order, origin: _Origin, axes: Sequence[str]) -> None:
+        super().__init__(order)
+        self._origin, self._axes = origin, axes
+        self._writer = _ArchiveWriter(self._new.file, order.created_ms)
 
     def add(self, snapshots: Sequence[StateSnapshot]) -> int:
         """Take in snapshots, all of a user, oldest first; returns how many there are by now."""
@@ -2441,23 +2461,12 @@ class _Offered(NamedTuple):
     sha256: str | None
 
 
-class _NativeTaking:
-    """Takes in the snapshot of a server; as a context manager it leaves the finished file or none."""
+class _NativeTaking(_Taking):
+    """Takes in the snapshot of a server."""
 
     def __init__(self, order: _Order) -> None:
-        self._order = order
-        with self._errors():
-            self._new = _NewFile(order.directory)
+        super().__init__(order)
         self.begin()
-
-    def _errors(self) -> contextlib.AbstractContextManager[None]:
-        return _snapshot_errors(self._order.directory, "cannot be written")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._new.discard()
 
     def begin(self) -> None:
         """Start anew: what was taken in of an earlier try is forgotten."""
@@ -2674,9 +2683,8 @@ def _skip_member(hashed: _Hashed, block: bytes) -> None:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
         raise SnapshotError(f"is not a snapshot of a server: {error}") from error
-    if (
-        header.type == tarfile.GNUTYPE_SPARSE
-    ):  # its map may go on in blocks, each of which says whether it does
+    if header.type == tarfile.GNUTYPE_SPARSE:
+        # Its map may go on in blocks, each of which says whether there is another.
         extended = block[482:483]
         while any(extended):
             extended = hashed.read(_BLOCK)[504:505]
@@ -3013,6 +3021,15 @@ def _numbered(batches: Iterable[list[StateSnapshot]]) -> Iterator[tuple[int, lis
         yield done, batch
 
 
+def _pages(page: Callable[[_Cursor], tuple[_T, _Cursor]]) -> Iterator[_T]:
+    """What the pages of a store hold, one after another."""
+    held, cursor = page(None)
+    yield held
+    while cursor is not None:
+        held, cursor = page(cursor)
+        yield held
+
+
 def _users_of(snapshots: Iterable[StateSnapshot]) -> list[str]:
     return list(dict.fromkeys(snapshot.user_id for snapshot in snapshots))
 
@@ -3032,11 +3049,68 @@ class _Newcomers:
         return chosen
 
 
-def _no_native() -> ValidationError:
-    return ValidationError('kind: native snapshots are made by a Qdrant server; take a "portable" one here')
+def _closed() -> StoreClosedError:
+    return StoreClosedError("the store is closed; open it again")
 
 
-class StateStore(ABC):
+class _StoreBase(ABC):
+    """What both contracts say of a store without waiting for anything."""
+
+    @property
+    @abstractmethod
+    def axes(self) -> tuple[str, ...]:
+        """The names of the axes that this store keeps, in the order of its vectors.
+
+        An asynchronous store on disk or on a server knows them once it is open: StoreError before.
+        """
+
+    @property
+    @abstractmethod
+    def is_closed(self) -> bool:
+        """Whether the store has been closed."""
+
+    @abstractmethod
+    def _check(self, snapshot: StateSnapshot) -> None:
+        """Raise ValidationError unless this is a snapshot that the store can keep."""
+
+    @abstractmethod
+    def _target(self) -> str:
+        """What open_store opens it with."""
+
+    @abstractmethod
+    def _engine_name(self) -> str:
+        """The backend, as health, metrics and snapshots name it."""
+
+    @abstractmethod
+    def _collection(self) -> str:
+        """The collection, which snapshots are named after."""
+
+    def _origin(self) -> _Origin:
+        return _Origin(self._target(), self._engine_name(), self._collection())
+
+    def _place(self) -> str:
+        """What its repr says of where it is."""
+        return ""
+
+    def _batch_size(self) -> int:
+        """How many snapshots or users one step of a long operation takes."""
+        return _BATCH
+
+    @property
+    def _has_native(self) -> bool:
+        """Whether this is a server, which takes snapshots of its own and is changed in place."""
+        return False
+
+    def _ensure_open(self) -> None:
+        if self.is_closed:
+            raise _closed()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.is_closed else "open"
+        return f"<{type(self).__name__} {' '.join(filter(None, (self._place(), state)))}>"
+
+
+class StateStore(_StoreBase):
     """The contract of every synchronous store.
 
     A store keeps, for each user, the *latest* snapshot (the one with the greatest time written since the
@@ -3047,16 +3121,6 @@ class StateStore(ABC):
     """
 
     # What an engine adds: the primitives of the operations below.
-
-    @property
-    @abstractmethod
-    def axes(self) -> tuple[str, ...]:
-        """The names of the axes that this store keeps, in the order of its vectors."""
-
-    @property
-    @abstractmethod
-    def is_closed(self) -> bool:
-        """Whether the store has been closed."""
 
     @abstractmethod
     def upsert_latest(self, snapshot: StateSnapshot, *, expected: _Expected = ANY) -> None:
@@ -3088,10 +3152,6 @@ class StateStore(ABC):
         """Release everything; harmless when repeated. Afterwards every other call but health() raises."""
 
     @abstractmethod
-    def _check(self, snapshot: StateSnapshot) -> None:
-        """Raise ValidationError unless this is a snapshot that the store can keep."""
-
-    @abstractmethod
     def _write_batch(self, snapshots: Sequence[StateSnapshot]) -> None: ...
 
     @abstractmethod
@@ -3114,10 +3174,6 @@ class StateStore(ABC):
 
     @abstractmethod
     def _prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]: ...
-
-    @abstractmethod
-    def _origin(self) -> _Origin:
-        """What a snapshot says of where it comes from."""
 
     @abstractmethod
     def _page_of_states(self, cursor: _Cursor) -> tuple[list[StateSnapshot], _Cursor]:
@@ -3280,24 +3336,17 @@ class StateStore(ABC):
 
         A user who is written or deleted meanwhile may be among them or not. Raises BackendError.
         """
-        first = self._page_of_users(None)
-
-        def pages() -> Iterator[str]:
-            page, cursor = first
-            yield from page
-            while cursor is not None:
-                page, cursor = self._page_of_users(cursor)
-                yield from page
-
-        return pages()
+        pages = _pages(self._page_of_users)
+        first = next(pages)  # a store that is closed says so at once
+        return itertools.chain(first, itertools.chain.from_iterable(pages))
 
     def count(self, *, history: bool = False) -> int:
         """How many users there are; with ``history`` how many snapshots get_history can return for all."""
-        return _total(self._count_page) if history else self._count_users()
+        return sum(_pages(self._count_page)) if history else self._count_users()
 
     def prune(self) -> int:
         """Remove the history that the bounds hide already; returns how many snapshots were removed."""
-        return _total(self._prune_page)
+        return sum(_pages(self._prune_page))
 
     def create_snapshot(
         self,
@@ -3322,20 +3371,17 @@ class StateStore(ABC):
         """
         self._ensure_open()
         _check_progress(progress)
-        fields = _OrderFields(kind=kind, reason=reason, keep=keep, keep_remote=keep_remote)
-        order = _Order.of(directory, fields)
-        if order.kind == "native" or (order.kind == "auto" and self._has_native):
-            return self._create_native(order)
+        fields = _OrderFields(reason=reason, keep=keep, keep_remote=keep_remote)
+        return self._take(_Order.of(directory, kind, fields, native=self._has_native), progress)
+
+    def _take(self, order: _Order, progress: _Progress | None) -> SnapshotReport:
         self._open()
         with _PortableTaking(order, self._origin(), self.axes) as taking:
-            cursor = None
-            while True:
-                states, cursor = self._page_of_states(cursor)
+            for states in _pages(self._page_of_states):
                 done = taking.add(states)
                 if progress is not None:
                     progress(done, None)
-                if cursor is None:
-                    return taking.finish()
+            return taking.finish()
 
     def restore_snapshot(
         self,
@@ -3358,29 +3404,35 @@ class StateStore(ABC):
         _check_progress(progress)
         saved = _SavedSnapshot(path)
         saved.check_mode(mode, native=self._has_native)
-        if saved.kind == "native":
-            self._restore_native(saved)
-        elif mode == "replace":
-            self._open()
+        self._bring_back(saved, mode, progress)
+        return saved.report(self._target())
+
+    def _bring_back(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress | None) -> None:
+        self._open()
+        if mode == "replace":
             self._replace_by(saved, progress)
         else:
-            self._open()
             self._add_from(saved, mode, progress)
-        return saved.report(self._origin().target)
 
-    def _replace_by(self, saved: _SavedSnapshot, progress: _Progress | None) -> None:
-        if self._has_native:  # a server is changed in place: all must be known to be right before
-            saved.verify(self.axes, progress)
-        staged = self._stage(saved.sha256)
+    @contextlib.contextmanager
+    def _replacement(self, token: str) -> Generator[Self]:
+        """A store to be filled, which takes this one's place at the end, or is given up at a failure."""
+        staged = self._stage(token)
         try:
-            for done, batch in _numbered(saved.batches(self._batch_size(), self.axes)):
-                staged._write_batch(batch)
-                if progress is not None:
-                    progress(done, saved.total)
+            yield staged
             self._adopt(staged)
         except BaseException:
             self._discard(staged)
             raise
+
+    def _replace_by(self, saved: _SavedSnapshot, progress: _Progress | None) -> None:
+        if self._has_native:  # a server is changed in place: all must be known to be right before
+            saved.verify(self.axes, progress)
+        with self._replacement(saved.sha256) as staged:
+            for done, batch in _numbered(saved.batches(self._batch_size(), self.axes)):
+                staged._write_batch(batch)
+                if progress is not None:
+                    progress(done, saved.total)
 
     def _add_from(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress | None) -> None:
         saved.verify(self.axes, progress)
@@ -3392,17 +3444,6 @@ class StateStore(ABC):
                 self._write_batch(batch)
             if progress is not None:
                 progress(done, saved.total)
-
-    def _create_native(self, order: _Order) -> SnapshotReport:  # noqa: ARG002 - for a server to override
-        raise _no_native()
-
-    def _restore_native(self, saved: _SavedSnapshot) -> None:  # noqa: ARG002 - for a server to override
-        raise _no_native()
-
-    @property
-    def _has_native(self) -> bool:
-        """Whether this is a server, which takes snapshots of its own and is changed in place."""
-        return False
 
     def wait_until_ready(self, timeout: float = 30.0) -> None:
         """Wait until a server answers, at most ``timeout`` seconds; any other store is ready at once.
@@ -3443,53 +3484,15 @@ class StateStore(ABC):
     ) -> None:
         self.close()
 
-    def __repr__(self) -> str:
-        return _described(self)
-
     def _repr_html_(self) -> str:
         return _store_html(self, None if self.is_closed else self.health())
 
-    def _ensure_open(self) -> None:
-        if self.is_closed:
-            raise _closed()
-
-    def _open(self) -> None:  # noqa: B027 - most stores are open from the beginning
+    def _open(self) -> None:
         """Make ready what checks need; a store that connects on first use does so here."""
-
-    def _batch_size(self) -> int:
-        """How many snapshots or users one step of a long operation takes."""
-        return _BATCH
-
-    def _engine_name(self) -> str:
-        return "memory"
-
-    def _target(self) -> str:
-        """What open_store opens it with."""
-        return "memory://"
-
-    def _place(self) -> str:
-        return ""
-
-
-def _total(page: Callable[[_Cursor], tuple[int, _Cursor]]) -> int:
-    total, cursor = page(None)
-    while cursor is not None:
-        more, cursor = page(cursor)
-        total += more
-    return total
-
-
-def _closed() -> StoreClosedError:
-    return StoreClosedError("the store is closed; open it again")
 
 
 def _unknown_user(user_id: str) -> UserNotFoundError:
     return UserNotFoundError(f"no user {_short_id(user_id)!r} in the store")
-
-
-def _described(store: StateStore | AsyncStateStore) -> str:
-    state = "closed" if store.is_closed else "open"
-    return f"<{type(store).__name__} {' '.join(filter(None, (store._place(), state)))}>"
 
 
 async def _sleep(seconds: float) -> None:
@@ -3508,9 +3511,20 @@ async def _in_thread(call: Callable[[], _T], limiter: Any = None) -> _T:
     """Run a blocking call in a worker thread; being cancelled meanwhile, wait for it."""
     try:
         import anyio.to_thread
-    except ImportError as error:
-        raise MissingDependencyError("this needs anyio: pip install anyio") from error
+    except ImportError:
+        return await _in_thread_of_asyncio(call)
     return await anyio.to_thread.run_sync(call, limiter=limiter)
+
+
+async def _in_thread_of_asyncio(call: Callable[[], _T]) -> _T:
+    import asyncio
+
+    running = asyncio.get_running_loop().run_in_executor(None, call)
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
 
 
 async def _shielded(last: Awaitable[object]) -> None:
@@ -3524,45 +3538,52 @@ async def _shielded(last: Awaitable[object]) -> None:
             await last
 
 
-class _Users(AsyncIterator[str]):
-    """The pages of users as an asynchronous iterator.
+class _AsyncPages(AsyncIterator[_T]):
+    """The asynchronous form of _pages, in which other tasks run between two of them.
 
     Not an asynchronous generator, which would want closing when an iteration is left early.
     """
 
-    def __init__(self, page: Callable[[_Cursor], Awaitable[tuple[list[str], _Cursor]]]) -> None:
+    def __init__(self, page: Callable[[_Cursor], Awaitable[tuple[_T, _Cursor]]]) -> None:
         self._page = page
-        self._ready: deque[str] = deque()
         self._cursor: _Cursor = None
         self._begun = False
 
+    async def __anext__(self) -> _T:
+        if self._begun:
+            if self._cursor is None:
+                raise StopAsyncIteration
+            await _sleep(0)
+        held, self._cursor = await self._page(self._cursor)
+        self._begun = True
+        return held
+
+
+class _Users(AsyncIterator[str]):
+    """The users of one page after another."""
+
+    def __init__(self, pages: AsyncIterator[list[str]]) -> None:
+        self._pages = pages
+        self._ready: deque[str] = deque()
+
     async def __anext__(self) -> str:
         while not self._ready:
-            if self._begun:
-                if self._cursor is None:
-                    raise StopAsyncIteration
-                await _sleep(0)
-            page, self._cursor = await self._page(self._cursor)
-            self._begun = True
-            self._ready.extend(page)
+            self._ready.extend(await anext(self._pages))
         return self._ready.popleft()
 
 
-class AsyncStateStore(ABC):
+async def _async_sum(pages: AsyncIterator[int]) -> int:
+    total = 0
+    async for count in pages:
+        total += count
+    return total
+
+
+class AsyncStateStore(_StoreBase):
     """The contract of every asynchronous store: that of StateStore, to be awaited.
 
     Cancelling a write leaves it done or not done, never half done. ``close`` is ``aclose``.
     """
-
-    @property
-    @abstractmethod
-    def axes(self) -> tuple[str, ...]:
-        """See StateStore.axes; a store on disk knows them once it is open."""
-
-    @property
-    @abstractmethod
-    def is_closed(self) -> bool:
-        """See StateStore.is_closed."""
 
     @abstractmethod
     async def upsert_latest(self, snapshot: StateSnapshot, *, expected: _Expected = ANY) -> None:
@@ -3588,9 +3609,6 @@ class AsyncStateStore(ABC):
     async def _open(self) -> None: ...
 
     @abstractmethod
-    def _check(self, snapshot: StateSnapshot) -> None: ...
-
-    @abstractmethod
     async def _write_batch(self, snapshots: Sequence[StateSnapshot]) -> None: ...
 
     @abstractmethod
@@ -3613,9 +3631,6 @@ class AsyncStateStore(ABC):
 
     @abstractmethod
     async def _prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]: ...
-
-    @abstractmethod
-    def _origin(self) -> _Origin: ...
 
     @abstractmethod
     async def _page_of_states(self, cursor: _Cursor) -> tuple[list[StateSnapshot], _Cursor]: ...
@@ -3742,15 +3757,17 @@ class AsyncStateStore(ABC):
     def users(self) -> AsyncIterator[str]:
         """See StateStore.users."""
         self._ensure_open()
-        return _Users(self._page_of_users)
+        return _Users(_AsyncPages(self._page_of_users))
 
     async def count(self, *, history: bool = False) -> int:
         """See StateStore.count."""
-        return await _async_total(self._count_page) if history else await self._count_users()
+        if history:
+            return await _async_sum(_AsyncPages(self._count_page))
+        return await self._count_users()
 
     async def prune(self) -> int:
         """See StateStore.prune."""
-        return await _async_total(self._prune_page)
+        return await _async_sum(_AsyncPages(self._prune_page))
 
     async def create_snapshot(
         self,
@@ -3765,21 +3782,17 @@ class AsyncStateStore(ABC):
         """See StateStore.create_snapshot; cancelled, it leaves the finished file or none."""
         self._ensure_open()
         _check_progress(progress)
-        fields = _OrderFields(kind=kind, reason=reason, keep=keep, keep_remote=keep_remote)
-        order = _Order.of(directory, fields)
-        if order.kind == "native" or (order.kind == "auto" and self._has_native):
-            return await self._create_native(order)
+        fields = _OrderFields(reason=reason, keep=keep, keep_remote=keep_remote)
+        return await self._take(_Order.of(directory, kind, fields, native=self._has_native), progress)
+
+    async def _take(self, order: _Order, progress: _Progress | None) -> SnapshotReport:
         await self._open()
         with _PortableTaking(order, self._origin(), self.axes) as taking:
-            cursor = None
-            while True:
-                states, cursor = await self._page_of_states(cursor)
+            async for states in _AsyncPages(self._page_of_states):
                 done = taking.add(states)
                 if progress is not None:
                     progress(done, None)
-                if cursor is None:
-                    return await _in_thread(taking.finish)
-                await _sleep(0)
+            return await _in_thread(taking.finish)
 
     async def restore_snapshot(
         self,
@@ -3793,30 +3806,37 @@ class AsyncStateStore(ABC):
         _check_progress(progress)
         saved = _SavedSnapshot(path)
         saved.check_mode(mode, native=self._has_native)
-        if saved.kind == "native":
-            await self._restore_native(saved)
-        elif mode == "replace":
-            await self._open()
+        await self._bring_back(saved, mode, progress)
+        return saved.report(self._target())
+
+    async def _bring_back(
+        self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress | None
+    ) -> None:
+        await self._open()
+        if mode == "replace":
             await self._replace_by(saved, progress)
         else:
-            await self._open()
             await self._add_from(saved, mode, progress)
-        return saved.report(self._origin().target)
+
+    @contextlib.asynccontextmanager
+    async def _replacement(self, token: str) -> AsyncGenerator[Self]:
+        staged = await self._stage(token)
+        try:
+            yield staged
+            await self._adopt(staged)
+        except BaseException:
+            await _shielded(self._discard(staged))
+            raise
 
     async def _replace_by(self, saved: _SavedSnapshot, progress: _Progress | None) -> None:
         if self._has_native:  # a server is changed in place: all must be known to be right before
             await self._verify(saved, progress)
-        staged = await self._stage(saved.sha256)
-        try:
+        async with self._replacement(saved.sha256) as staged:
             for done, batch in _numbered(saved.batches(self._batch_size(), self.axes)):
                 await staged._write_batch(batch)
                 if progress is not None:
                     progress(done, saved.total)
                 await _sleep(0)
-            await self._adopt(staged)
-        except BaseException:
-            await _shielded(self._discard(staged))
-            raise
 
     async def _add_from(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress | None) -> None:
         await self._verify(saved, progress)
@@ -3836,16 +3856,6 @@ class AsyncStateStore(ABC):
                 progress(done, None)
             await _sleep(0)
 
-    async def _create_native(self, order: _Order) -> SnapshotReport:  # noqa: ARG002 - for a server to override
-        raise _no_native()
-
-    async def _restore_native(self, saved: _SavedSnapshot) -> None:  # noqa: ARG002 - for a server to override
-        raise _no_native()
-
-    @property
-    def _has_native(self) -> bool:
-        return False
-
     async def wait_until_ready(self, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - as in the other form
         """See StateStore.wait_until_ready."""
         self._ensure_open()
@@ -3864,41 +3874,12 @@ class AsyncStateStore(ABC):
     ) -> None:
         await self.aclose()
 
-    def __repr__(self) -> str:
-        return _described(self)
-
     def _repr_html_(self) -> str:
         return _store_html(self, None if self.is_closed else self._glance())
 
     def _glance(self) -> Health | None:
         """How the store is, as far as that can be told without awaiting."""
         return None
-
-    def _ensure_open(self) -> None:
-        if self.is_closed:
-            raise _closed()
-
-    def _batch_size(self) -> int:
-        return _BATCH
-
-    def _engine_name(self) -> str:
-        return "memory"
-
-    def _target(self) -> str:
-        """What open_store opens it with."""
-        return "memory://"
-
-    def _place(self) -> str:
-        return ""
-
-
-async def _async_total(page: Callable[[_Cursor], Awaitable[tuple[int, _Cursor]]]) -> int:
-    total, cursor = await page(None)
-    while cursor is not None:
-        await _sleep(0)
-        more, cursor = await page(cursor)
-        total += more
-    return total
 
 
 # -----------------------------------------------------------------------------
@@ -4025,7 +4006,20 @@ def _clamped(score: float) -> float:
     return max(-1.0, min(1.0, score))  # rounding may lead out of the range of a cosine
 
 
-class MemoryStore(StateStore):
+class _InMemory(_StoreBase):
+    """What both memory stores say of themselves."""
+
+    def _target(self) -> str:
+        return "memory://"
+
+    def _engine_name(self) -> str:
+        return "memory"
+
+    def _collection(self) -> str:
+        return _DEFAULT_COLLECTION
+
+
+class MemoryStore(_InMemory, StateStore):
     """A store in this process's memory: nothing survives it, and nothing is faster.
 
     Reads take no lock. Options are the fields of MemoryStoreConfig. It needs attrs and cachetools alone;
@@ -4221,9 +4215,6 @@ class MemoryStore(StateStore):
             timelines = [self._timelines[user_id] for user_id in page if user_id in self._timelines]
             return sum(self._trim(timeline) for timeline in timelines), cursor
 
-    def _origin(self) -> _Origin:
-        return _Origin(self._target(), self._engine_name(), _DEFAULT_COLLECTION)
-
     def _page_of_states(self, cursor: _Cursor) -> tuple[list[StateSnapshot], _Cursor]:
         self._ensure_open()
         remaining: Iterator[str] = iter(list(self._timelines)) if cursor is None else cursor
@@ -4269,7 +4260,7 @@ class _InnerMemoryStore(MemoryStore):
     _reports = False
 
 
-class AsyncMemoryStore(AsyncStateStore):
+class AsyncMemoryStore(_InMemory, AsyncStateStore):
     """MemoryStore for asyncio and trio (which needs anyio).
 
     Single operations run at once and never suspend; long ones let other tasks run every few milliseconds.
@@ -4345,9 +4336,6 @@ class AsyncMemoryStore(AsyncStateStore):
 
     async def _prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
         return self._store._prune_page(cursor)
-
-    def _origin(self) -> _Origin:
-        return self._store._origin()
 
     async def _page_of_states(self, cursor: _Cursor) -> tuple[list[StateSnapshot], _Cursor]:
         return self._store._page_of_states(cursor)
@@ -5334,6 +5322,11 @@ _MAX_FILE_NAME = 1024  # characters, of the name of a snapshot on a server
 _LEAST_SERVER = (1, 17)  # conditional upserts with update modes
 
 
+def _status_of(error: BackendError) -> int | None:
+    """The HTTP status behind an error, where an answer had come."""
+    return getattr(error.__cause__, "status_code", None)
+
+
 def _snapshots_path(collection: str) -> str:
     return f"/collections/{urlquote(collection, safe='')}/snapshots"
 
@@ -5376,6 +5369,29 @@ async def _read_blocking(
             if time.monotonic() > deadline:
                 raise TimeoutError("the answer takes too long")
     return answer.status_code, b"".join(pieces)
+
+
+_UNPACKED = {"accept-encoding": "identity"}
+
+
+async def _pour_awaiting(
+    client: Any, path: str, check: Callable[[int, bytes], None], taking: _NativeTaking
+) -> None:
+    """Take in a file piece by piece, unless the answer does not pass the check."""
+    async with client.stream("GET", path, headers=_UNPACKED) as answer:
+        check(answer.status_code, await answer.aread() if answer.is_error else b"")
+        async for piece in answer.aiter_raw():
+            taking.add(piece)
+
+
+async def _pour_blocking(
+    client: Any, path: str, check: Callable[[int, bytes], None], taking: _NativeTaking
+) -> None:
+    """As _pour_awaiting, over a blocking client."""
+    with client.blocking.stream("GET", path, headers=_UNPACKED) as answer:
+        check(answer.status_code, answer.read() if answer.is_error else b"")
+        for piece in answer.iter_raw():
+            taking.add(piece)
 
 
 async def _in_task(request: Callable[[], Awaitable[_T]]) -> _T:
@@ -5613,7 +5629,7 @@ class _ServerEngine:
         try:
             return await self._send("describe", lambda: self._client.get_collection(name))
         except BackendRejectedError as error:
-            if getattr(error.__cause__, "status_code", None) == HTTPStatus.NOT_FOUND:
+            if _status_of(error) == HTTPStatus.NOT_FOUND:
                 return None
             raise
 
@@ -5633,7 +5649,7 @@ class _ServerEngine:
                 ),
             )
         except BackendRejectedError as error:
-            if getattr(error.__cause__, "status_code", None) != HTTPStatus.CONFLICT:  # another one was faster
+            if _status_of(error) != HTTPStatus.CONFLICT:  # another one was faster
                 raise
 
     async def _create_indexes(self, collection: _Collection, there: set[str]) -> None:
@@ -5783,7 +5799,7 @@ class _ServerEngine:
     def is_absent(self, collection: str, error: BackendError) -> bool:
         """See _SharedEngine.is_absent."""
         cause: Any = error.__cause__  # a gateway, too, answers 404: what counts is what Qdrant says
-        absent = getattr(cause, "status_code", None) == HTTPStatus.NOT_FOUND
+        absent = _status_of(error) == HTTPStatus.NOT_FOUND
         return absent and f"Collection `{collection}` doesn't exist".encode() in cause.content
 
     async def status(self, collection: str, seconds: float) -> Mapping[str, Any]:
@@ -5815,10 +5831,7 @@ class _ServerEngine:
             status, content = await read(self._raw, deadline, method, f"/{path}", options)
             if status == HTTPStatus.NOT_FOUND and absent_ok:
                 return {}
-            if status >= HTTPStatus.BAD_REQUEST:
-                asked = f"Qdrant at {self._url}: health"
-                where = _Where(backend="server", operation="health")
-                raise _status_error(status, content, asked, where)  # noqa: TRY301
+            self._check_status("health", status, content)
             found = json.loads(content)
             if not isinstance(found, dict):
                 raise TypeError("it is not a JSON object")  # noqa: TRY301
@@ -5856,37 +5869,19 @@ class _ServerEngine:
             failure = _server_error(error, operation, self._url)
             failure.retryable = failure.retryable and not isinstance(failure, BackendTimeoutError)
             raise failure from error
-        self._check_status(answer, answer.content, operation)
+        self._check_status(operation, answer.status_code, answer.content)
         return answer.json()
 
     async def download_snapshot(self, collection: str, name: str, taking: _NativeTaking) -> None:
         path = f"{_snapshots_path(collection)}/{urlquote(name, safe='')}"
+        pour = _pour_blocking if self._blocking else _pour_awaiting
+        check = functools.partial(self._check_status, "download")
 
         async def download() -> None:
             taking.begin()
-            http = self._raw.blocking if self._blocking else self._raw
-            request = http.build_request("GET", path, headers={"accept-encoding": "identity"})
-            answer = await self._raw.send(request, stream=True)
-            try:
-                if answer.status_code >= HTTPStatus.BAD_REQUEST:
-                    body = answer.read() if self._blocking else await answer.aread()
-                    self._check_status(answer, body, "download")
-                await self._pour(answer, taking)
-            finally:
-                if self._blocking:
-                    answer.close()
-                else:
-                    await answer.aclose()
+            await pour(self._raw, path, check, taking)
 
         await self._send("download", download)
-
-    async def _pour(self, answer: Any, taking: _NativeTaking) -> None:
-        if self._blocking:
-            for piece in answer.iter_raw():
-                taking.add(piece)
-        else:
-            async for piece in answer.aiter_raw():
-                taking.add(piece)
 
     async def delete_snapshot(self, collection: str, name: str) -> None:
         path = f"{_snapshots_path(collection)}/{urlquote(name, safe='')}"
@@ -5906,12 +5901,10 @@ class _ServerEngine:
     async def apart(self, call: Callable[[], _T]) -> _T:
         return call() if self._blocking else await _in_thread(call)
 
-    def _check_status(self, answer: Any, body: bytes, operation: str) -> None:
-        if answer.status_code >= HTTPStatus.BAD_REQUEST:
+    def _check_status(self, operation: str, status: int, body: bytes) -> None:
+        if status >= HTTPStatus.BAD_REQUEST:
             asked = f"Qdrant at {self._url}: {operation}"
-            raise _status_error(
-                answer.status_code, body, asked, _Where(backend="server", operation=operation)
-            )
+            raise _status_error(status, body, asked, _Where(backend="server", operation=operation))
 
     async def close(self) -> None:
         self.resilience.breaker.retire()
@@ -7385,6 +7378,16 @@ def _report(place: _Directory | _Server | None, started: float, found: Health | 
     )
 
 
+def _look(place: _Directory | _Server, core: _Core) -> Health:
+    """How a store is that can be asked without awaiting."""
+    started = time.perf_counter()
+    try:
+        found: Health | StoreError = place.drive(core.look(_STATUS_TIMEOUT))
+    except StoreError as error:
+        found = error
+    return _report(place, started, found)
+
+
 _AnyQdrantStore = TypeVar("_AnyQdrantStore", bound="QdrantStore | AsyncQdrantStore")
 
 
@@ -7395,7 +7398,38 @@ def _with_core(store: _AnyQdrantStore, core: _Core) -> _AnyQdrantStore:
     return other
 
 
-class QdrantStore(StateStore):
+class _OnQdrant(_StoreBase):
+    """What both stores over Qdrant say of themselves."""
+
+    config: QdrantStoreConfig
+    _core: _Core
+
+    @property
+    def is_closed(self) -> bool:
+        """See StateStore.is_closed."""
+        return self._core is _CLOSED
+
+    def _check(self, snapshot: StateSnapshot) -> None:
+        self._core.check(snapshot)
+
+    def _target(self) -> str:
+        return cast("str", self.config.path or self.config.url)
+
+    def _collection(self) -> str:
+        return self.config.collection_name
+
+    def _place(self) -> str:
+        return repr(self._target())
+
+    def _batch_size(self) -> int:
+        return self._core.batch
+
+    @property
+    def _has_native(self) -> bool:
+        return self.config.url is not None
+
+
+class QdrantStore(_OnQdrant, StateStore):
     """A store on disk, through Qdrant embedded in this process, or on a Qdrant server.
 
     Options are the fields of QdrantStoreConfig. ``path`` is a directory, which one process owns; within it
@@ -7416,7 +7450,6 @@ class QdrantStore(StateStore):
         self.config = _qdrant_config(config, options)
         _observe(self)  # before it is opened, which is reported too
         self._held: _Directory | _Server
-        self._core: _Core
         if self.config.url is None:
             self._held, self._core = self._acquire()
         else:
@@ -7450,11 +7483,6 @@ class QdrantStore(StateStore):
         self._open()
         return self._core.schema.axes
 
-    @property
-    def is_closed(self) -> bool:
-        """See StateStore.is_closed."""
-        return self._core is _CLOSED
-
     def upsert_latest(self, snapshot: StateSnapshot, *, expected: _Expected = ANY) -> None:
         """See StateStore.upsert_latest."""
         return self._drive("upsert", lambda core: core.upsert_latest(snapshot, expected), snapshot)
@@ -7471,12 +7499,7 @@ class QdrantStore(StateStore):
 
     def health(self) -> Health:
         """See StateStore.health."""
-        started = time.perf_counter()
-        try:
-            found: Health | StoreError = self._held.drive(self._core.look(_STATUS_TIMEOUT))
-        except StoreError as error:
-            found = error
-        return _report(self._held, started, found)
+        return _look(self._held, self._core)
 
     def wait_until_ready(self, timeout: float = 30.0) -> None:
         """See StateStore.wait_until_ready."""
@@ -7496,9 +7519,6 @@ class QdrantStore(StateStore):
         self._core = _CLOSED
         if self._finalizer.detach():
             self._held.release()
-
-    def _check(self, snapshot: StateSnapshot) -> None:
-        self._core.check(snapshot)
 
     def _write_batch(self, snapshots: Sequence[StateSnapshot]) -> None:
         return self._drive("upsert_many", lambda core: core.write(snapshots))
@@ -7524,9 +7544,6 @@ class QdrantStore(StateStore):
     def _prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
         return self._drive("prune", lambda core: core.prune_page(cursor))
 
-    def _origin(self) -> _Origin:
-        return _Origin(self._target(), self._engine_name(), self.config.collection_name)
-
     def _engine_name(self) -> str:
         return self._held.engine.name
 
@@ -7543,31 +7560,20 @@ class QdrantStore(StateStore):
         with contextlib.suppress(StoreClosedError):  # opening removes it
             self._held.drive(self._core.begin(lambda core: core.discard(staged._core)))
 
-    def _create_native(self, order: _Order) -> SnapshotReport:
-        if not isinstance(self._core, _SharedCore):
-            return super()._create_native(order)
+    def _take(self, order: _Order, progress: _Progress | None) -> SnapshotReport:
+        if order.kind == "portable":
+            return super()._take(order, progress)
         self._open()
-        return self._held.drive(self._core.create_native(order, self._target()))
+        return self._held.drive(cast("_SharedCore", self._core).create_native(order, self._target()))
 
-    def _restore_native(self, saved: _SavedSnapshot) -> None:
+    def _bring_back(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress | None) -> None:
+        if saved.kind == "portable":
+            return super()._bring_back(saved, mode, progress)
         saved.verify()
-        self._held.drive(cast("_SharedCore", self._core).restore_native(saved.path, saved.sha256))
-
-    @property
-    def _has_native(self) -> bool:
-        return self.config.url is not None
-
-    def _batch_size(self) -> int:
-        return self._core.batch
-
-    def _target(self) -> str:
-        return cast("str", self.config.path or self.config.url)
-
-    def _place(self) -> str:
-        return repr(self._target())
+        return self._held.drive(cast("_SharedCore", self._core).restore_native(saved.path, saved.sha256))
 
 
-class AsyncQdrantStore(AsyncStateStore):
+class AsyncQdrantStore(_OnQdrant, AsyncStateStore):
     """QdrantStore for asyncio and trio; it opens on entering ``async with`` or at the first await.
 
     With Qdrant Edge, whose calls are short and hold the interpreter anyway, operations run in place; with
@@ -7577,7 +7583,7 @@ class AsyncQdrantStore(AsyncStateStore):
     def __init__(self, config: QdrantStoreConfig | None = None, **options: Unpack[QdrantOptions]) -> None:
         self.config = _qdrant_config(config, options)
         self._held: _Directory | _Server | None = None
-        self._core: _Core = _UNOPENED
+        self._core = _UNOPENED
         self._yielded = 0.0  # when other tasks were last let run
         self._finalizer: weakref.finalize[..., Any] | None = None
         if self.config.url is not None:
@@ -7654,11 +7660,6 @@ class AsyncQdrantStore(AsyncStateStore):
             raise StoreError("the axes are known once the store is open: await an operation first")
         return self._core.schema.axes
 
-    @property
-    def is_closed(self) -> bool:
-        """See StateStore.is_closed."""
-        return self._core is _CLOSED
-
     async def upsert_latest(self, snapshot: StateSnapshot, *, expected: _Expected = ANY) -> None:
         """See StateStore.upsert_latest."""
         return await self._drive("upsert", lambda core: core.upsert_latest(snapshot, expected), snapshot)
@@ -7703,24 +7704,16 @@ class AsyncQdrantStore(AsyncStateStore):
     def _glance(self) -> Health | None:
         if not isinstance(self._held, _Directory):
             return None  # not open yet, or on a server
-        started = time.perf_counter()
-        try:
-            found: Health | StoreError = self._held.drive(self._core.look(_STATUS_TIMEOUT))
-        except StoreError as error:
-            found = error
-        return _report(self._held, started, found)
+        return _look(self._held, self._core)
 
     async def aclose(self) -> None:
         """See StateStore.close."""
         was_open, self._core = self._core is not _CLOSED, _CLOSED
         if isinstance(self._held, _Server):
             if was_open:
-                await _close_connection(self._held)
+                await _shielded(self._held.engine.close())
         elif self._finalizer is not None:
             await _release_in_thread(cast("_Directory", self._held), self._finalizer)
-
-    def _check(self, snapshot: StateSnapshot) -> None:
-        self._core.check(snapshot)
 
     async def _write_batch(self, snapshots: Sequence[StateSnapshot]) -> None:
         return await self._drive("upsert_many", lambda core: core.write(snapshots))
@@ -7746,9 +7739,6 @@ class AsyncQdrantStore(AsyncStateStore):
     async def _prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
         return await self._drive("prune", lambda core: core.prune_page(cursor))
 
-    def _origin(self) -> _Origin:
-        return _Origin(self._target(), self._engine_name(), self.config.collection_name)
-
     def _engine_name(self) -> str:
         return "qdrant" if self._held is None else self._held.engine.name
 
@@ -7767,28 +7757,20 @@ class AsyncQdrantStore(AsyncStateStore):
         with contextlib.suppress(StoreClosedError):  # opening removes it
             await self._run(self._core.begin(lambda core: core.discard(staged._core)), apart=True)
 
-    async def _create_native(self, order: _Order) -> SnapshotReport:
-        if not isinstance(self._core, _SharedCore):
-            return await super()._create_native(order)
+    async def _take(self, order: _Order, progress: _Progress | None) -> SnapshotReport:
+        if order.kind == "portable":
+            return await super()._take(order, progress)
         await self._open()
-        return await self._run(self._core.create_native(order, self._target()))
+        return await self._run(cast("_SharedCore", self._core).create_native(order, self._target()))
 
-    async def _restore_native(self, saved: _SavedSnapshot) -> None:
+    async def _bring_back(
+        self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress | None
+    ) -> None:
+        if saved.kind == "portable":
+            return await super()._bring_back(saved, mode, progress)
         await _in_thread(saved.verify)
-        await self._run(cast("_SharedCore", self._core).restore_native(saved.path, saved.sha256))
-
-    @property
-    def _has_native(self) -> bool:
-        return self.config.url is not None
-
-    def _batch_size(self) -> int:
-        return self._core.batch
-
-    def _target(self) -> str:
-        return cast("str", self.config.path or self.config.url)
-
-    def _place(self) -> str:
-        return repr(self._target())
+        core = cast("_SharedCore", self._core)
+        return await self._run(core.restore_native(saved.path, saved.sha256))
 
 
 async def _in_worker(directory: _Directory, flow: Coroutine[Any, Any, _T]) -> tuple[_T, _Round | None]:
@@ -7823,16 +7805,13 @@ def _limiter(directory: _Directory, purpose: str) -> Any:
     return limiter
 
 
-async def _close_connection(server: _Server) -> None:
-    """Close an asynchronous connection, also while being cancelled."""
-    import anyio
-
-    with anyio.CancelScope(shield=True):
-        await server.engine.close()
-
-
 async def _acquire_in_thread(config: QdrantStoreConfig) -> tuple[_Directory, _OwnedCore]:
     """Open in a worker thread; what it opens for a task that was cancelled meanwhile is released."""
+    try:
+        importlib.import_module("anyio")
+    except ImportError as error:
+        message = "an asynchronous store on disk needs anyio: pip install anyio"
+        raise MissingDependencyError(message) from error
     lock, wanted, opened = threading.Lock(), [True], list[tuple[_Directory, _OwnedCore]]()
 
     def acquire() -> None:
@@ -7856,15 +7835,13 @@ async def _acquire_in_thread(config: QdrantStoreConfig) -> tuple[_Directory, _Ow
 
 async def _release_in_thread(directory: _Directory, finalizer: weakref.finalize[..., Any]) -> None:
     """Release in a worker thread, also while being cancelled: nobody would do it later."""
-    import anyio
 
     def release() -> None:
         if finalizer.detach():  # once, by whoever comes first
             directory.release()
 
     try:
-        with anyio.CancelScope(shield=True):
-            await _in_thread(release)
+        await _shielded(_in_thread(release))
     except BaseException:
         release()  # asyncio's own cancelling knows no shield
         raise
@@ -8029,36 +8006,23 @@ def copy(
         if not isinstance(target, StateStore):
             target = stack.enter_context(open_store(target, axes=origin.axes))
         _check_free(target.count(), target._target(), replace=replace)
-        staged = target._stage(secrets.token_hex(16))
-        try:
-            for states in _state_pages(origin):
+        with target._replacement(secrets.token_hex(16)) as staged:
+            for states in _pages(origin._page_of_states):
                 read.add(states)
                 staged.upsert_many(states)
                 if progress is not None:
                     progress(read.count, None)
             if not target._has_native:  # a server is changed in place: nothing is beside it
                 read.check(_digest(staged))
-            target._adopt(staged)
-        except BaseException:
-            target._discard(staged)
-            raise
         read.check(_digest(target))
         return _copied(target._target(), began, read)
 
 
 def _digest(store: StateStore) -> _Digest:
     digest = _Digest()
-    for states in _state_pages(store):
+    for states in _pages(store._page_of_states):
         digest.add(states)
     return digest
-
-
-def _state_pages(store: StateStore) -> Iterator[list[StateSnapshot]]:
-    states, cursor = store._page_of_states(None)
-    yield states
-    while cursor is not None:
-        states, cursor = store._page_of_states(cursor)
-        yield states
 
 
 async def acopy(
@@ -8080,41 +8044,23 @@ async def acopy(
         if not isinstance(target, AsyncStateStore):
             target = await stack.enter_async_context(open_async_store(target, axes=source.axes))
         _check_free(await target.count(), target._target(), replace=replace)
-        staged = await target._stage(secrets.token_hex(16))
-        try:
-            await _acopy_states(source, staged, read, progress)
+        async with target._replacement(secrets.token_hex(16)) as staged:
+            async for states in _AsyncPages(source._page_of_states):
+                read.add(states)
+                await staged.upsert_many(states)
+                if progress is not None:
+                    progress(read.count, None)
             if not target._has_native:  # as in copy
                 read.check(await _adigest(staged))
-            await target._adopt(staged)
-        except BaseException:
-            await _shielded(target._discard(staged))
-            raise
         read.check(await _adigest(target))
         return _copied(target._target(), began, read)
 
 
-async def _acopy_states(
-    source: AsyncStateStore, staged: AsyncStateStore, read: _Digest, progress: _Progress | None
-) -> None:
-    cursor = None
-    while True:
-        states, cursor = await source._page_of_states(cursor)
-        read.add(states)
-        await staged.upsert_many(states)
-        if progress is not None:
-            progress(read.count, None)
-        if cursor is None:
-            return
-
-
 async def _adigest(store: AsyncStateStore) -> _Digest:
-    digest, cursor = _Digest(), None
-    while True:
-        states, cursor = await store._page_of_states(cursor)
+    digest = _Digest()
+    async for states in _AsyncPages(store._page_of_states):
         digest.add(states)
-        if cursor is None:
-            return digest
-        await _sleep(0)
+    return digest
 
 
 # On start
@@ -8238,7 +8184,7 @@ async def _health_of(store: _AnyStore) -> Health:
     return await _in_thread(store.health) if isinstance(store, StateStore) else await store.health()
 
 
-class _Taking:
+class _Requested:
     """A snapshot of one store after another, for all requests that come before its end.
 
     One of them takes the snapshots while the others wait; is it cancelled, another goes on where it was.
@@ -8289,12 +8235,12 @@ class _Endpoint:
 
     def __init__(self, stores: Sequence[_AnyStore], directory: Path | None, keep: int | None) -> None:
         self._stores, self._directory, self._keep = stores, directory, keep
-        self._taking: _Taking | None = None
+        self._taking: _Requested | None = None
 
     async def snapshot(self, request: Request) -> Response:  # noqa: ARG002 - nothing in it is looked at
         """Take a snapshot of every store, or join the request that does."""
         if self._taking is None:
-            self._taking = _Taking(self._stores, self._directory, self._keep)
+            self._taking = _Requested(self._stores, self._directory, self._keep)
         joined = self._taking
         joined.requests += 1
         try:
