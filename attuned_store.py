@@ -628,7 +628,10 @@ class StateSnapshot:
         return self
 
     def axis(self, name: str) -> float:
-        """The value of an axis in [0, 1]; 0.5, which is neutral, where the snapshot does not have it."""
+        """The value of an axis in [0, 1]; 0.5, which is neutral, where the snapshot does not have it.
+
+        Raises ValidationError for what is no name.
+        """
         if not isinstance(name, str):
             raise ValidationError(f"axis: a name is needed, got {_kind(name)}")
         return self.axes.get(name, _NEUTRAL)
@@ -804,9 +807,10 @@ def _choice(field: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValidationError(f"{field}: one of {', '.join(choices)} is needed, got {_shown(value)}")
 
 
-def _flag(field: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ValidationError(f"{field}: True or False is needed, got {_shown(value)}")
+def _flag(field: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise ValidationError(f"{field}: True or False is needed, got {_shown(value)}")
 
 
 def _function(field: str, value: object) -> None:
@@ -1232,6 +1236,10 @@ def _excluded(value: str | None) -> str | None:
     return None if value in (None, "") else _user_id(value)
 
 
+def _in_history(value: bool) -> bool:  # noqa: FBT001 - a converter has one argument
+    return _flag("history", value)
+
+
 def _least_confidence(value: float | None) -> float | None:
     return None if value is None else _unit("min_confidence", value)
 
@@ -1249,7 +1257,7 @@ class _Search:
     min_confidence: float | None = attrs.field(converter=_least_confidence)
     since: int | None = attrs.field(converter=_since)
     until: int | None = attrs.field(converter=_until)
-    history: bool = attrs.field(converter=bool)
+    history: bool = attrs.field(converter=_in_history)
 
     def admits(self, snapshot: StateSnapshot) -> bool:
         """Whether a snapshot passes the filters."""
@@ -3342,7 +3350,7 @@ class StateStore(_StoreBase):
 
     def count(self, *, history: bool = False) -> int:
         """How many users there are; with ``history`` how many snapshots get_history can return for all."""
-        return sum(_pages(self._count_page)) if history else self._count_users()
+        return sum(_pages(self._count_page)) if _in_history(history) else self._count_users()
 
     def prune(self) -> int:
         """Remove the history that the bounds hide already; returns how many snapshots were removed."""
@@ -3761,7 +3769,7 @@ class AsyncStateStore(_StoreBase):
 
     async def count(self, *, history: bool = False) -> int:
         """See StateStore.count."""
-        if history:
+        if _in_history(history):
             return await _async_sum(_AsyncPages(self._count_page))
         return await self._count_users()
 

@@ -491,7 +491,7 @@ BEGINNING = [*(state("ann", at) for at in (1, 2, 3)), state("bob", 1, source="in
 
 def content(store: StateStore) -> Any:
     """What a store holds, as it is read, and page by page past what it remembers."""
-    pages = [state for page in attuned_store._state_pages(store) for state in page]
+    pages = [state for page in attuned_store._pages(store._page_of_states) for state in page]
     return (
         {user_id: (store.get_latest(user_id), store.get_history(user_id)) for user_id in store},
         sorted(pages, key=lambda state: (state.user_id, state.updated_at_unix_ms)),
