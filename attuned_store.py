@@ -1946,10 +1946,10 @@ class _UserHashes:
 class _Counter:
     """Counts snapshots and users, who come one after another, each user's snapshots oldest first."""
 
-    def __init__(self) -> None:
+    def __init__(self, hashes: _UserHashes | None = None) -> None:
         self.users = self.snapshots = 0
         self.axes: set[str] = set()  # that occur
-        self.hashes = _UserHashes()
+        self._hashes = hashes
         self._last: StateSnapshot | None = None
         self._shape: _Shape | None = None
 
@@ -1963,7 +1963,8 @@ class _Counter:
                 self.axes.update(self._shape.names)
             if last is None or last.user_id != snapshot.user_id:
                 self.users += 1
-                self.hashes.add(snapshot.user_id)
+                if self._hashes is not None:
+                    self._hashes.add(snapshot.user_id)
             elif last.updated_at_unix_ms >= snapshot.updated_at_unix_ms:
                 raise ValidationError("updated_at_unix_ms: a user's snapshots are not in order, or one twice")
 
@@ -2100,7 +2101,8 @@ class _ArchiveReader:
     def __init__(self, file: IO[bytes]) -> None:
         self._unpacked = _Unpacked(file)
         self._parts: list[dict[str, Any]] = []
-        self._counted = _Counter()
+        self._hashes = _UserHashes()
+        self._counted = _Counter(self._hashes)
         self.contents: _Contents | None = None  # known at the end
         self.sha256 = ""
 
@@ -2115,7 +2117,7 @@ class _ArchiveReader:
             if self._parts and self._parts[-1]["size"] < _PART_BYTES // 4:
                 raise SnapshotError(f"{self._parts[-1]['name']} is too small for one that is not the last")
             yield self._part(name, data)
-        if self._counted.hashes.repeated():
+        if self._hashes.repeated():
             raise SnapshotError("the snapshots of a user do not stand together")
         self.contents = self._check_manifest(data)
         if any(self._unpacked.take(2 * _BLOCK)):
