@@ -32,6 +32,7 @@ import functools
 import hashlib
 import heapq
 import html
+import importlib
 import inspect
 import io
 import itertools
@@ -3487,9 +3488,20 @@ async def _in_thread(call: Callable[[], _T], limiter: Any = None) -> _T:
     """Run a blocking call in a worker thread; being cancelled meanwhile, wait for it."""
     try:
         import anyio.to_thread
-    except ImportError as error:
-        raise MissingDependencyError("this needs anyio: pip install anyio") from error
+    except ImportError:
+        return await _in_thread_of_asyncio(call)
     return await anyio.to_thread.run_sync(call, limiter=limiter)
+
+
+async def _in_thread_of_asyncio(call: Callable[[], _T]) -> _T:
+    import asyncio
+
+    running = asyncio.get_running_loop().run_in_executor(None, call)
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
 
 
 async def _shielded(last: Awaitable[object]) -> None:
@@ -7333,6 +7345,16 @@ def _report(place: _Directory | _Server | None, started: float, found: Health | 
     )
 
 
+def _look(place: _Directory | _Server, core: _Core) -> Health:
+    """How a store is that can be asked without awaiting."""
+    started = time.perf_counter()
+    try:
+        found: Health | StoreError = place.drive(core.look(_STATUS_TIMEOUT))
+    except StoreError as error:
+        found = error
+    return _report(place, started, found)
+
+
 _AnyQdrantStore = TypeVar("_AnyQdrantStore", bound="QdrantStore | AsyncQdrantStore")
 
 
@@ -7444,12 +7466,7 @@ class QdrantStore(_OnQdrant, StateStore):
 
     def health(self) -> Health:
         """See StateStore.health."""
-        started = time.perf_counter()
-        try:
-            found: Health | StoreError = self._held.drive(self._core.look(_STATUS_TIMEOUT))
-        except StoreError as error:
-            found = error
-        return _report(self._held, started, found)
+        return _look(self._held, self._core)
 
     def wait_until_ready(self, timeout: float = 30.0) -> None:
         """See StateStore.wait_until_ready."""
@@ -7661,19 +7678,14 @@ class AsyncQdrantStore(_OnQdrant, AsyncStateStore):
     def _glance(self) -> Health | None:
         if not isinstance(self._held, _Directory):
             return None  # not open yet, or on a server
-        started = time.perf_counter()
-        try:
-            found: Health | StoreError = self._held.drive(self._core.look(_STATUS_TIMEOUT))
-        except StoreError as error:
-            found = error
-        return _report(self._held, started, found)
+        return _look(self._held, self._core)
 
     async def aclose(self) -> None:
         """See StateStore.close."""
         was_open, self._core = self._core is not _CLOSED, _CLOSED
         if isinstance(self._held, _Server):
             if was_open:
-                await _close_connection(self._held)
+                await _shielded(self._held.engine.close())
         elif self._finalizer is not None:
             await _release_in_thread(cast("_Directory", self._held), self._finalizer)
 
@@ -7767,16 +7779,13 @@ def _limiter(directory: _Directory, purpose: str) -> Any:
     return limiter
 
 
-async def _close_connection(server: _Server) -> None:
-    """Close an asynchronous connection, also while being cancelled."""
-    import anyio
-
-    with anyio.CancelScope(shield=True):
-        await server.engine.close()
-
-
 async def _acquire_in_thread(config: QdrantStoreConfig) -> tuple[_Directory, _OwnedCore]:
     """Open in a worker thread; what it opens for a task that was cancelled meanwhile is released."""
+    try:
+        importlib.import_module("anyio")
+    except ImportError as error:
+        message = "an asynchronous store on disk needs anyio: pip install anyio"
+        raise MissingDependencyError(message) from error
     lock, wanted, opened = threading.Lock(), [True], list[tuple[_Directory, _OwnedCore]]()
 
     def acquire() -> None:
@@ -7800,15 +7809,13 @@ async def _acquire_in_thread(config: QdrantStoreConfig) -> tuple[_Directory, _Ow
 
 async def _release_in_thread(directory: _Directory, finalizer: weakref.finalize[..., Any]) -> None:
     """Release in a worker thread, also while being cancelled: nobody would do it later."""
-    import anyio
 
     def release() -> None:
         if finalizer.detach():  # once, by whoever comes first
             directory.release()
 
     try:
-        with anyio.CancelScope(shield=True):
-            await _in_thread(release)
+        await _shielded(_in_thread(release))
     except BaseException:
         release()  # asyncio's own cancelling knows no shield
         raise

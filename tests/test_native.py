@@ -9,16 +9,11 @@ import json
 import logging
 import os
 import tarfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import pytest
-
-if tuple(map(int, version("qdrant-client").split(".")[:2])) < (1, 20):
-    pytest.skip("the local engine of an older qdrant-client differs from the server", allow_module_level=True)
-
 import httpx
+import pytest
 from conformance import NOW, PEOPLE, Awaited, Clock, content, run_python, snapshot_of, state
 from qdrant_server import (
     Action,
@@ -42,7 +37,6 @@ from qdrant_server import (
 
 import attuned_store
 from attuned_store import (
-    AsyncQdrantStore,
     AsyncStateStore,
     BackendError,
     BackendRejectedError,
@@ -62,7 +56,7 @@ from attuned_store import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import Iterator
 
 pytestmark = [pytest.mark.once, pytest.mark.anyio, pytest.mark.timeout(120)]
 
@@ -81,20 +75,9 @@ OPTIONS: dict[str, Any] = {
 
 
 @pytest.fixture
-async def connect(face: str, server: QdrantServer) -> AsyncIterator[Any]:
-    """A function that makes a store of the face."""
-    stores: list[AsyncStateStore] = []
-
-    def connect(**options: Any) -> AsyncStateStore:
-        options = {"url": server.url, **OPTIONS, **options}
-        store = Awaited(QdrantStore(**options)) if face == "sync" else AsyncQdrantStore(**options)
-        stores.append(cast("AsyncStateStore", store))
-        return stores[-1]
-
-    yield connect
-    server.calm()
-    for store in stores:
-        await store.aclose()
+def server_options() -> dict[str, Any]:
+    """What the stores of this file are made with."""
+    return OPTIONS
 
 
 @pytest.fixture

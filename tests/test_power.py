@@ -171,6 +171,15 @@ def test_closing_flushes_for_those_that_wait(path: Path, engine: Engine) -> None
         assert again.count() == 16
 
 
+async def waiting_for_a_flush(tasks: Any, store: AsyncQdrantStore, flushing: Flushing, number: int) -> None:
+    """Start a write whose flush is held up, then so many others, and wait until all of these have written."""
+    tasks.start_soon(store.upsert_latest, state("first", 1))
+    await anyio.to_thread.run_sync(partial(flushing.reached.wait, LONG))
+    for user in range(number):
+        tasks.start_soon(store.upsert_latest, state(f"user-{user}", 1))
+    await anyio.to_thread.run_sync(partial(flushing.wait_for, number))
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 def test_tasks_share_a_flush_and_the_loop_goes_on(path: Path, engine: Engine, loop: str) -> None:
     """While a flush runs the event loop is free, and the tasks that write meanwhile share the next one."""
@@ -179,11 +188,7 @@ def test_tasks_share_a_flush_and_the_loop_goes_on(path: Path, engine: Engine, lo
         async with AsyncQdrantStore(path=path, engine=engine, durability="power") as store:
             flushing = Flushing(store, held=1)
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(store.upsert_latest, state("first", 1))
-                await anyio.to_thread.run_sync(partial(flushing.reached.wait, LONG))
-                for number in range(63):
-                    tasks.start_soon(store.upsert_latest, state(f"user-{number}", 1))
-                await anyio.to_thread.run_sync(partial(flushing.wait_for, 63))
+                await waiting_for_a_flush(tasks, store, flushing, 63)
                 assert await store.get_latest("user-62") == state("user-62", 1)
                 flushing.go.set()
             assert flushing.writes == [1, 64]
@@ -202,11 +207,7 @@ def test_tasks_cancelled_while_they_wait_for_a_flush_lose_nothing(
         async with AsyncQdrantStore(path=path, engine=engine, durability="power") as store:
             flushing = Flushing(store, held=1)
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(store.upsert_latest, state("first", 1))
-                await anyio.to_thread.run_sync(partial(flushing.reached.wait, LONG))
-                for number in range(8):
-                    tasks.start_soon(store.upsert_latest, state(f"user-{number}", 1))
-                await anyio.to_thread.run_sync(partial(flushing.wait_for, 8))
+                await waiting_for_a_flush(tasks, store, flushing, 8)
                 tasks.cancel_scope.cancel()
                 flushing.go.set()
             await store.upsert_latest(state("next", 1))

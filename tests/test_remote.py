@@ -19,18 +19,13 @@ import time
 import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
-
-import httpx
-import pytest
-
-if tuple(map(int, version("qdrant-client").split(".")[:2])) < (1, 20):
-    pytest.skip("the local engine of an older qdrant-client differs from the server", allow_module_level=True)
 
 import anyio
 import anyio.lowlevel
 import attrs
+import httpx
+import pytest
 from conformance import (
     DAY,
     HOUR,
@@ -120,23 +115,6 @@ def plain(server: QdrantServer | str, **options: Any) -> QdrantStore:
     """A synchronous store on a server, without loading certificates and without waiting to retry."""
     url = server if isinstance(server, str) else server.url
     return QdrantStore(**{"url": url, "verify": False, "retry": RetryPolicy(base_s=0), **options})
-
-
-@pytest.fixture
-async def connect(face: str, server: QdrantServer) -> Any:
-    """A function that makes a store of the face, which has not sent anything yet."""
-    stores: list[AsyncStateStore] = []
-
-    def connect(**options: Any) -> AsyncStateStore:
-        options = {"url": server.url, "verify": False, "retry": RetryPolicy(base_s=0), **options}
-        store = Awaited(QdrantStore(**options)) if face == "sync" else AsyncQdrantStore(**options)
-        stores.append(cast("AsyncStateStore", store))
-        return stores[-1]
-
-    yield connect
-    server.calm()
-    for store in stores:
-        await store.aclose()
 
 
 @pytest.fixture
