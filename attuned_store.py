@@ -2301,6 +2301,7 @@ class _Order:
 
     directory: Path
     kind: _SnapshotKind
+    any_kind: bool  # nobody asked for this one
     reason: _Reason
     keep: int | None
     keep_remote: bool
@@ -2325,9 +2326,9 @@ class _Order:
         _choice("reason", fields["reason"], ("startup", "api", "manual"))
         if fields["keep"] is not None:
             _integer("keep", fields["keep"], 1, _MAX_INTEGER)
-        if kind == "auto":
-            kind = "native" if native else "portable"
-        return cls(**fields, kind=kind, directory=_snapshot_directory(directory))
+        chosen: _SnapshotKind = kind if kind != "auto" else "native" if native else "portable"
+        place = _snapshot_directory(directory)
+        return cls(**fields, kind=chosen, any_kind=kind == "auto", directory=place)
 
     def completed(self, path: Path, **found: Any) -> SnapshotReport:
         """The report of a snapshot that has its file."""
@@ -3343,9 +3344,10 @@ class StateStore(_StoreBase):
         The directory is made where absent; without one it is QDRANT_SNAPSHOT_DIR, else
         ./data/qdrant/snapshots. ``kind`` "portable" is a file that every store can restore, holding for each
         user a state that existed while it was taken; "native" a Qdrant server's own, which is removed there
-        afterwards unless ``keep_remote``; "auto" native on a server, portable elsewhere. With ``keep``, the
-        new file is read back, then all but the newest so many of this collection and kind are removed: give
-        stores whose collections are of one name directories of their own. ``reason`` goes into the report.
+        afterwards unless ``keep_remote``, and is refused where no node has all shards; "auto" native on a
+        server where it can be, portable elsewhere. With ``keep``, the new file is read back, then all but the
+        newest so many of this collection and kind are removed: give stores whose collections are of one name
+        directories of their own. ``reason`` goes into the report.
         ``progress(done, None)`` is called with the number of states written. Raises SnapshotError,
         ValidationError, BackendError; then there is no new file, and none was removed.
         """
@@ -4528,6 +4530,10 @@ class _SharedEngine(_Engine, Protocol):
 
     async def resolve(self, collection: str) -> str:
         """The name of the collection that an alias stands for, or the same."""
+        ...
+
+    async def is_whole(self, collection: str) -> bool:
+        """Whether the node that answers has every shard of a collection."""
         ...
 
     async def create_snapshot(self, collection: str) -> _Offered:
@@ -5817,6 +5823,11 @@ class _ServerEngine:
         aliases = (await self._send("aliases", self._client.get_aliases)).aliases
         return next((each.collection_name for each in aliases if each.alias_name == collection), collection)
 
+    async def is_whole(self, collection: str) -> bool:
+        shards = await self._send("cluster", lambda: self._client.collection_cluster_info(collection))
+        here = {shard.shard_id for shard in shards.local_shards if shard.state == "Active"}
+        return here.issuperset(shard.shard_id for shard in shards.remote_shards)
+
     async def create_snapshot(self, collection: str) -> _Offered:
         """Asked once where the answer does not come: the server is making one already."""
         path = _snapshots_path(collection)
@@ -7044,10 +7055,20 @@ class _SharedCore(_Core):
         ids = [_point_id(user_id, time_ms) for user_id, old in times.items() for time_ms in old]
         await self._server.delete(self._collection, ids)
 
-    async def create_native(self, order: _Order, target: str) -> SnapshotReport:
-        """Take a snapshot of the server's own making."""
+    async def create_native(self, order: _Order, target: str) -> SnapshotReport | None:
+        """Take a snapshot of the server's own making; None where a portable one will do and is needed.
+
+        The server puts into it what one node has: of a collection that is spread over several, not all.
+        """
         with _NativeTaking(order) as taking:
             collection = await self._server.resolve(self._collection)
+            if not await self._server.is_whole(collection):
+                if order.any_kind:
+                    return None
+                raise SnapshotError(
+                    f"{target}: no node has all of the collection, and a native snapshot holds what one has; "
+                    'take a "portable" one'
+                )
             points = await self.engine.count(collection, _Filter())
             offered = await self._server.create_snapshot(collection)
             try:
@@ -7528,10 +7549,14 @@ class QdrantStore(_OnQdrant, StateStore):
             self._held.drive(self._core.begin(lambda core: core.discard(staged._core)))
 
     def _take(self, order: _Order, progress: _Progress | None) -> SnapshotReport:
-        if order.kind == "portable":
-            return super()._take(order, progress)
-        self._open()
-        return self._held.drive(cast("_SharedCore", self._core).create_native(order, self._target()))
+        if order.kind == "native":
+            self._open()
+            core = cast("_SharedCore", self._core)
+            report = self._held.drive(core.create_native(order, self._target()))
+            if report is not None:
+                return report
+            order = attrs.evolve(order, kind="portable")
+        return super()._take(order, progress)
 
     def _bring_back(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress | None) -> None:
         if saved.kind == "portable":
@@ -7732,10 +7757,14 @@ class AsyncQdrantStore(_OnQdrant, AsyncStateStore):
             await self._run(self._core.begin(lambda core: core.discard(staged._core)), apart=True)
 
     async def _take(self, order: _Order, progress: _Progress | None) -> SnapshotReport:
-        if order.kind == "portable":
-            return await super()._take(order, progress)
-        await self._open()
-        return await self._run(cast("_SharedCore", self._core).create_native(order, self._target()))
+        if order.kind == "native":
+            await self._open()
+            core = cast("_SharedCore", self._core)
+            report = await self._run(core.create_native(order, self._target()))
+            if report is not None:
+                return report
+            order = attrs.evolve(order, kind="portable")
+        return await super()._take(order, progress)
 
     async def _bring_back(
         self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress | None
@@ -9587,7 +9616,7 @@ def _count_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _snapshot_arguments(parser: argparse.ArgumentParser) -> None:
     _directory_argument(parser)
-    text = "default: the server's own on a server, portable elsewhere"
+    text = "default: the server's own on a server whose node has all shards, portable elsewhere"
     parser.add_argument("--kind", choices=["auto", "native", "portable"], default="auto", help=text)
     _keep_argument(parser)
     parser.add_argument(
