@@ -524,7 +524,8 @@ def _integer(field: str, value: object, lowest: int, highest: int) -> int:
         else:
             if lowest <= number <= highest:
                 return number
-    raise ValidationError(f"{field}: an integer from {lowest} to {highest} is needed, got {_shown(value)}")
+    bounds = f"of at least {lowest}" if highest == _MAX_INTEGER else f"from {lowest} to {highest}"
+    raise ValidationError(f"{field}: an integer {bounds} is needed, got {_shown(value)}")
 
 
 def _user_id(value: object) -> str:
@@ -549,7 +550,15 @@ def _user_id(value: object) -> str:
 
 
 def _time_ms(value: object, field: str = "updated_at_unix_ms") -> int:
-    return _integer(field, value, 0, _MAX_TIME_MS)
+    try:
+        return _integer(field, value, 0, _MAX_TIME_MS)
+    except ValidationError:
+        if not isinstance(value, datetime):
+            raise
+    raise ValidationError(
+        f"{field}: milliseconds since 1970 are needed, got a datetime; with its time zone set, "
+        "int(moment.timestamp() * 1000) makes them"
+    )
 
 
 def _source(value: Source | str) -> Source:
@@ -1063,8 +1072,11 @@ _Config = TypeVar("_Config", bound=MemoryStoreConfig)
 
 def _configured(kind: type[_Config], config: _Config | None, options: Mapping[str, Any]) -> _Config:
     """The configuration with these options instead of its own."""
-    if not isinstance(config, kind | None):
-        raise ValidationError(f"config: a {kind.__name__} is needed, got {_kind(config)}")
+    if config is not None and not isinstance(config, kind):
+        raise ValidationError(
+            f"config: a {kind.__name__} is needed, got {_kind(config)}; a place is given by name, "
+            "as in path='./mood', or to open_store"
+        )
     known = [field.name for field in attrs.fields(kind)]
     for option in options:
         if option not in known:
@@ -2317,6 +2329,7 @@ class _Order:
 
     directory: Path
     kind: _SnapshotKind
+    any_kind: bool  # nobody asked for this one
     reason: _Reason
     keep: int | None
     keep_remote: bool
@@ -2342,9 +2355,9 @@ class _Order:
         if fields["keep"] is not None:
             _integer("keep", fields["keep"], 1, _MAX_INTEGER)
         _flag("keep_remote", fields["keep_remote"])
-        if kind == "auto":
-            kind = "native" if native else "portable"
-        return cls(**fields, kind=kind, directory=_snapshot_directory(directory))
+        chosen: _SnapshotKind = kind if kind != "auto" else "native" if native else "portable"
+        place = _snapshot_directory(directory)
+        return cls(**fields, kind=chosen, any_kind=kind == "auto", directory=place)
 
     def completed(self, path: Path, **found: Any) -> SnapshotReport:
         """The report of a snapshot that has its file."""
@@ -2692,7 +2705,7 @@ def _skip_member(hashed: _Hashed, block: bytes) -> None:
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        raise SnapshotError(f"is not a snapshot of a server: {error}") from error
+        raise SnapshotError(f"is not a snapshot of a server, nor a portable one: {error}") from error
     if header.type == tarfile.GNUTYPE_SPARSE:
         # Its map may go on in blocks, each of which says whether there is another.
         extended = block[482:483]
@@ -2900,9 +2913,7 @@ def _matplotlib() -> tuple[Any, Any]:
         # Not an import statement, at which a type checker would want matplotlib wherever this file is copied.
         return import_module("matplotlib.pyplot"), import_module("matplotlib.dates")
     except ImportError as error:
-        raise MissingDependencyError(
-            'plotting needs matplotlib: pip install matplotlib, or "attuned-store[notebook]"'
-        ) from error
+        raise MissingDependencyError("plotting needs matplotlib: pip install matplotlib") from error
 
 
 def _plot(history: Sequence[StateSnapshot], names: Sequence[str]) -> Any:
@@ -3373,9 +3384,10 @@ class StateStore(_StoreBase):
         The directory is made where absent; without one it is QDRANT_SNAPSHOT_DIR, else
         ./data/qdrant/snapshots. ``kind`` "portable" is a file that every store can restore, holding for each
         user a state that existed while it was taken; "native" a Qdrant server's own, which is removed there
-        afterwards unless ``keep_remote``; "auto" native on a server, portable elsewhere. With ``keep``, the
-        new file is read back, then all but the newest so many of this collection and kind are removed: give
-        stores whose collections are of one name directories of their own. ``reason`` goes into the report.
+        afterwards unless ``keep_remote``, and is refused where no node has all shards; "auto" native on a
+        server where it can be, portable elsewhere. With ``keep``, the new file is read back, then all but the
+        newest so many of this collection and kind are removed: give stores whose collections are of one name
+        directories of their own. ``reason`` goes into the report.
         ``progress(done, None)`` is called with the number of states written. Raises SnapshotError,
         ValidationError, BackendError; then there is no new file, and none was removed.
         """
@@ -4573,6 +4585,10 @@ class _SharedEngine(_Engine, Protocol):
         """The name of the collection that an alias stands for, or the same."""
         ...
 
+    async def is_whole(self, collection: str) -> bool:
+        """Whether the node that answers has every shard of a collection."""
+        ...
+
     async def create_snapshot(self, collection: str) -> _Offered:
         """Let the server make a snapshot of a collection."""
         ...
@@ -4620,8 +4636,8 @@ def _translated(backend: str, operation: str) -> Generator[None]:
 
 def _locked(path: str | Path) -> StoreLockedError:
     return StoreLockedError(
-        f"{path}: another process has this directory open; close it there, "
-        "wait for it with lock_timeout=seconds, or let both use a Qdrant server"
+        f"{path}: another process has this directory open; close it there, wait for it with "
+        "lock_timeout (ATTUNED_STORE_LOCK_TIMEOUT) in seconds, or let both use a Qdrant server"
     )
 
 
@@ -5867,6 +5883,11 @@ class _ServerEngine:
         aliases = (await self._send("aliases", self._client.get_aliases)).aliases
         return next((each.collection_name for each in aliases if each.alias_name == collection), collection)
 
+    async def is_whole(self, collection: str) -> bool:
+        shards = await self._send("cluster", lambda: self._client.collection_cluster_info(collection))
+        here = {shard.shard_id for shard in shards.local_shards if shard.state == "Active"}
+        return here.issuperset(shard.shard_id for shard in shards.remote_shards)
+
     async def create_snapshot(self, collection: str) -> _Offered:
         """Asked once where the answer does not come: the server is making one already."""
         path = _snapshots_path(collection)
@@ -7099,10 +7120,20 @@ class _SharedCore(_Core):
         ids = [_point_id(user_id, time_ms) for user_id, old in times.items() for time_ms in old]
         await self._server.delete(self._collection, ids)
 
-    async def create_native(self, order: _Order, target: str) -> SnapshotReport:
-        """Take a snapshot of the server's own making."""
+    async def create_native(self, order: _Order, target: str) -> SnapshotReport | None:
+        """Take a snapshot of the server's own making; None where a portable one will do and is needed.
+
+        The server puts into it what one node has: of a collection that is spread over several, not all.
+        """
         with _NativeTaking(order) as taking:
             collection = await self._server.resolve(self._collection)
+            if not await self._server.is_whole(collection):
+                if order.any_kind:
+                    return None
+                raise SnapshotError(
+                    f"{target}: no node has all of the collection, and a native snapshot holds what one has; "
+                    'take a "portable" one'
+                )
             points = await self.engine.count(collection, _Filter())
             offered = await self._server.create_snapshot(collection)
             try:
@@ -7584,10 +7615,14 @@ class QdrantStore(_OnQdrant, StateStore):
             self._held.drive(self._core.begin(lambda core: core.discard(staged._core)))
 
     def _take(self, order: _Order, progress: _Progress | None) -> SnapshotReport:
-        if order.kind == "portable":
-            return super()._take(order, progress)
-        self._open()
-        return self._held.drive(cast("_SharedCore", self._core).create_native(order, self._target()))
+        if order.kind == "native":
+            self._open()
+            core = cast("_SharedCore", self._core)
+            report = self._held.drive(core.create_native(order, self._target()))
+            if report is not None:
+                return report
+            order = attrs.evolve(order, kind="portable")
+        return super()._take(order, progress)
 
     def _bring_back(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress | None) -> None:
         if saved.kind == "portable":
@@ -7599,6 +7634,7 @@ class QdrantStore(_OnQdrant, StateStore):
 class AsyncQdrantStore(_OnQdrant, AsyncStateStore):
     """QdrantStore for asyncio and trio; it opens on entering ``async with`` or at the first await.
 
+    With a server it connects at the first operation, so that an application may start before its server.
     With Qdrant Edge, whose calls are short and hold the interpreter anyway, operations run in place; with
     qdrant-client's local mode they run in a worker thread. A write that is cancelled is done or not done.
     """
@@ -7612,6 +7648,12 @@ class AsyncQdrantStore(_OnQdrant, AsyncStateStore):
         if self.config.url is not None:
             self._held, self._core = _connected(self.config, "on loop")
         _observe(self)
+
+    async def __aenter__(self) -> Self:
+        if self.config.url is None:
+            return await super().__aenter__()
+        self._ensure_open()  # but no more: an application may start before its server
+        return self
 
     async def _open(self) -> None:
         if isinstance(self._core, _SharedCore):
@@ -7781,10 +7823,14 @@ class AsyncQdrantStore(_OnQdrant, AsyncStateStore):
             await self._run(self._core.begin(lambda core: core.discard(staged._core)), apart=True)
 
     async def _take(self, order: _Order, progress: _Progress | None) -> SnapshotReport:
-        if order.kind == "portable":
-            return await super()._take(order, progress)
-        await self._open()
-        return await self._run(cast("_SharedCore", self._core).create_native(order, self._target()))
+        if order.kind == "native":
+            await self._open()
+            core = cast("_SharedCore", self._core)
+            report = await self._run(core.create_native(order, self._target()))
+            if report is not None:
+                return report
+            order = attrs.evolve(order, kind="portable")
+        return await super()._take(order, progress)
 
     async def _bring_back(
         self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress | None
@@ -7875,15 +7921,16 @@ async def _release_in_thread(directory: _Directory, finalizer: weakref.finalize[
 # -----------------------------------------------------------------------------
 
 _DEFAULT_TARGET = "./attuned_state"
+_BARE_ADDRESS = re.compile(r":?[\w.-]{2,}:(?=\d|/|$)")  # localhost:6333, :memory: or file:/mood, not C:\mood
 
 
 def _target_options(target: str | os.PathLike[str] | None) -> tuple[bool, dict[str, Any]]:
     """Whether a target is memory, and otherwise the path or url that it means."""
     text = target if target is not None else _default_target()
     if not isinstance(text, str):
-        text = _path(text)
+        return False, {"path": _path(text), "url": None}
     scheme, separator, rest = text.partition("://")
-    if not separator:
+    if not separator and not _BARE_ADDRESS.match(text):
         return False, {"path": text, "url": None}
     match scheme.lower():
         case "memory" if rest in ("", "/"):
@@ -7897,7 +7944,7 @@ def _target_options(target: str | os.PathLike[str] | None) -> tuple[bool, dict[s
         case _:
             pass
     raise ValidationError(
-        f"target: {_shown(text)} is not understood; use memory://, a path, file://<path>, "
+        f"target: {_shown(text)} is not understood; use memory://, a path such as ./mood, file://<path>, "
         "http://<host>:6333 or https://<host>:6333"
     )
 
@@ -7990,11 +8037,17 @@ def _copied(target: str, began: float, digest: _Digest) -> SnapshotReport:
     )
 
 
+_FORMS: dict[type, str] = {
+    StateStore: "a synchronous store (open_store)",
+    AsyncStateStore: "an asynchronous store (open_async_store)",
+}
+
+
 def _check_ends(source: object, target: object, kind: type[StateStore | AsyncStateStore]) -> None:
     """Raise where a copy has no source, or an end that is neither a store nor the place of one."""
     for name, end in (("source", source), ("target", target)):
         if not isinstance(end, kind | str | os.PathLike):
-            raise ValidationError(f"{name}: a {kind.__name__}, a path or a url is needed, got {_kind(end)}")
+            raise ValidationError(f"{name}: {_FORMS[kind]}, a path or a url is needed, got {_kind(end)}")
     if isinstance(source, str | os.PathLike) and _is_absent(cast("_Target", source)):
         raise StoreError(f"there is no store at {source}")
 
@@ -8133,14 +8186,19 @@ def _start(
 ) -> tuple[SnapshotReport | None, Path | None]:
     """The report where there is nothing to do, else the directory, which can be written to."""
     if not isinstance(store, kind):
-        raise ValidationError(f"store: a {kind.__name__} is needed, got {_kind(store)}")
+        raise ValidationError(f"store: {_FORMS[kind]} is needed, got {_kind(store)}")
 
     def skipped(message: str) -> tuple[SnapshotReport, None]:
         report = SnapshotReport(status="skipped", target=store._target(), reason="startup", message=message)
         return report, None
 
-    if os.environ.get("QDRANT_SNAPSHOT_ON_START", "").strip().lower() not in _TRUE:
-        return skipped("QDRANT_SNAPSHOT_ON_START is not set")
+    wish = os.environ.get("QDRANT_SNAPSHOT_ON_START", "").strip().lower()
+    if wish not in _TRUE:
+        state = f"{wish[:40]!r}, not true, 1, yes, y or on" if wish else "not set"
+        message = f"QDRANT_SNAPSHOT_ON_START is {state}"
+        if wish and wish not in _FALSE:
+            _LOGGER.warning("no snapshot is taken: %s", message)
+        return skipped(message)
     directory = _snapshot_directory(None)
     with _snapshot_errors(directory, "cannot be written"):
         _NewFile(directory).discard()
@@ -8341,7 +8399,7 @@ def snapshot_app(
         from starlette.applications import Starlette
         from starlette.routing import Route
     except ImportError as error:
-        raise MissingDependencyError('this needs Starlette: pip install "attuned-store[http]"') from error
+        raise MissingDependencyError("this needs Starlette: pip install starlette") from error
     endpoint = _Endpoint(stores, None if directory is None else Path(_path(directory)), keep)
     routes = [
         Route("/api/snapshot", _guarded(endpoint.snapshot, authorize), methods=["POST"]),
@@ -8393,14 +8451,14 @@ class _Scale(NamedTuple):
             return value  # the snapshot says what is wrong with it
 
         if not self.low <= value <= self.high:
-            raise ValueError(f"{axis}: {value:g} is outside of the scale {self.low:g}:{self.high:g}")
+            raise ValueError(f"{axis}: {value:g} is outside of the --scale {self.low:g}:{self.high:g}")
         return (value - self.low) / (self.high - self.low)
 
 
 class _Rules(NamedTuple):
     """How rows become snapshots: the scale, and the time of those that name none."""
 
-    scale: _Scale | None
+    scale: _Scale
     now: int
 
 
@@ -8507,9 +8565,7 @@ def _snapshot_of_row(
     if "user_id" not in named:
         raise ValueError("user_id is missing")
 
-    values = {name: value for name, value in axes.items() if value is not None}
-    if rules.scale is not None:
-        values = {name: rules.scale(name, value) for name, value in values.items()}
+    values = {name: rules.scale(name, value) for name, value in axes.items() if value is not None}
     return StateSnapshot(axes=cast("dict[str, float]", values), **cast("dict[str, Any]", named))
 
 
@@ -8519,14 +8575,18 @@ def _check_text(text: str) -> None:
         raise ValueError("not UTF-8")
 
 
-def _read_cell(column: str, text: str) -> object:
+def _read_cell(column: str, text: str, decimal: str) -> object:
+    if column not in ("user_id", "source"):
+        text = text.replace(decimal, ".")
     try:
         return _FIELD_READERS.get(column, _read_number)(text)
     except ValueError as error:
         raise ValueError(f"{column}: {error}") from None
 
 
-def _csv_row(cells: Sequence[str] | None, columns: Sequence[str], rules: _Rules) -> StateSnapshot:
+def _csv_row(
+    cells: Sequence[str] | None, columns: Sequence[str], decimal: str, rules: _Rules
+) -> StateSnapshot:
     if cells is None:
         raise ValueError("a quote is not closed, or not where a cell begins")
     if len(cells) != len(columns):
@@ -8536,7 +8596,7 @@ def _csv_row(cells: Sequence[str] | None, columns: Sequence[str], rules: _Rules)
     given = {
         c: t for c, t in zip(columns, cells, strict=True) if c == "user_id" or t.strip() not in _ABSENT_CELLS
     }
-    row = {column: _read_cell(column, text) for column, text in given.items()}
+    row = {column: _read_cell(column, text, decimal) for column, text in given.items()}
     axes = {name: value for name, value in row.items() if name not in _FIELD_READERS}
     return _snapshot_of_row(
         {name: value for name, value in row.items() if name in _FIELD_READERS}, axes, rules
@@ -8661,6 +8721,7 @@ class _Table:
         self.name = name
         self._kind = kind or self._sniff()
         self.failure: Exception | None = None
+        self._decimal = "."
         self.columns = self._csv()[0] if self._kind == "csv" else []
 
     def _numbered(self) -> Iterator[tuple[int, str]]:
@@ -8678,14 +8739,16 @@ class _Table:
     def _csv(self) -> tuple[list[str], Iterator[tuple[int, list[str] | None]]]:
         lines = self._numbered()
         first = next(lines)
-        records = _csv_records(itertools.chain([first], lines), _find_delimiter(first[1]))
+        delimiter = _find_delimiter(first[1])
+        self._decimal = "," if delimiter == ";" else "."  # Excel's semicolons leave the comma to decimals
+        records = _csv_records(itertools.chain([first], lines), delimiter)
         return _check_heading(next(records)[1]), records
 
     def _readers(self) -> Iterator[tuple[int, Callable[[], StateSnapshot]]]:
         if self._kind == "csv":
             columns, records = self._csv()
             for line, cells in records:
-                yield line, functools.partial(_csv_row, cells, columns, self._rules)
+                yield line, functools.partial(_csv_row, cells, columns, self._decimal, self._rules)
         else:
             for line, text in self._numbered():
                 if text.strip():
@@ -9055,8 +9118,10 @@ def _atomic_file(path: Path) -> Generator[TextIO]:
             stream.flush()
             os.fsync(stream.fileno())
         beside.replace(final)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == str(beside):
+            error.filename = str(path)  # the name that was asked for
         raise
 
 
@@ -9143,7 +9208,17 @@ def _show_state(args: argparse.Namespace, snapshot: StateSnapshot, store: StateS
     _show_record(args, snapshot.to_dict(), _state_text(snapshot, store.axes))
 
 
+def _require_user(args: argparse.Namespace) -> None:
+    """Refuse an axis where the user should be: it would become a user of that name."""
+    try:
+        _read_pairs([args.user])
+    except _CommandError:
+        return
+    raise _CommandError(f"the user comes first, as in '{args.command} alice {args.user}'", 2)
+
+
 def _command_put(args: argparse.Namespace) -> int:
+    _require_user(args)
     snapshot = StateSnapshot(user_id=args.user, axes=_read_pairs(args.pairs), **_given_fields(args))
     _rehearse(args, snapshot)
     with _open_target(args, create=True) as store:
@@ -9153,6 +9228,7 @@ def _command_put(args: argparse.Namespace) -> int:
 
 
 def _command_patch(args: argparse.Namespace) -> int:
+    _require_user(args)
     axes, fields = _read_pairs(args.pairs), _given_fields(args)
     _rehearse(args, StateSnapshot(user_id=args.user, axes=axes, **fields))
     with _open_target(args, create=True) as store:
@@ -9422,7 +9498,7 @@ def _uvicorn() -> Any:
     try:
         import uvicorn
     except ImportError as error:
-        raise MissingDependencyError('serve needs uvicorn: pip install "attuned-store[http]"') from error
+        raise MissingDependencyError("serve needs uvicorn: pip install starlette uvicorn") from error
     return uvicorn
 
 
@@ -9462,9 +9538,28 @@ def _ended_by_signals() -> Generator[None]:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
+@contextlib.contextmanager
+def _logged_to_stderr() -> Generator[None]:
+    """Show what happens while nobody looks: the snapshots that were taken, and what went wrong."""
+    handler, level = logging.StreamHandler(), _LOGGER.level
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    _LOGGER.addHandler(handler)
+    _LOGGER.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        _LOGGER.setLevel(level)
+        _LOGGER.removeHandler(handler)
+
+
 def _command_serve(args: argparse.Namespace) -> int:
     uvicorn, authorize = _uvicorn(), _authorization(args.host)
-    with _ended_by_signals(), _listening(args.host, args.port) as listener, _open_target(args) as store:
+    with (
+        _ended_by_signals(),
+        _logged_to_stderr(),
+        _listening(args.host, args.port) as listener,
+        _open_target(args) as store,
+    ):
         app = snapshot_app(store, authorize=authorize, directory=args.directory, keep=args.keep)
         snapshot_on_start(store, keep=args.keep)
         listener.listen()
@@ -9507,7 +9602,11 @@ def _read_real(text: str) -> float:
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="CSV or JSON lines, in UTF-8; - is stdin")
     parser.add_argument(
-        "--scale", type=_read_scale, metavar="LOW:HIGH", help="what the axes were measured on; becomes 0..1"
+        "--scale",
+        type=_read_scale,
+        default="0:1",
+        metavar="LOW:HIGH",
+        help="what the axes were measured on; becomes 0..1; default: 0:1",
     )
     parser.add_argument(
         "--format", choices=["csv", "jsonl"], help="default: by the name of the file, or its content"
@@ -9587,7 +9686,7 @@ def _count_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _snapshot_arguments(parser: argparse.ArgumentParser) -> None:
     _directory_argument(parser)
-    text = "default: the server's own on a server, portable elsewhere"
+    text = "default: the server's own on a server whose node has all shards, portable elsewhere"
     parser.add_argument("--kind", choices=["auto", "native", "portable"], default="auto", help=text)
     _keep_argument(parser)
     parser.add_argument(
@@ -9723,6 +9822,8 @@ are themselves; every other column is an axis, its name brought to snake_case. E
 and NA are absent; a row without a time gets the time of the import. A bad row is reported
 with its line and skipped, and the exit status is then 1. A new store takes the file's
 columns as its axes (unless ATTUNED_STORE_AXES names them); an existing one keeps its own.
+Columns are separated by commas, by tabs, or by semicolons, as Excel writes them with decimal
+commas.
 """,
     "serve": """
 POST /api/snapshot takes a snapshot; GET /api/health, /api/ready and (where prometheus_client
@@ -9735,7 +9836,8 @@ is taken if QDRANT_SNAPSHOT_ON_START is true. SIGTERM and Ctrl-C end it, and are
 
 def _make_parser() -> _CommandParser:
     common = _CommandParser(add_help=False)
-    text = "a directory, or http(s)://host:6333; default: $ATTUNED_STORE, $QDRANT_URL or ./attuned_state"
+    text = "a directory, or http(s)://host:6333; default: $ATTUNED_STORE, $QDRANT_URL, "
+    text += "$ATTUNED_STORE_PATH or ./attuned_state"
     common.add_argument("--store", metavar="TARGET", default=argparse.SUPPRESS, help=text)
     common.add_argument(
         "--json", action="store_true", default=argparse.SUPPRESS, help="JSON, one object a line"
@@ -9787,6 +9889,13 @@ def _parse_command(argv: Sequence[str]) -> argparse.Namespace:
 # Running
 
 
+def _reason(error: BaseException) -> str:
+    """What went wrong; where the system refused a file, as other commands say it."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def _report_failure(error: BaseException) -> int:
     """Report what ended the command in one line; the exit status."""
     if isinstance(error, KeyboardInterrupt):
@@ -9796,7 +9905,9 @@ def _report_failure(error: BaseException) -> int:
     written: int | None = getattr(error, "written", None)
     unexpected = not isinstance(error, (_CommandError, StoreError, OSError, NotImplementedError))
     kind = f"unexpected {type(error).__name__}: " if unexpected else ""
-    _complain(f"{kind}{error}" + (f" ({_plural(written, 'snapshot')} were written)" if written else ""))
+    _complain(
+        f"{kind}{_reason(error)}" + (f" ({_plural(written, 'snapshot')} were written)" if written else "")
+    )
     return (
         error.status if isinstance(error, _CommandError) else 2 if isinstance(error, ValidationError) else 1
     )
