@@ -1929,9 +1929,22 @@ _READ_BYTES = 1 << 16
 _GZIP_MAGIC = b"\x1f\x8b"
 _STATE_FIELDS = frozenset(field.name for field in attrs.fields(StateSnapshot))
 _quoted: Callable[[str], str] = json.encoder.encode_basestring_ascii
+_Progress = Callable[[int, int | None], object]
 _SnapshotKind = Literal["native", "portable"]
 _RestoreMode = Literal["replace", "merge", "skip"]
 _SUFFIXES: Mapping[_SnapshotKind, str] = {"native": ".snap", "portable": ".attuned"}
+
+
+def _unheard(done: int, total: int | None) -> None:
+    """The progress of an operation of which nobody wants to know."""
+
+
+def _callable_of(progress: _Progress | None) -> _Progress:
+    """What to call after each batch; raises before anything is done, not after the first."""
+    if progress is None:
+        return _unheard
+    _function("progress", progress)
+    return progress
 
 
 def _line(snapshot: StateSnapshot) -> str:
@@ -2631,15 +2644,14 @@ class _SavedSnapshot:
             raise SnapshotError("has not been read to its end")
         return self.contents
 
-    def verify(self, axes: Sequence[str] | None = None, progress: _Progress | None = None) -> None:
+    def verify(self, axes: Sequence[str] | None = None, progress: _Progress = _unheard) -> None:
         """Read all of it; raises SnapshotError where something is wrong."""
         if self.kind == "native":
             with self._errors(), self._opened() as file:
                 self.sha256 = _check_native(file, self.path)
             return
         for done in self.verifying(axes):
-            if progress is not None:
-                progress(done, None)
+            progress(done, None)
 
     def verifying(self, axes: Sequence[str] | None) -> Iterator[int]:
         """Read all of a portable one; gives the number of states read by and by."""
@@ -2728,7 +2740,7 @@ def verify_snapshot(path: str | os.PathLike[str], *, progress: _Progress | None 
     can read, the SHA-256 that was kept beside it, and its frame. ``progress(done, None)`` is called with the
     number of states read. Raises SnapshotError, which says what is wrong.
     """
-    _check_progress(progress)
+    progress = _callable_of(progress)
     saved = _SavedSnapshot(path)
     saved.verify(progress=progress)
     return saved.report(str(saved.path))
@@ -2957,14 +2969,7 @@ def _plot_axis(plot: Any, row: int, times: Sequence[datetime], values: Sequence[
 
 _BATCH = 64  # snapshots or users in one step of a long operation: about 5 ms on the slowest engine
 
-_Progress = Callable[[int, int | None], object]
 _Cursor = Any  # where the next page begins: known to the engine alone; None begins
-
-
-def _check_progress(progress: object) -> None:
-    """Raise before anything is written, not after the first batch."""
-    if progress is not None:
-        _function("progress", progress)
 
 
 def _next_page(remaining: Iterator[str]) -> tuple[list[str], Iterator[str] | None]:
@@ -3222,15 +3227,14 @@ class StateStore(_StoreBase):
         batch, ``total`` None where it is unknown.
         """
         self._ensure_open()
-        _check_progress(progress)
+        progress = _callable_of(progress)
         self._open()
         total, written = _size(snapshots), 0
         try:
             for batch in _batches(snapshots, self._check, self._batch_size()):
                 self._write_batch(batch)
                 written += len(batch)
-                if progress is not None:
-                    progress(written, total)
+                progress(written, total)
         except StoreError as error:
             error.written = written
             raise
@@ -3392,17 +3396,16 @@ class StateStore(_StoreBase):
         ValidationError, BackendError; then there is no new file, and none was removed.
         """
         self._ensure_open()
-        _check_progress(progress)
+        progress = _callable_of(progress)
         fields = _OrderFields(reason=reason, keep=keep, keep_remote=keep_remote)
         return self._take(_Order.of(directory, kind, fields, native=self._has_native), progress)
 
-    def _take(self, order: _Order, progress: _Progress | None) -> SnapshotReport:
+    def _take(self, order: _Order, progress: _Progress) -> SnapshotReport:
         self._open()
         with _PortableTaking(order, self._origin(), self.axes) as taking:
             for states in _pages(self._page_of_states):
                 done = taking.add(states)
-                if progress is not None:
-                    progress(done, None)
+                progress(done, None)
             return taking.finish()
 
     def restore_snapshot(
@@ -3423,13 +3426,13 @@ class StateStore(_StoreBase):
         axes, and changes nothing then.
         """
         self._ensure_open()
-        _check_progress(progress)
+        progress = _callable_of(progress)
         saved = _SavedSnapshot(path)
         saved.check_mode(mode, native=self._has_native)
         self._bring_back(saved, mode, progress)
         return saved.report(self._target())
 
-    def _bring_back(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress | None) -> None:
+    def _bring_back(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress) -> None:
         self._open()
         if mode == "replace":
             self._replace_by(saved, progress)
@@ -3447,16 +3450,15 @@ class StateStore(_StoreBase):
             self._discard(staged)
             raise
 
-    def _replace_by(self, saved: _SavedSnapshot, progress: _Progress | None) -> None:
+    def _replace_by(self, saved: _SavedSnapshot, progress: _Progress) -> None:
         if self._has_native:  # a server is changed in place: all must be known to be right before
             saved.verify(self.axes, progress)
         with self._replacement(saved.sha256) as staged:
             for done, batch in _numbered(saved.batches(self._batch_size(), self.axes)):
                 staged._write_batch(batch)
-                if progress is not None:
-                    progress(done, saved.total)
+                progress(done, saved.total)
 
-    def _add_from(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress | None) -> None:
+    def _add_from(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress) -> None:
         saved.verify(self.axes, progress)
         newcomers = _Newcomers()
         for done, batch in _numbered(saved.batches(self._batch_size(), self.axes)):
@@ -3464,8 +3466,7 @@ class StateStore(_StoreBase):
                 batch = newcomers.among(batch, self._find(_users_of(batch)))  # noqa: PLW2901 - what is left of it
             if batch:
                 self._write_batch(batch)
-            if progress is not None:
-                progress(done, saved.total)
+            progress(done, saved.total)
 
     def wait_until_ready(self, timeout: float = 30.0) -> None:
         """Wait until a server answers, at most ``timeout`` seconds; any other store is ready at once.
@@ -3671,15 +3672,14 @@ class AsyncStateStore(_StoreBase):
     ) -> int:
         """See StateStore.upsert_many; other tasks run between batches."""
         self._ensure_open()
-        _check_progress(progress)
+        progress = _callable_of(progress)
         await self._open()
         total, written = _size(snapshots), 0
         try:
             for batch in _batches(snapshots, self._check, self._batch_size()):
                 await self._write_batch(batch)
                 written += len(batch)
-                if progress is not None:
-                    progress(written, total)
+                progress(written, total)
                 await _sleep(0)
         except StoreError as error:
             error.written = written
@@ -3803,17 +3803,16 @@ class AsyncStateStore(_StoreBase):
     ) -> SnapshotReport:
         """See StateStore.create_snapshot; cancelled, it leaves the finished file or none."""
         self._ensure_open()
-        _check_progress(progress)
+        progress = _callable_of(progress)
         fields = _OrderFields(reason=reason, keep=keep, keep_remote=keep_remote)
         return await self._take(_Order.of(directory, kind, fields, native=self._has_native), progress)
 
-    async def _take(self, order: _Order, progress: _Progress | None) -> SnapshotReport:
+    async def _take(self, order: _Order, progress: _Progress) -> SnapshotReport:
         await self._open()
         with _PortableTaking(order, self._origin(), self.axes) as taking:
             async for states in _AsyncPages(self._page_of_states):
                 done = taking.add(states)
-                if progress is not None:
-                    progress(done, None)
+                progress(done, None)
             return await _in_thread(taking.finish)
 
     async def restore_snapshot(
@@ -3825,15 +3824,13 @@ class AsyncStateStore(_StoreBase):
     ) -> SnapshotReport:
         """See StateStore.restore_snapshot; cancelled, a replacement changes nothing, but on a server."""
         self._ensure_open()
-        _check_progress(progress)
+        progress = _callable_of(progress)
         saved = _SavedSnapshot(path)
         saved.check_mode(mode, native=self._has_native)
         await self._bring_back(saved, mode, progress)
         return saved.report(self._target())
 
-    async def _bring_back(
-        self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress | None
-    ) -> None:
+    async def _bring_back(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress) -> None:
         await self._open()
         if mode == "replace":
             await self._replace_by(saved, progress)
@@ -3850,17 +3847,16 @@ class AsyncStateStore(_StoreBase):
             await _shielded(self._discard(staged))
             raise
 
-    async def _replace_by(self, saved: _SavedSnapshot, progress: _Progress | None) -> None:
+    async def _replace_by(self, saved: _SavedSnapshot, progress: _Progress) -> None:
         if self._has_native:  # a server is changed in place: all must be known to be right before
             await self._verify(saved, progress)
         async with self._replacement(saved.sha256) as staged:
             for done, batch in _numbered(saved.batches(self._batch_size(), self.axes)):
                 await staged._write_batch(batch)
-                if progress is not None:
-                    progress(done, saved.total)
+                progress(done, saved.total)
                 await _sleep(0)
 
-    async def _add_from(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress | None) -> None:
+    async def _add_from(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress) -> None:
         await self._verify(saved, progress)
         newcomers = _Newcomers()
         for done, batch in _numbered(saved.batches(self._batch_size(), self.axes)):
@@ -3868,14 +3864,12 @@ class AsyncStateStore(_StoreBase):
                 batch = newcomers.among(batch, await self._find(_users_of(batch)))  # noqa: PLW2901 - what is left of it
             if batch:
                 await self._write_batch(batch)
-            if progress is not None:
-                progress(done, saved.total)
+            progress(done, saved.total)
             await _sleep(0)
 
-    async def _verify(self, saved: _SavedSnapshot, progress: _Progress | None) -> None:
+    async def _verify(self, saved: _SavedSnapshot, progress: _Progress) -> None:
         for done in saved.verifying(self.axes):
-            if progress is not None:
-                progress(done, None)
+            progress(done, None)
             await _sleep(0)
 
     async def wait_until_ready(self, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - as in the other form
@@ -7614,7 +7608,7 @@ class QdrantStore(_OnQdrant, StateStore):
         with contextlib.suppress(StoreClosedError):  # opening removes it
             self._held.drive(self._core.begin(lambda core: core.discard(staged._core)))
 
-    def _take(self, order: _Order, progress: _Progress | None) -> SnapshotReport:
+    def _take(self, order: _Order, progress: _Progress) -> SnapshotReport:
         if order.kind == "native":
             self._open()
             core = cast("_SharedCore", self._core)
@@ -7624,7 +7618,7 @@ class QdrantStore(_OnQdrant, StateStore):
             order = attrs.evolve(order, kind="portable")
         return super()._take(order, progress)
 
-    def _bring_back(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress | None) -> None:
+    def _bring_back(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress) -> None:
         if saved.kind == "portable":
             return super()._bring_back(saved, mode, progress)
         saved.verify()
@@ -7822,7 +7816,7 @@ class AsyncQdrantStore(_OnQdrant, AsyncStateStore):
         with contextlib.suppress(StoreClosedError):  # opening removes it
             await self._run(self._core.begin(lambda core: core.discard(staged._core)), apart=True)
 
-    async def _take(self, order: _Order, progress: _Progress | None) -> SnapshotReport:
+    async def _take(self, order: _Order, progress: _Progress) -> SnapshotReport:
         if order.kind == "native":
             await self._open()
             core = cast("_SharedCore", self._core)
@@ -7832,9 +7826,7 @@ class AsyncQdrantStore(_OnQdrant, AsyncStateStore):
             order = attrs.evolve(order, kind="portable")
         return await super()._take(order, progress)
 
-    async def _bring_back(
-        self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress | None
-    ) -> None:
+    async def _bring_back(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress) -> None:
         if saved.kind == "portable":
             return await super()._bring_back(saved, mode, progress)
         await _in_thread(saved.verify)
@@ -8075,7 +8067,7 @@ def copy(
     """
     began, read = time.perf_counter(), _Digest()
     _flag("replace", replace)
-    _check_progress(progress)
+    progress = _callable_of(progress)
     _check_ends(source, target, StateStore)
     with contextlib.ExitStack() as stack:
         origin = source if isinstance(source, StateStore) else stack.enter_context(open_store(source))
@@ -8086,8 +8078,7 @@ def copy(
             for states in _pages(origin._page_of_states):
                 read.add(states)
                 staged.upsert_many(states)
-                if progress is not None:
-                    progress(read.count, None)
+                progress(read.count, None)
             if not target._has_native:  # a server is changed in place: nothing is beside it
                 read.check(_digest(staged))
         read.check(_digest(target))
@@ -8111,7 +8102,7 @@ async def acopy(
     """As copy, between asynchronous stores; other tasks run between batches."""
     began, read = time.perf_counter(), _Digest()
     _flag("replace", replace)
-    _check_progress(progress)
+    progress = _callable_of(progress)
     await _in_thread(lambda: _check_ends(source, target, AsyncStateStore))
     async with contextlib.AsyncExitStack() as stack:
         if not isinstance(source, AsyncStateStore):
@@ -8124,8 +8115,7 @@ async def acopy(
             async for states in _AsyncPages(source._page_of_states):
                 read.add(states)
                 await staged.upsert_many(states)
-                if progress is not None:
-                    progress(read.count, None)
+                progress(read.count, None)
             if not target._has_native:  # as in copy
                 read.check(await _adigest(staged))
         read.check(await _adigest(target))
