@@ -637,7 +637,12 @@ class StateSnapshot:
         return self
 
     def axis(self, name: str) -> float:
-        """The value of an axis in [0, 1]; 0.5, which is neutral, where the snapshot does not have it."""
+        """The value of an axis in [0, 1]; 0.5, which is neutral, where the snapshot does not have it.
+
+        Raises ValidationError for what is no name.
+        """
+        if not isinstance(name, str):
+            raise ValidationError(f"axis: a name is needed, got {_kind(name)}")
         return self.axes.get(name, _NEUTRAL)
 
     def patched(self, axes: Mapping[str, float], **fields: Unpack[SnapshotFields]) -> StateSnapshot:
@@ -781,9 +786,10 @@ def _axis_names(value: Iterable[str] | None) -> tuple[str, ...] | None:
 def _path(value: str | os.PathLike[str]) -> str:
     try:
         path = os.fspath(value)
-    except TypeError:
-        path = None
-    if isinstance(path, str) and path and "\0" not in path:
+        encoded = os.fsencode(path)
+    except (TypeError, UnicodeEncodeError):  # a lone surrogate is in no path
+        path, encoded = None, b""
+    if isinstance(path, str) and encoded and b"\0" not in encoded:
         return path
     raise ValidationError(f"path: a directory is needed, got {_shown(value)}")
 
@@ -808,6 +814,17 @@ def _check_url(url: object) -> None:
 def _choice(field: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValidationError(f"{field}: one of {', '.join(choices)} is needed, got {_shown(value)}")
+
+
+def _flag(field: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise ValidationError(f"{field}: True or False is needed, got {_shown(value)}")
+
+
+def _function(field: str, value: object) -> None:
+    if not callable(value):
+        raise ValidationError(f"{field}: a function is needed, got {_kind(value)}")
 
 
 def _positive(field: str, value: object, *, zero: bool = False) -> None:
@@ -910,10 +927,7 @@ class MemoryStoreConfig:
         least = len(self.axes or ()) or 1
         if self.vector_size is not None:
             _integer("vector_size", self.vector_size, least, _MAX_VECTOR_SIZE)
-        if not isinstance(self.enable_history, bool):
-            raise ValidationError(
-                f"enable_history: True or False is needed, got {_shown(self.enable_history)}"
-            )
+        _flag("enable_history", self.enable_history)
         _integer("max_history_per_user", self.max_history_per_user, 0, _MAX_INTEGER)
         if self.history_retention_days is not None:
             _positive("history_retention_days", self.history_retention_days)
@@ -924,14 +938,18 @@ class MemoryStoreConfig:
 
         Lists are separated by commas. Raises ValidationError, which names the variable.
         """
+        if not isinstance(environ, Mapping):
+            raise ValidationError(f"environ: a mapping is needed, got {_kind(environ)}")
         found: dict[str, Any] = {}
         for field in attrs.fields(cls):
             if field.name in ("retry", "breaker"):
                 continue  # more than one variable can say
             variable = _variable(field.name)
-            text = environ.get(variable, "").strip()
-            if text:
-                found[field.name] = _parsed(variable, text, str(field.type))
+            text = environ.get(variable, "")
+            if not isinstance(text, str):
+                raise ValidationError(f"{variable}: a string is needed, got {_kind(text)}")
+            if text.strip():
+                found[field.name] = _parsed(variable, text.strip(), str(field.type))
         try:
             return cls(**found)
         except ValidationError as error:
@@ -1054,7 +1072,7 @@ _Config = TypeVar("_Config", bound=MemoryStoreConfig)
 
 def _configured(kind: type[_Config], config: _Config | None, options: Mapping[str, Any]) -> _Config:
     """The configuration with these options instead of its own."""
-    if config is not None and not isinstance(config, kind):
+    if not isinstance(config, kind | None):
         raise ValidationError(
             f"config: a {kind.__name__} is needed, got {_kind(config)}; a place is given by name, "
             "as in path='./mood', or to open_store"
@@ -1230,6 +1248,10 @@ def _excluded(value: str | None) -> str | None:
     return None if value in (None, "") else _user_id(value)
 
 
+def _in_history(value: bool) -> bool:  # noqa: FBT001 - a converter has one argument
+    return _flag("history", value)
+
+
 def _least_confidence(value: float | None) -> float | None:
     return None if value is None else _unit("min_confidence", value)
 
@@ -1247,7 +1269,7 @@ class _Search:
     min_confidence: float | None = attrs.field(converter=_least_confidence)
     since: int | None = attrs.field(converter=_since)
     until: int | None = attrs.field(converter=_until)
-    history: bool = attrs.field(converter=bool)
+    history: bool = attrs.field(converter=_in_history)
 
     def admits(self, snapshot: StateSnapshot) -> bool:
         """Whether a snapshot passes the filters."""
@@ -1807,17 +1829,17 @@ class _NewFile:
         _remove_abandoned(directory)
         while True:
             self.path = directory / f".attuned-{secrets.token_hex(8)}.tmp"
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            if self._is_kept(descriptor):
+            # Not a bare descriptor: after an interrupt that would keep its lock until the process ends.
+            self.file = open(self.path, "x+b", opener=_open_private)  # noqa: SIM115 - until it is discarded
+            if self._is_kept():
                 break
-            os.close(descriptor)
-        self.file = os.fdopen(descriptor, "w+b")
+            self.file.close()
 
-    def _is_kept(self, descriptor: int) -> bool:
+    def _is_kept(self) -> bool:
         """Whether nobody took it for an abandoned one before it was locked."""
         try:
-            _lock_descriptor(descriptor)
-            return os.path.samestat(os.fstat(descriptor), self.path.stat())
+            _lock_descriptor(self.file.fileno())
+            return os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
         except (BlockingIOError, FileNotFoundError):
             return False
         except OSError:  # a file system without locks, where none is taken for abandoned either
@@ -1844,6 +1866,10 @@ class _NewFile:
             self.path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # what could not be written then is not needed now
             self.file.close()
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _remove_abandoned(directory: Path) -> None:
@@ -1960,10 +1986,10 @@ class _UserHashes:
 class _Counter:
     """Counts snapshots and users, who come one after another, each user's snapshots oldest first."""
 
-    def __init__(self) -> None:
+    def __init__(self, hashes: _UserHashes | None = None) -> None:
         self.users = self.snapshots = 0
         self.axes: set[str] = set()  # that occur
-        self.hashes = _UserHashes()
+        self._hashes = hashes
         self._last: StateSnapshot | None = None
         self._shape: _Shape | None = None
 
@@ -1977,7 +2003,8 @@ class _Counter:
                 self.axes.update(self._shape.names)
             if last is None or last.user_id != snapshot.user_id:
                 self.users += 1
-                self.hashes.add(snapshot.user_id)
+                if self._hashes is not None:
+                    self._hashes.add(snapshot.user_id)
             elif last.updated_at_unix_ms >= snapshot.updated_at_unix_ms:
                 raise ValidationError("updated_at_unix_ms: a user's snapshots are not in order, or one twice")
 
@@ -2114,7 +2141,8 @@ class _ArchiveReader:
     def __init__(self, file: IO[bytes]) -> None:
         self._unpacked = _Unpacked(file)
         self._parts: list[dict[str, Any]] = []
-        self._counted = _Counter()
+        self._hashes = _UserHashes()
+        self._counted = _Counter(self._hashes)
         self.contents: _Contents | None = None  # known at the end
         self.sha256 = ""
 
@@ -2129,7 +2157,7 @@ class _ArchiveReader:
             if self._parts and self._parts[-1]["size"] < _PART_BYTES // 4:
                 raise SnapshotError(f"{self._parts[-1]['name']} is too small for one that is not the last")
             yield self._part(name, data)
-        if self._counted.hashes.repeated():
+        if self._hashes.repeated():
             raise SnapshotError("the snapshots of a user do not stand together")
         self.contents = self._check_manifest(data)
         if any(self._unpacked.take(2 * _BLOCK)):
@@ -2326,6 +2354,7 @@ class _Order:
         _choice("reason", fields["reason"], ("startup", "api", "manual"))
         if fields["keep"] is not None:
             _integer("keep", fields["keep"], 1, _MAX_INTEGER)
+        _flag("keep_remote", fields["keep_remote"])
         chosen: _SnapshotKind = kind if kind != "auto" else "native" if native else "portable"
         place = _snapshot_directory(directory)
         return cls(**fields, kind=chosen, any_kind=kind == "auto", directory=place)
@@ -2436,8 +2465,9 @@ def _remove_older(newest: Path, keep: int | None) -> None:
 def _snapshots_in(directory: Path) -> list[Path]:
     """The files with names of snapshots, newest first."""
     with _snapshot_errors(directory, "cannot be listed"):
-        entries = [entry for entry in os.scandir(directory) if _SNAPSHOT_NAME.fullmatch(entry.name)]
-        plain = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+        with os.scandir(directory) as entries:
+            named = [entry for entry in entries if _SNAPSHOT_NAME.fullmatch(entry.name)]
+        plain = [entry.name for entry in named if entry.is_file(follow_symlinks=False)]
     return [directory / name for name in sorted(plain, reverse=True)]
 
 
@@ -2528,7 +2558,8 @@ class _NativeTaking(_Taking):
             beside.unlink()
             return None
         except BaseException:
-            beside.unlink()
+            if not os.path.lexists(self._order.directory / name):  # else an interrupt came right after
+                beside.unlink()
             raise
 
 
@@ -2697,6 +2728,7 @@ def verify_snapshot(path: str | os.PathLike[str], *, progress: _Progress | None 
     can read, the SHA-256 that was kept beside it, and its frame. ``progress(done, None)`` is called with the
     number of states read. Raises SnapshotError, which says what is wrong.
     """
+    _check_progress(progress)
     saved = _SavedSnapshot(path)
     saved.verify(progress=progress)
     return saved.report(str(saved.path))
@@ -2927,6 +2959,12 @@ _BATCH = 64  # snapshots or users in one step of a long operation: about 5 ms on
 
 _Progress = Callable[[int, int | None], object]
 _Cursor = Any  # where the next page begins: known to the engine alone; None begins
+
+
+def _check_progress(progress: object) -> None:
+    """Raise before anything is written, not after the first batch."""
+    if progress is not None:
+        _function("progress", progress)
 
 
 def _next_page(remaining: Iterator[str]) -> tuple[list[str], Iterator[str] | None]:
@@ -3184,6 +3222,7 @@ class StateStore(_StoreBase):
         batch, ``total`` None where it is unknown.
         """
         self._ensure_open()
+        _check_progress(progress)
         self._open()
         total, written = _size(snapshots), 0
         try:
@@ -3220,6 +3259,7 @@ class StateStore(_StoreBase):
         to leave things as they are. It runs without a lock, may use the store, and may run several times.
         Returns the latest afterwards; raises ConflictError after ``attempts`` conflicts, ValidationError.
         """
+        _function("fn", fn)
         for attempt in range(_integer("attempts", attempts, 1, _MAX_INTEGER)):
             latest = self.get_latest(user_id)
             new = _successor(user_id, latest, fn(latest))
@@ -3323,7 +3363,7 @@ class StateStore(_StoreBase):
 
     def count(self, *, history: bool = False) -> int:
         """How many users there are; with ``history`` how many snapshots get_history can return for all."""
-        return sum(_pages(self._count_page)) if history else self._count_users()
+        return sum(_pages(self._count_page)) if _in_history(history) else self._count_users()
 
     def prune(self) -> int:
         """Remove the history that the bounds hide already; returns how many snapshots were removed."""
@@ -3352,6 +3392,7 @@ class StateStore(_StoreBase):
         ValidationError, BackendError; then there is no new file, and none was removed.
         """
         self._ensure_open()
+        _check_progress(progress)
         fields = _OrderFields(reason=reason, keep=keep, keep_remote=keep_remote)
         return self._take(_Order.of(directory, kind, fields, native=self._has_native), progress)
 
@@ -3382,6 +3423,7 @@ class StateStore(_StoreBase):
         axes, and changes nothing then.
         """
         self._ensure_open()
+        _check_progress(progress)
         saved = _SavedSnapshot(path)
         saved.check_mode(mode, native=self._has_native)
         self._bring_back(saved, mode, progress)
@@ -3425,12 +3467,13 @@ class StateStore(_StoreBase):
             if progress is not None:
                 progress(done, saved.total)
 
-    def wait_until_ready(self, timeout: float = 30.0) -> None:  # noqa: ARG002 - for a server to override
+    def wait_until_ready(self, timeout: float = 30.0) -> None:
         """Wait until a server answers, at most ``timeout`` seconds; any other store is ready at once.
 
-        Raises what the server answers last, such as BackendUnavailableError.
+        Raises what the server answers last, such as BackendUnavailableError, ValidationError.
         """
         self._ensure_open()
+        _positive("timeout", timeout, zero=True)
 
     def __getitem__(self, user_id: str) -> StateSnapshot:
         latest = self.get_latest(user_id)
@@ -3628,6 +3671,7 @@ class AsyncStateStore(_StoreBase):
     ) -> int:
         """See StateStore.upsert_many; other tasks run between batches."""
         self._ensure_open()
+        _check_progress(progress)
         await self._open()
         total, written = _size(snapshots), 0
         try:
@@ -3656,6 +3700,7 @@ class AsyncStateStore(_StoreBase):
         attempts: int = 32,
     ) -> StateSnapshot | None:
         """See StateStore.update; ``fn`` may be an ``async def``."""
+        _function("fn", fn)
         for attempt in range(_integer("attempts", attempts, 1, _MAX_INTEGER)):
             latest = await self.get_latest(user_id)
             answer = fn(latest)
@@ -3738,7 +3783,7 @@ class AsyncStateStore(_StoreBase):
 
     async def count(self, *, history: bool = False) -> int:
         """See StateStore.count."""
-        if history:
+        if _in_history(history):
             return await _async_sum(_AsyncPages(self._count_page))
         return await self._count_users()
 
@@ -3758,6 +3803,7 @@ class AsyncStateStore(_StoreBase):
     ) -> SnapshotReport:
         """See StateStore.create_snapshot; cancelled, it leaves the finished file or none."""
         self._ensure_open()
+        _check_progress(progress)
         fields = _OrderFields(reason=reason, keep=keep, keep_remote=keep_remote)
         return await self._take(_Order.of(directory, kind, fields, native=self._has_native), progress)
 
@@ -3779,6 +3825,7 @@ class AsyncStateStore(_StoreBase):
     ) -> SnapshotReport:
         """See StateStore.restore_snapshot; cancelled, a replacement changes nothing, but on a server."""
         self._ensure_open()
+        _check_progress(progress)
         saved = _SavedSnapshot(path)
         saved.check_mode(mode, native=self._has_native)
         await self._bring_back(saved, mode, progress)
@@ -3831,9 +3878,10 @@ class AsyncStateStore(_StoreBase):
                 progress(done, None)
             await _sleep(0)
 
-    async def wait_until_ready(self, timeout: float = 30.0) -> None:  # noqa: ARG002, ASYNC109 - as in the other form
+    async def wait_until_ready(self, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - as in the other form
         """See StateStore.wait_until_ready."""
         self._ensure_open()
+        _positive("timeout", timeout, zero=True)
 
     def __aiter__(self) -> AsyncIterator[str]:
         return self.users()
@@ -4472,6 +4520,11 @@ class _EmbeddedEngine(_Engine, Protocol):
 
     writes: int  # how many have been done
 
+    @property
+    def flush_due(self) -> bool:
+        """Whether so much has been written since the last flush that it is time for another."""
+        ...
+
     async def write(self, collection: str, points: Sequence[_Point], deleted: Sequence[str] = ()) -> None:
         """Put points, then delete others by id; the points appear all at one moment."""
         ...
@@ -4642,7 +4695,8 @@ class _EdgeEngine(_CountsEach):
     runs: _Runs = "in place"
     compact = True
 
-    # Flushing is what lets the write-ahead log shrink. More often costs throughput; more rarely makes the
+    # Flushing is what lets the write-ahead log shrink. It holds up the process, so that it has a turn of its
+    # own, apart from the write after which it is due. More often costs throughput; more rarely makes the
     # pause longer (2,000 changes: about 20 ms, 20,000: 100 ms) and opening after a crash slower.
     _FLUSH_EVERY = 2_000
     # Overwritten and deleted points take space until segments are rebuilt, which holds up the process for
@@ -4748,25 +4802,33 @@ class _EdgeEngine(_CountsEach):
         return getattr(self._api.PayloadSchemaType, kind.capitalize())
 
     async def write(self, collection: str, points: Sequence[_Point], deleted: Sequence[str] = ()) -> None:
-        api, shard = self._api, self._shards[collection]
+        api, shard, changes = self._api, self._shards[collection], len(points) + len(deleted)
         with _translated(self.name, "write"):
             _check_sizes(points, self._sizes[collection])
+            self._unflushed[collection] += changes  # first: what fails may have been done in part
             if points:
                 shard.update(api.UpdateOperation.upsert_points([api.Point(*point) for point in points]))
             if deleted:
                 shard.update(api.UpdateOperation.delete_points(list(deleted)))
-            self._tidy(collection, len(points) + len(deleted))
+            self._tidy(collection, changes)
         self.writes += 1
 
+    @property
+    def flush_due(self) -> bool:
+        """See _EmbeddedEngine.flush_due."""
+        return any(self._unflushed[name] >= self._FLUSH_EVERY for name in self._shards)
+
     def flush(self) -> None:
-        """See _EmbeddedEngine.flush."""
+        """See _EmbeddedEngine.flush; a shard that has not been written to since the last one needs none."""
         with _translated(self.name, "flush"):
             for name, shard in list(self._shards.items()):
-                try:
-                    shard.flush()
-                except Exception:
-                    if self._shards.get(name) is shard:  # else it was closed meanwhile, which flushes
-                        raise
+                if unflushed := self._unflushed[name]:
+                    try:
+                        shard.flush()
+                    except Exception:
+                        if self._shards.get(name) is shard:  # else it was closed meanwhile, which flushes
+                            raise
+                    self._unflushed[name] -= unflushed
 
     async def drop(self, collection: str) -> None:
         with _translated(self.name, "drop"):
@@ -4827,11 +4889,7 @@ class _EdgeEngine(_CountsEach):
 
     def _tidy(self, collection: str, changes: int) -> None:
         shard = self._shards[collection]
-        self._unflushed[collection] += changes
         self._changes[collection] += changes
-        if self._unflushed[collection] >= self._FLUSH_EVERY:
-            shard.flush()
-            self._unflushed[collection] = 0
         changed = self._changes[collection]
         if changed >= self._REBUILD_EVERY and changed >= 2 * shard.info().points_count:
             shard.optimize()
@@ -5042,6 +5100,8 @@ class _LocalEngine(_CountsEach):
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")  # flush() does what FULL would, for many at once
         persistence.storage = connection
+
+    flush_due = False  # SQLite sees to that
 
     async def write(self, collection: str, points: Sequence[_Point], deleted: Sequence[str] = ()) -> None:
         held = self._client.collections[collection]
@@ -6020,7 +6080,8 @@ class _Directory:
                 before = self.engine.writes
                 answer = _run(flow)
                 wrote = self.engine.writes > before
-                return answer, self.flushes.join() if wrote and self.durability == "power" else None
+                flush = wrote and (self.durability == "power" or self.engine.flush_due)
+                return answer, self.flushes.join() if flush else None
         finally:
             flow.close()
 
@@ -6096,10 +6157,14 @@ def _engine_class(path: Path, config: QdrantStoreConfig) -> type[_EdgeEngine | _
 
 
 def _engine_of(path: Path) -> Literal["edge", "local"] | None:
-    edge, local = (path / "collections").exists(), (path / "meta.json").exists()
+    try:
+        edge, local = (path / "collections").exists(), (path / "meta.json").exists()
+        of_a_server = edge and _is_of_a_server(path)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error}") from error
     if edge and local:
         raise StoreError(f"{path}: holds the files of two engines (collections/ of edge, meta.json of local)")
-    if edge and not local and _is_of_a_server(path):
+    if of_a_server:
         raise StoreError(f"{path}: holds collections of something else, such as a Qdrant server")
     return "edge" if edge else "local" if local else None
 
@@ -6113,7 +6178,7 @@ def _is_of_a_server(path: Path) -> bool:
 
 def _collection_exists(config: QdrantStoreConfig) -> bool:
     """Whether a directory holds the collection, as far as can be seen without opening it."""
-    path = Path(cast("str", config.path)).expanduser()
+    path = _absolute(cast("str", config.path))
     match _engine_of(path):
         case "edge":
             return (path / "collections" / f"{config.collection_name}.json").exists()
@@ -7208,7 +7273,7 @@ _UNOPENED = cast("_Core", _UnopenedCore())
 
 def _acquire(config: QdrantStoreConfig) -> tuple[_Directory, _OwnedCore]:
     """The opened directory and the core of a store; the directory is to be released."""
-    path = os.path.realpath(Path(cast("str", config.path)).expanduser())
+    path = os.path.realpath(_absolute(cast("str", config.path)))
     directory = _directory_at(path, config)
     try:
         _agree(path, "durability", directory.durability, config.durability)
@@ -7269,6 +7334,7 @@ def _release_unclosed(held: _Directory | _Server) -> None:
 
 def _tries(timeout: float) -> Iterator[tuple[float, float]]:
     """For every try, the seconds that it may take and the moment after which there is no other."""
+    _positive("timeout", timeout, zero=True)
     deadline = time.monotonic() + timeout
     while True:
         yield max(0.01, min(deadline - time.monotonic(), _STATUS_TIMEOUT)), deadline
@@ -7919,7 +7985,7 @@ def _is_absent(target: str | os.PathLike[str]) -> bool:
         return False
     config = attrs.evolve(QdrantStoreConfig.from_env(), **place)
     if config.url is None:
-        return not Path(cast("str", config.path)).is_file() and not _collection_exists(config)
+        return not _collection_exists(config) and not _absolute(cast("str", config.path)).is_file()
     with QdrantStore(config) as store:
         health = store.health()
         return health.status != "unhealthy" and health.collection_status is None
@@ -8008,6 +8074,8 @@ def copy(
     states copied. Raises SchemaMismatchError, ValidationError, SnapshotError where the copy is not the same.
     """
     began, read = time.perf_counter(), _Digest()
+    _flag("replace", replace)
+    _check_progress(progress)
     _check_ends(source, target, StateStore)
     with contextlib.ExitStack() as stack:
         origin = source if isinstance(source, StateStore) else stack.enter_context(open_store(source))
@@ -8042,6 +8110,8 @@ async def acopy(
 ) -> SnapshotReport:
     """As copy, between asynchronous stores; other tasks run between batches."""
     began, read = time.perf_counter(), _Digest()
+    _flag("replace", replace)
+    _check_progress(progress)
     await _in_thread(lambda: _check_ends(source, target, AsyncStateStore))
     async with contextlib.AsyncExitStack() as stack:
         if not isinstance(source, AsyncStateStore):
@@ -8140,7 +8210,7 @@ def _start(
 def _is_first_start(store: StateStore | AsyncStateStore) -> bool:
     if isinstance(store, QdrantStore | AsyncQdrantStore):
         config = store.config
-        place = config.url or os.path.realpath(Path(cast("str", config.path)).expanduser())
+        place = config.url or os.path.realpath(_absolute(cast("str", config.path)))
         started: Any = _STARTED
         key: Any = (place, config.collection_name)
     else:
@@ -8297,8 +8367,8 @@ def _check_app(stores: Sequence[_AnyStore], authorize: _Authorize | None, keep: 
     for store in stores:
         if not isinstance(store, StateStore | AsyncStateStore):
             raise ValidationError(f"stores: a store is needed, got {_kind(store)}")
-    if authorize is not None and not callable(authorize):
-        raise ValidationError(f"authorize: a function is needed, got {_kind(authorize)}")
+    if authorize is not None:
+        _function("authorize", authorize)
     if keep is not None:
         _integer("keep", keep, 1, _MAX_INTEGER)
         names = [store._origin().collection for store in stores]

@@ -548,7 +548,8 @@ class _Collection(LocalCollection):
             return None, False
         must = payload_filter.must if isinstance(payload_filter.must, list) else [payload_filter.must]
         known = [found for found in map(self._positions, must) if found is not None]
-        exact = len(known) == len(must) and not set_fields(payload_filter) - {"must"}
+        other = payload_filter.must_not or set_fields(payload_filter) - {"must", "must_not"}
+        exact = len(known) == len(must) and not other
         return (set.intersection(*known) if known else None), exact
 
     def _positions(self, condition: models.Condition) -> set[int] | None:

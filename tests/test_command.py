@@ -1386,12 +1386,14 @@ def test_serve_on_a_port_that_is_taken(run: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         one_line(run("serve", "--port", port), 1, f"127.0.0.1, port {port}: .*in use")
+    assert list(Path().iterdir()) == []
 
 
 def test_serve_without_uvicorn(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the extra is not installed, serve says how to install it."""
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     one_line(run("serve", "--port", "0"), 1, "pip install starlette uvicorn")
+    assert list(Path().iterdir()) == []
 
 
 # ------------------------------------------------------------------------------
@@ -1507,16 +1509,19 @@ def test_a_store_that_another_process_has_open(small: Path, run: Run, start: Sta
 
 
 def test_an_unknown_scheme(run: Run) -> None:
-    """A target that no store understands is one line."""
-    ran = run("--store", "ftp://somewhere", "count")
-    assert ran.status in {1, 2}
-    one_line(ran, ran.status, "ftp")
+    """A target that no store understands is one line, and makes nothing."""
+    one_line(run("--store", "ftp://somewhere", "count"), 2, "ftp")
+    assert list(Path().iterdir()) == []
 
 
 def test_a_malformed_setting(small: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A malformed environment variable is named."""
+    before = kept(small)
     monkeypatch.setenv("ATTUNED_STORE_MAX_HISTORY_PER_USER", "many")
     one_line(run("--store", small, "count"), 2, "ATTUNED_STORE_MAX_HISTORY_PER_USER")
+    one_line(run("--store", small, "delete", "alice", "--yes"), 2, "ATTUNED_STORE_MAX_HISTORY_PER_USER")
+    monkeypatch.delenv("ATTUNED_STORE_MAX_HISTORY_PER_USER")
+    assert kept(small) == before
 
 
 # ------------------------------------------------------------------------------
@@ -1645,8 +1650,10 @@ def test_a_pipe_that_was_never_read_ends_it_cleanly(mood: Path, start: Start, co
 @pytest.mark.parametrize("command", ["count", "export"])
 def test_a_full_disk_is_one_line(mood: Path, start: Start, command: str) -> None:
     """Output that cannot be written is a failure."""
+    before = kept(mood)
     with Path("/dev/full").open("wb") as full:
         one_line(finished(start("--store", mood, command, stdout=full)), 1, "space")
+    assert kept(mood) == before
 
 
 @posix

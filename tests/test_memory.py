@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import pytest
 from conformance import AsyncStoreTests, MappingTests, StoreTests, cosine, random_states, run, state
@@ -19,9 +19,6 @@ from attuned_store import (
     StoreError,
     ValidationError,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Coroutine
 
 
 class TestMemory(StoreTests):
@@ -210,19 +207,18 @@ def test_a_datetime_is_told_how_to_become_milliseconds(moment: datetime) -> None
 def test_single_operations_of_an_async_store_in_memory_never_suspend() -> None:
     """A single operation of AsyncMemoryStore is done at once: it needs no event loop at all."""
     store = AsyncMemoryStore()
-    operations: list[Coroutine[Any, Any, object]] = [
-        store.upsert_latest(state()),
-        store.get_latest("ann"),
-        store.patch("ann", {"warmth": 0.1}),
-        store.get_history("ann"),
-        store.get_many(["ann"]),
-        store.delete("ann"),
-        store.health(),
-        store.aclose(),
-    ]
+    beneath = store._store  # what it keeps, past its coroutines
 
-    for operation in operations:
-        run(operation)
+    run(store.upsert_latest(state()))
+    assert beneath.get_latest("ann") == run(store.get_latest("ann")) == state()
+    patched = run(store.patch("ann", {"warmth": 0.1}))
+    assert beneath.get_history("ann") == run(store.get_history("ann")) == [patched, state()]
+    assert run(store.get_many(["ann", "bob"])) == {"ann": patched}
+    assert run(store.health()).users == 1
+    assert run(store.delete("ann"))
+    assert list(beneath.users()) == []
+    run(store.aclose())
+    assert beneath.is_closed
 
 
 def test_ten_thousand_users_are_searched_alike_before_and_after_a_write() -> None:

@@ -397,6 +397,8 @@ def test_closing_a_store_closes_the_connections_of_its_loop(server: QdrantServer
 
     asyncio.run(use_and_close())
     asyncio.run(wanted(server).aclose())
+    assert server.open_connections == 0
+    assert len(times_kept(server)) == 1  # what it wrote is there
 
 
 def test_a_store_that_is_dropped_closes_its_connections(server: QdrantServer) -> None:
@@ -408,6 +410,8 @@ def test_a_store_that_is_dropped_closes_its_connections(server: QdrantServer) ->
         await ended(server)
 
     asyncio.run(use_and_drop())
+    assert server.open_connections == 0
+    assert len(times_kept(server)) == 1  # what it wrote is there
 
 
 # ------------------------------------------------------------------------------
@@ -637,9 +641,14 @@ async def test_a_collection_that_vanishes_while_it_is_opened_is_an_error(
     connect: Any, server: QdrantServer
 ) -> None:
     """A collection that somebody deletes right after its creation is a StoreError, not a crash."""
-    server.on(reply(404), route=DESCRIBE)
+    store, gone = connect(), server.on(reply(404), route=DESCRIBE)
+    await caught(store.get_latest("ann"))
+    assert gone.hits
 
-    await caught(connect().get_latest("ann"))
+    server.calm()
+
+    assert await store.get_latest("ann") is None
+    assert described(server)["payload_schema"].keys() == INDEXES.keys()
 
 
 async def test_a_collection_that_was_dropped_is_made_again(
