@@ -524,7 +524,8 @@ def _integer(field: str, value: object, lowest: int, highest: int) -> int:
         else:
             if lowest <= number <= highest:
                 return number
-    raise ValidationError(f"{field}: an integer from {lowest} to {highest} is needed, got {_shown(value)}")
+    bounds = f"of at least {lowest}" if highest == _MAX_INTEGER else f"from {lowest} to {highest}"
+    raise ValidationError(f"{field}: an integer {bounds} is needed, got {_shown(value)}")
 
 
 def _user_id(value: object) -> str:
@@ -549,7 +550,15 @@ def _user_id(value: object) -> str:
 
 
 def _time_ms(value: object, field: str = "updated_at_unix_ms") -> int:
-    return _integer(field, value, 0, _MAX_TIME_MS)
+    try:
+        return _integer(field, value, 0, _MAX_TIME_MS)
+    except ValidationError:
+        if not isinstance(value, datetime):
+            raise
+    raise ValidationError(
+        f"{field}: milliseconds since 1970 are needed, got a datetime; with its time zone set, "
+        "int(moment.timestamp() * 1000) makes them"
+    )
 
 
 def _source(value: Source | str) -> Source:
@@ -1064,7 +1073,10 @@ _Config = TypeVar("_Config", bound=MemoryStoreConfig)
 def _configured(kind: type[_Config], config: _Config | None, options: Mapping[str, Any]) -> _Config:
     """The configuration with these options instead of its own."""
     if not isinstance(config, kind | None):
-        raise ValidationError(f"config: a {kind.__name__} is needed, got {_kind(config)}")
+        raise ValidationError(
+            f"config: a {kind.__name__} is needed, got {_kind(config)}; a place is given by name, "
+            "as in path='./mood', or to open_store"
+        )
     known = [field.name for field in attrs.fields(kind)]
     for option in options:
         if option not in known:
@@ -1917,9 +1929,22 @@ _READ_BYTES = 1 << 16
 _GZIP_MAGIC = b"\x1f\x8b"
 _STATE_FIELDS = frozenset(field.name for field in attrs.fields(StateSnapshot))
 _quoted: Callable[[str], str] = json.encoder.encode_basestring_ascii
+_Progress = Callable[[int, int | None], object]
 _SnapshotKind = Literal["native", "portable"]
 _RestoreMode = Literal["replace", "merge", "skip"]
 _SUFFIXES: Mapping[_SnapshotKind, str] = {"native": ".snap", "portable": ".attuned"}
+
+
+def _unheard(done: int, total: int | None) -> None:
+    """The progress of an operation of which nobody wants to know."""
+
+
+def _callable_of(progress: _Progress | None) -> _Progress:
+    """What to call after each batch; raises before anything is done, not after the first."""
+    if progress is None:
+        return _unheard
+    _function("progress", progress)
+    return progress
 
 
 def _line(snapshot: StateSnapshot) -> str:
@@ -1974,10 +1999,10 @@ class _UserHashes:
 class _Counter:
     """Counts snapshots and users, who come one after another, each user's snapshots oldest first."""
 
-    def __init__(self) -> None:
+    def __init__(self, hashes: _UserHashes | None = None) -> None:
         self.users = self.snapshots = 0
         self.axes: set[str] = set()  # that occur
-        self.hashes = _UserHashes()
+        self._hashes = hashes
         self._last: StateSnapshot | None = None
         self._shape: _Shape | None = None
 
@@ -1991,7 +2016,8 @@ class _Counter:
                 self.axes.update(self._shape.names)
             if last is None or last.user_id != snapshot.user_id:
                 self.users += 1
-                self.hashes.add(snapshot.user_id)
+                if self._hashes is not None:
+                    self._hashes.add(snapshot.user_id)
             elif last.updated_at_unix_ms >= snapshot.updated_at_unix_ms:
                 raise ValidationError("updated_at_unix_ms: a user's snapshots are not in order, or one twice")
 
@@ -2128,7 +2154,8 @@ class _ArchiveReader:
     def __init__(self, file: IO[bytes]) -> None:
         self._unpacked = _Unpacked(file)
         self._parts: list[dict[str, Any]] = []
-        self._counted = _Counter()
+        self._hashes = _UserHashes()
+        self._counted = _Counter(self._hashes)
         self.contents: _Contents | None = None  # known at the end
         self.sha256 = ""
 
@@ -2143,7 +2170,7 @@ class _ArchiveReader:
             if self._parts and self._parts[-1]["size"] < _PART_BYTES // 4:
                 raise SnapshotError(f"{self._parts[-1]['name']} is too small for one that is not the last")
             yield self._part(name, data)
-        if self._counted.hashes.repeated():
+        if self._hashes.repeated():
             raise SnapshotError("the snapshots of a user do not stand together")
         self.contents = self._check_manifest(data)
         if any(self._unpacked.take(2 * _BLOCK)):
@@ -2315,6 +2342,7 @@ class _Order:
 
     directory: Path
     kind: _SnapshotKind
+    any_kind: bool  # nobody asked for this one
     reason: _Reason
     keep: int | None
     keep_remote: bool
@@ -2340,9 +2368,9 @@ class _Order:
         if fields["keep"] is not None:
             _integer("keep", fields["keep"], 1, _MAX_INTEGER)
         _flag("keep_remote", fields["keep_remote"])
-        if kind == "auto":
-            kind = "native" if native else "portable"
-        return cls(**fields, kind=kind, directory=_snapshot_directory(directory))
+        chosen: _SnapshotKind = kind if kind != "auto" else "native" if native else "portable"
+        place = _snapshot_directory(directory)
+        return cls(**fields, kind=chosen, any_kind=kind == "auto", directory=place)
 
     def completed(self, path: Path, **found: Any) -> SnapshotReport:
         """The report of a snapshot that has its file."""
@@ -2616,15 +2644,14 @@ class _SavedSnapshot:
             raise SnapshotError("has not been read to its end")
         return self.contents
 
-    def verify(self, axes: Sequence[str] | None = None, progress: _Progress | None = None) -> None:
+    def verify(self, axes: Sequence[str] | None = None, progress: _Progress = _unheard) -> None:
         """Read all of it; raises SnapshotError where something is wrong."""
         if self.kind == "native":
             with self._errors(), self._opened() as file:
                 self.sha256 = _check_native(file, self.path)
             return
         for done in self.verifying(axes):
-            if progress is not None:
-                progress(done, None)
+            progress(done, None)
 
     def verifying(self, axes: Sequence[str] | None) -> Iterator[int]:
         """Read all of a portable one; gives the number of states read by and by."""
@@ -2690,7 +2717,7 @@ def _skip_member(hashed: _Hashed, block: bytes) -> None:
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        raise SnapshotError(f"is not a snapshot of a server: {error}") from error
+        raise SnapshotError(f"is not a snapshot of a server, nor a portable one: {error}") from error
     if header.type == tarfile.GNUTYPE_SPARSE:
         # Its map may go on in blocks, each of which says whether there is another.
         extended = block[482:483]
@@ -2713,7 +2740,7 @@ def verify_snapshot(path: str | os.PathLike[str], *, progress: _Progress | None 
     can read, the SHA-256 that was kept beside it, and its frame. ``progress(done, None)`` is called with the
     number of states read. Raises SnapshotError, which says what is wrong.
     """
-    _check_progress(progress)
+    progress = _callable_of(progress)
     saved = _SavedSnapshot(path)
     saved.verify(progress=progress)
     return saved.report(str(saved.path))
@@ -2898,9 +2925,7 @@ def _matplotlib() -> tuple[Any, Any]:
         # Not an import statement, at which a type checker would want matplotlib wherever this file is copied.
         return import_module("matplotlib.pyplot"), import_module("matplotlib.dates")
     except ImportError as error:
-        raise MissingDependencyError(
-            'plotting needs matplotlib: pip install matplotlib, or "attuned-store[notebook]"'
-        ) from error
+        raise MissingDependencyError("plotting needs matplotlib: pip install matplotlib") from error
 
 
 def _plot(history: Sequence[StateSnapshot], names: Sequence[str]) -> Any:
@@ -2944,14 +2969,7 @@ def _plot_axis(plot: Any, row: int, times: Sequence[datetime], values: Sequence[
 
 _BATCH = 64  # snapshots or users in one step of a long operation: about 5 ms on the slowest engine
 
-_Progress = Callable[[int, int | None], object]
 _Cursor = Any  # where the next page begins: known to the engine alone; None begins
-
-
-def _check_progress(progress: object) -> None:
-    """Raise before anything is written, not after the first batch."""
-    if progress is not None:
-        _function("progress", progress)
 
 
 def _next_page(remaining: Iterator[str]) -> tuple[list[str], Iterator[str] | None]:
@@ -3209,15 +3227,14 @@ class StateStore(_StoreBase):
         batch, ``total`` None where it is unknown.
         """
         self._ensure_open()
-        _check_progress(progress)
+        progress = _callable_of(progress)
         self._open()
         total, written = _size(snapshots), 0
         try:
             for batch in _batches(snapshots, self._check, self._batch_size()):
                 self._write_batch(batch)
                 written += len(batch)
-                if progress is not None:
-                    progress(written, total)
+                progress(written, total)
         except StoreError as error:
             error.written = written
             raise
@@ -3371,24 +3388,24 @@ class StateStore(_StoreBase):
         The directory is made where absent; without one it is QDRANT_SNAPSHOT_DIR, else
         ./data/qdrant/snapshots. ``kind`` "portable" is a file that every store can restore, holding for each
         user a state that existed while it was taken; "native" a Qdrant server's own, which is removed there
-        afterwards unless ``keep_remote``; "auto" native on a server, portable elsewhere. With ``keep``, the
-        new file is read back, then all but the newest so many of this collection and kind are removed: give
-        stores whose collections are of one name directories of their own. ``reason`` goes into the report.
+        afterwards unless ``keep_remote``, and is refused where no node has all shards; "auto" native on a
+        server where it can be, portable elsewhere. With ``keep``, the new file is read back, then all but the
+        newest so many of this collection and kind are removed: give stores whose collections are of one name
+        directories of their own. ``reason`` goes into the report.
         ``progress(done, None)`` is called with the number of states written. Raises SnapshotError,
         ValidationError, BackendError; then there is no new file, and none was removed.
         """
         self._ensure_open()
-        _check_progress(progress)
+        progress = _callable_of(progress)
         fields = _OrderFields(reason=reason, keep=keep, keep_remote=keep_remote)
         return self._take(_Order.of(directory, kind, fields, native=self._has_native), progress)
 
-    def _take(self, order: _Order, progress: _Progress | None) -> SnapshotReport:
+    def _take(self, order: _Order, progress: _Progress) -> SnapshotReport:
         self._open()
         with _PortableTaking(order, self._origin(), self.axes) as taking:
             for states in _pages(self._page_of_states):
                 done = taking.add(states)
-                if progress is not None:
-                    progress(done, None)
+                progress(done, None)
             return taking.finish()
 
     def restore_snapshot(
@@ -3409,13 +3426,13 @@ class StateStore(_StoreBase):
         axes, and changes nothing then.
         """
         self._ensure_open()
-        _check_progress(progress)
+        progress = _callable_of(progress)
         saved = _SavedSnapshot(path)
         saved.check_mode(mode, native=self._has_native)
         self._bring_back(saved, mode, progress)
         return saved.report(self._target())
 
-    def _bring_back(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress | None) -> None:
+    def _bring_back(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress) -> None:
         self._open()
         if mode == "replace":
             self._replace_by(saved, progress)
@@ -3433,16 +3450,15 @@ class StateStore(_StoreBase):
             self._discard(staged)
             raise
 
-    def _replace_by(self, saved: _SavedSnapshot, progress: _Progress | None) -> None:
+    def _replace_by(self, saved: _SavedSnapshot, progress: _Progress) -> None:
         if self._has_native:  # a server is changed in place: all must be known to be right before
             saved.verify(self.axes, progress)
         with self._replacement(saved.sha256) as staged:
             for done, batch in _numbered(saved.batches(self._batch_size(), self.axes)):
                 staged._write_batch(batch)
-                if progress is not None:
-                    progress(done, saved.total)
+                progress(done, saved.total)
 
-    def _add_from(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress | None) -> None:
+    def _add_from(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress) -> None:
         saved.verify(self.axes, progress)
         newcomers = _Newcomers()
         for done, batch in _numbered(saved.batches(self._batch_size(), self.axes)):
@@ -3450,8 +3466,7 @@ class StateStore(_StoreBase):
                 batch = newcomers.among(batch, self._find(_users_of(batch)))  # noqa: PLW2901 - what is left of it
             if batch:
                 self._write_batch(batch)
-            if progress is not None:
-                progress(done, saved.total)
+            progress(done, saved.total)
 
     def wait_until_ready(self, timeout: float = 30.0) -> None:
         """Wait until a server answers, at most ``timeout`` seconds; any other store is ready at once.
@@ -3657,15 +3672,14 @@ class AsyncStateStore(_StoreBase):
     ) -> int:
         """See StateStore.upsert_many; other tasks run between batches."""
         self._ensure_open()
-        _check_progress(progress)
+        progress = _callable_of(progress)
         await self._open()
         total, written = _size(snapshots), 0
         try:
             for batch in _batches(snapshots, self._check, self._batch_size()):
                 await self._write_batch(batch)
                 written += len(batch)
-                if progress is not None:
-                    progress(written, total)
+                progress(written, total)
                 await _sleep(0)
         except StoreError as error:
             error.written = written
@@ -3789,17 +3803,16 @@ class AsyncStateStore(_StoreBase):
     ) -> SnapshotReport:
         """See StateStore.create_snapshot; cancelled, it leaves the finished file or none."""
         self._ensure_open()
-        _check_progress(progress)
+        progress = _callable_of(progress)
         fields = _OrderFields(reason=reason, keep=keep, keep_remote=keep_remote)
         return await self._take(_Order.of(directory, kind, fields, native=self._has_native), progress)
 
-    async def _take(self, order: _Order, progress: _Progress | None) -> SnapshotReport:
+    async def _take(self, order: _Order, progress: _Progress) -> SnapshotReport:
         await self._open()
         with _PortableTaking(order, self._origin(), self.axes) as taking:
             async for states in _AsyncPages(self._page_of_states):
                 done = taking.add(states)
-                if progress is not None:
-                    progress(done, None)
+                progress(done, None)
             return await _in_thread(taking.finish)
 
     async def restore_snapshot(
@@ -3811,15 +3824,13 @@ class AsyncStateStore(_StoreBase):
     ) -> SnapshotReport:
         """See StateStore.restore_snapshot; cancelled, a replacement changes nothing, but on a server."""
         self._ensure_open()
-        _check_progress(progress)
+        progress = _callable_of(progress)
         saved = _SavedSnapshot(path)
         saved.check_mode(mode, native=self._has_native)
         await self._bring_back(saved, mode, progress)
         return saved.report(self._target())
 
-    async def _bring_back(
-        self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress | None
-    ) -> None:
+    async def _bring_back(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress) -> None:
         await self._open()
         if mode == "replace":
             await self._replace_by(saved, progress)
@@ -3836,17 +3847,16 @@ class AsyncStateStore(_StoreBase):
             await _shielded(self._discard(staged))
             raise
 
-    async def _replace_by(self, saved: _SavedSnapshot, progress: _Progress | None) -> None:
+    async def _replace_by(self, saved: _SavedSnapshot, progress: _Progress) -> None:
         if self._has_native:  # a server is changed in place: all must be known to be right before
             await self._verify(saved, progress)
         async with self._replacement(saved.sha256) as staged:
             for done, batch in _numbered(saved.batches(self._batch_size(), self.axes)):
                 await staged._write_batch(batch)
-                if progress is not None:
-                    progress(done, saved.total)
+                progress(done, saved.total)
                 await _sleep(0)
 
-    async def _add_from(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress | None) -> None:
+    async def _add_from(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress) -> None:
         await self._verify(saved, progress)
         newcomers = _Newcomers()
         for done, batch in _numbered(saved.batches(self._batch_size(), self.axes)):
@@ -3854,14 +3864,12 @@ class AsyncStateStore(_StoreBase):
                 batch = newcomers.among(batch, await self._find(_users_of(batch)))  # noqa: PLW2901 - what is left of it
             if batch:
                 await self._write_batch(batch)
-            if progress is not None:
-                progress(done, saved.total)
+            progress(done, saved.total)
             await _sleep(0)
 
-    async def _verify(self, saved: _SavedSnapshot, progress: _Progress | None) -> None:
+    async def _verify(self, saved: _SavedSnapshot, progress: _Progress) -> None:
         for done in saved.verifying(self.axes):
-            if progress is not None:
-                progress(done, None)
+            progress(done, None)
             await _sleep(0)
 
     async def wait_until_ready(self, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - as in the other form
@@ -4506,6 +4514,11 @@ class _EmbeddedEngine(_Engine, Protocol):
 
     writes: int  # how many have been done
 
+    @property
+    def flush_due(self) -> bool:
+        """Whether so much has been written since the last flush that it is time for another."""
+        ...
+
     async def write(self, collection: str, points: Sequence[_Point], deleted: Sequence[str] = ()) -> None:
         """Put points, then delete others by id; the points appear all at one moment."""
         ...
@@ -4566,6 +4579,10 @@ class _SharedEngine(_Engine, Protocol):
         """The name of the collection that an alias stands for, or the same."""
         ...
 
+    async def is_whole(self, collection: str) -> bool:
+        """Whether the node that answers has every shard of a collection."""
+        ...
+
     async def create_snapshot(self, collection: str) -> _Offered:
         """Let the server make a snapshot of a collection."""
         ...
@@ -4613,8 +4630,8 @@ def _translated(backend: str, operation: str) -> Generator[None]:
 
 def _locked(path: str | Path) -> StoreLockedError:
     return StoreLockedError(
-        f"{path}: another process has this directory open; close it there, "
-        "wait for it with lock_timeout=seconds, or let both use a Qdrant server"
+        f"{path}: another process has this directory open; close it there, wait for it with "
+        "lock_timeout (ATTUNED_STORE_LOCK_TIMEOUT) in seconds, or let both use a Qdrant server"
     )
 
 
@@ -4672,7 +4689,8 @@ class _EdgeEngine(_CountsEach):
     runs: _Runs = "in place"
     compact = True
 
-    # Flushing is what lets the write-ahead log shrink. More often costs throughput; more rarely makes the
+    # Flushing is what lets the write-ahead log shrink. It holds up the process, so that it has a turn of its
+    # own, apart from the write after which it is due. More often costs throughput; more rarely makes the
     # pause longer (2,000 changes: about 20 ms, 20,000: 100 ms) and opening after a crash slower.
     _FLUSH_EVERY = 2_000
     # Overwritten and deleted points take space until segments are rebuilt, which holds up the process for
@@ -4778,25 +4796,33 @@ class _EdgeEngine(_CountsEach):
         return getattr(self._api.PayloadSchemaType, kind.capitalize())
 
     async def write(self, collection: str, points: Sequence[_Point], deleted: Sequence[str] = ()) -> None:
-        api, shard = self._api, self._shards[collection]
+        api, shard, changes = self._api, self._shards[collection], len(points) + len(deleted)
         with _translated(self.name, "write"):
             _check_sizes(points, self._sizes[collection])
+            self._unflushed[collection] += changes  # first: what fails may have been done in part
             if points:
                 shard.update(api.UpdateOperation.upsert_points([api.Point(*point) for point in points]))
             if deleted:
                 shard.update(api.UpdateOperation.delete_points(list(deleted)))
-            self._tidy(collection, len(points) + len(deleted))
+            self._tidy(collection, changes)
         self.writes += 1
 
+    @property
+    def flush_due(self) -> bool:
+        """See _EmbeddedEngine.flush_due."""
+        return any(self._unflushed[name] >= self._FLUSH_EVERY for name in self._shards)
+
     def flush(self) -> None:
-        """See _EmbeddedEngine.flush."""
+        """See _EmbeddedEngine.flush; a shard that has not been written to since the last one needs none."""
         with _translated(self.name, "flush"):
             for name, shard in list(self._shards.items()):
-                try:
-                    shard.flush()
-                except Exception:
-                    if self._shards.get(name) is shard:  # else it was closed meanwhile, which flushes
-                        raise
+                if unflushed := self._unflushed[name]:
+                    try:
+                        shard.flush()
+                    except Exception:
+                        if self._shards.get(name) is shard:  # else it was closed meanwhile, which flushes
+                            raise
+                    self._unflushed[name] -= unflushed
 
     async def drop(self, collection: str) -> None:
         with _translated(self.name, "drop"):
@@ -4857,11 +4883,7 @@ class _EdgeEngine(_CountsEach):
 
     def _tidy(self, collection: str, changes: int) -> None:
         shard = self._shards[collection]
-        self._unflushed[collection] += changes
         self._changes[collection] += changes
-        if self._unflushed[collection] >= self._FLUSH_EVERY:
-            shard.flush()
-            self._unflushed[collection] = 0
         changed = self._changes[collection]
         if changed >= self._REBUILD_EVERY and changed >= 2 * shard.info().points_count:
             shard.optimize()
@@ -5072,6 +5094,8 @@ class _LocalEngine(_CountsEach):
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")  # flush() does what FULL would, for many at once
         persistence.storage = connection
+
+    flush_due = False  # SQLite sees to that
 
     async def write(self, collection: str, points: Sequence[_Point], deleted: Sequence[str] = ()) -> None:
         held = self._client.collections[collection]
@@ -5853,6 +5877,11 @@ class _ServerEngine:
         aliases = (await self._send("aliases", self._client.get_aliases)).aliases
         return next((each.collection_name for each in aliases if each.alias_name == collection), collection)
 
+    async def is_whole(self, collection: str) -> bool:
+        shards = await self._send("cluster", lambda: self._client.collection_cluster_info(collection))
+        here = {shard.shard_id for shard in shards.local_shards if shard.state == "Active"}
+        return here.issuperset(shard.shard_id for shard in shards.remote_shards)
+
     async def create_snapshot(self, collection: str) -> _Offered:
         """Asked once where the answer does not come: the server is making one already."""
         path = _snapshots_path(collection)
@@ -6045,7 +6074,8 @@ class _Directory:
                 before = self.engine.writes
                 answer = _run(flow)
                 wrote = self.engine.writes > before
-                return answer, self.flushes.join() if wrote and self.durability == "power" else None
+                flush = wrote and (self.durability == "power" or self.engine.flush_due)
+                return answer, self.flushes.join() if flush else None
         finally:
             flow.close()
 
@@ -7084,10 +7114,20 @@ class _SharedCore(_Core):
         ids = [_point_id(user_id, time_ms) for user_id, old in times.items() for time_ms in old]
         await self._server.delete(self._collection, ids)
 
-    async def create_native(self, order: _Order, target: str) -> SnapshotReport:
-        """Take a snapshot of the server's own making."""
+    async def create_native(self, order: _Order, target: str) -> SnapshotReport | None:
+        """Take a snapshot of the server's own making; None where a portable one will do and is needed.
+
+        The server puts into it what one node has: of a collection that is spread over several, not all.
+        """
         with _NativeTaking(order) as taking:
             collection = await self._server.resolve(self._collection)
+            if not await self._server.is_whole(collection):
+                if order.any_kind:
+                    return None
+                raise SnapshotError(
+                    f"{target}: no node has all of the collection, and a native snapshot holds what one has; "
+                    'take a "portable" one'
+                )
             points = await self.engine.count(collection, _Filter())
             offered = await self._server.create_snapshot(collection)
             try:
@@ -7568,13 +7608,17 @@ class QdrantStore(_OnQdrant, StateStore):
         with contextlib.suppress(StoreClosedError):  # opening removes it
             self._held.drive(self._core.begin(lambda core: core.discard(staged._core)))
 
-    def _take(self, order: _Order, progress: _Progress | None) -> SnapshotReport:
-        if order.kind == "portable":
-            return super()._take(order, progress)
-        self._open()
-        return self._held.drive(cast("_SharedCore", self._core).create_native(order, self._target()))
+    def _take(self, order: _Order, progress: _Progress) -> SnapshotReport:
+        if order.kind == "native":
+            self._open()
+            core = cast("_SharedCore", self._core)
+            report = self._held.drive(core.create_native(order, self._target()))
+            if report is not None:
+                return report
+            order = attrs.evolve(order, kind="portable")
+        return super()._take(order, progress)
 
-    def _bring_back(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress | None) -> None:
+    def _bring_back(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress) -> None:
         if saved.kind == "portable":
             return super()._bring_back(saved, mode, progress)
         saved.verify()
@@ -7584,6 +7628,7 @@ class QdrantStore(_OnQdrant, StateStore):
 class AsyncQdrantStore(_OnQdrant, AsyncStateStore):
     """QdrantStore for asyncio and trio; it opens on entering ``async with`` or at the first await.
 
+    With a server it connects at the first operation, so that an application may start before its server.
     With Qdrant Edge, whose calls are short and hold the interpreter anyway, operations run in place; with
     qdrant-client's local mode they run in a worker thread. A write that is cancelled is done or not done.
     """
@@ -7597,6 +7642,12 @@ class AsyncQdrantStore(_OnQdrant, AsyncStateStore):
         if self.config.url is not None:
             self._held, self._core = _connected(self.config, "on loop")
         _observe(self)
+
+    async def __aenter__(self) -> Self:
+        if self.config.url is None:
+            return await super().__aenter__()
+        self._ensure_open()  # but no more: an application may start before its server
+        return self
 
     async def _open(self) -> None:
         if isinstance(self._core, _SharedCore):
@@ -7765,15 +7816,17 @@ class AsyncQdrantStore(_OnQdrant, AsyncStateStore):
         with contextlib.suppress(StoreClosedError):  # opening removes it
             await self._run(self._core.begin(lambda core: core.discard(staged._core)), apart=True)
 
-    async def _take(self, order: _Order, progress: _Progress | None) -> SnapshotReport:
-        if order.kind == "portable":
-            return await super()._take(order, progress)
-        await self._open()
-        return await self._run(cast("_SharedCore", self._core).create_native(order, self._target()))
+    async def _take(self, order: _Order, progress: _Progress) -> SnapshotReport:
+        if order.kind == "native":
+            await self._open()
+            core = cast("_SharedCore", self._core)
+            report = await self._run(core.create_native(order, self._target()))
+            if report is not None:
+                return report
+            order = attrs.evolve(order, kind="portable")
+        return await super()._take(order, progress)
 
-    async def _bring_back(
-        self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress | None
-    ) -> None:
+    async def _bring_back(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress) -> None:
         if saved.kind == "portable":
             return await super()._bring_back(saved, mode, progress)
         await _in_thread(saved.verify)
@@ -7860,15 +7913,16 @@ async def _release_in_thread(directory: _Directory, finalizer: weakref.finalize[
 # -----------------------------------------------------------------------------
 
 _DEFAULT_TARGET = "./attuned_state"
+_BARE_ADDRESS = re.compile(r":?[\w.-]{2,}:(?=\d|/|$)")  # localhost:6333, :memory: or file:/mood, not C:\mood
 
 
 def _target_options(target: str | os.PathLike[str] | None) -> tuple[bool, dict[str, Any]]:
     """Whether a target is memory, and otherwise the path or url that it means."""
     text = target if target is not None else _default_target()
     if not isinstance(text, str):
-        text = _path(text)
+        return False, {"path": _path(text), "url": None}
     scheme, separator, rest = text.partition("://")
-    if not separator:
+    if not separator and not _BARE_ADDRESS.match(text):
         return False, {"path": text, "url": None}
     match scheme.lower():
         case "memory" if rest in ("", "/"):
@@ -7882,7 +7936,7 @@ def _target_options(target: str | os.PathLike[str] | None) -> tuple[bool, dict[s
         case _:
             pass
     raise ValidationError(
-        f"target: {_shown(text)} is not understood; use memory://, a path, file://<path>, "
+        f"target: {_shown(text)} is not understood; use memory://, a path such as ./mood, file://<path>, "
         "http://<host>:6333 or https://<host>:6333"
     )
 
@@ -7975,11 +8029,17 @@ def _copied(target: str, began: float, digest: _Digest) -> SnapshotReport:
     )
 
 
+_FORMS: dict[type, str] = {
+    StateStore: "a synchronous store (open_store)",
+    AsyncStateStore: "an asynchronous store (open_async_store)",
+}
+
+
 def _check_ends(source: object, target: object, kind: type[StateStore | AsyncStateStore]) -> None:
     """Raise where a copy has no source, or an end that is neither a store nor the place of one."""
     for name, end in (("source", source), ("target", target)):
         if not isinstance(end, kind | str | os.PathLike):
-            raise ValidationError(f"{name}: a {kind.__name__}, a path or a url is needed, got {_kind(end)}")
+            raise ValidationError(f"{name}: {_FORMS[kind]}, a path or a url is needed, got {_kind(end)}")
     if isinstance(source, str | os.PathLike) and _is_absent(cast("_Target", source)):
         raise StoreError(f"there is no store at {source}")
 
@@ -8007,7 +8067,7 @@ def copy(
     """
     began, read = time.perf_counter(), _Digest()
     _flag("replace", replace)
-    _check_progress(progress)
+    progress = _callable_of(progress)
     _check_ends(source, target, StateStore)
     with contextlib.ExitStack() as stack:
         origin = source if isinstance(source, StateStore) else stack.enter_context(open_store(source))
@@ -8018,8 +8078,7 @@ def copy(
             for states in _pages(origin._page_of_states):
                 read.add(states)
                 staged.upsert_many(states)
-                if progress is not None:
-                    progress(read.count, None)
+                progress(read.count, None)
             if not target._has_native:  # a server is changed in place: nothing is beside it
                 read.check(_digest(staged))
         read.check(_digest(target))
@@ -8043,7 +8102,7 @@ async def acopy(
     """As copy, between asynchronous stores; other tasks run between batches."""
     began, read = time.perf_counter(), _Digest()
     _flag("replace", replace)
-    _check_progress(progress)
+    progress = _callable_of(progress)
     await _in_thread(lambda: _check_ends(source, target, AsyncStateStore))
     async with contextlib.AsyncExitStack() as stack:
         if not isinstance(source, AsyncStateStore):
@@ -8056,8 +8115,7 @@ async def acopy(
             async for states in _AsyncPages(source._page_of_states):
                 read.add(states)
                 await staged.upsert_many(states)
-                if progress is not None:
-                    progress(read.count, None)
+                progress(read.count, None)
             if not target._has_native:  # as in copy
                 read.check(await _adigest(staged))
         read.check(await _adigest(target))
@@ -8118,14 +8176,19 @@ def _start(
 ) -> tuple[SnapshotReport | None, Path | None]:
     """The report where there is nothing to do, else the directory, which can be written to."""
     if not isinstance(store, kind):
-        raise ValidationError(f"store: a {kind.__name__} is needed, got {_kind(store)}")
+        raise ValidationError(f"store: {_FORMS[kind]} is needed, got {_kind(store)}")
 
     def skipped(message: str) -> tuple[SnapshotReport, None]:
         report = SnapshotReport(status="skipped", target=store._target(), reason="startup", message=message)
         return report, None
 
-    if os.environ.get("QDRANT_SNAPSHOT_ON_START", "").strip().lower() not in _TRUE:
-        return skipped("QDRANT_SNAPSHOT_ON_START is not set")
+    wish = os.environ.get("QDRANT_SNAPSHOT_ON_START", "").strip().lower()
+    if wish not in _TRUE:
+        state = f"{wish[:40]!r}, not true, 1, yes, y or on" if wish else "not set"
+        message = f"QDRANT_SNAPSHOT_ON_START is {state}"
+        if wish and wish not in _FALSE:
+            _LOGGER.warning("no snapshot is taken: %s", message)
+        return skipped(message)
     directory = _snapshot_directory(None)
     with _snapshot_errors(directory, "cannot be written"):
         _NewFile(directory).discard()
@@ -8326,7 +8389,7 @@ def snapshot_app(
         from starlette.applications import Starlette
         from starlette.routing import Route
     except ImportError as error:
-        raise MissingDependencyError('this needs Starlette: pip install "attuned-store[http]"') from error
+        raise MissingDependencyError("this needs Starlette: pip install starlette") from error
     endpoint = _Endpoint(stores, None if directory is None else Path(_path(directory)), keep)
     routes = [
         Route("/api/snapshot", _guarded(endpoint.snapshot, authorize), methods=["POST"]),
@@ -8378,14 +8441,14 @@ class _Scale(NamedTuple):
             return value  # the snapshot says what is wrong with it
 
         if not self.low <= value <= self.high:
-            raise ValueError(f"{axis}: {value:g} is outside of the scale {self.low:g}:{self.high:g}")
+            raise ValueError(f"{axis}: {value:g} is outside of the --scale {self.low:g}:{self.high:g}")
         return (value - self.low) / (self.high - self.low)
 
 
 class _Rules(NamedTuple):
     """How rows become snapshots: the scale, and the time of those that name none."""
 
-    scale: _Scale | None
+    scale: _Scale
     now: int
 
 
@@ -8492,9 +8555,7 @@ def _snapshot_of_row(
     if "user_id" not in named:
         raise ValueError("user_id is missing")
 
-    values = {name: value for name, value in axes.items() if value is not None}
-    if rules.scale is not None:
-        values = {name: rules.scale(name, value) for name, value in values.items()}
+    values = {name: rules.scale(name, value) for name, value in axes.items() if value is not None}
     return StateSnapshot(axes=cast("dict[str, float]", values), **cast("dict[str, Any]", named))
 
 
@@ -8504,14 +8565,18 @@ def _check_text(text: str) -> None:
         raise ValueError("not UTF-8")
 
 
-def _read_cell(column: str, text: str) -> object:
+def _read_cell(column: str, text: str, decimal: str) -> object:
+    if column not in ("user_id", "source"):
+        text = text.replace(decimal, ".")
     try:
         return _FIELD_READERS.get(column, _read_number)(text)
     except ValueError as error:
         raise ValueError(f"{column}: {error}") from None
 
 
-def _csv_row(cells: Sequence[str] | None, columns: Sequence[str], rules: _Rules) -> StateSnapshot:
+def _csv_row(
+    cells: Sequence[str] | None, columns: Sequence[str], decimal: str, rules: _Rules
+) -> StateSnapshot:
     if cells is None:
         raise ValueError("a quote is not closed, or not where a cell begins")
     if len(cells) != len(columns):
@@ -8521,7 +8586,7 @@ def _csv_row(cells: Sequence[str] | None, columns: Sequence[str], rules: _Rules)
     given = {
         c: t for c, t in zip(columns, cells, strict=True) if c == "user_id" or t.strip() not in _ABSENT_CELLS
     }
-    row = {column: _read_cell(column, text) for column, text in given.items()}
+    row = {column: _read_cell(column, text, decimal) for column, text in given.items()}
     axes = {name: value for name, value in row.items() if name not in _FIELD_READERS}
     return _snapshot_of_row(
         {name: value for name, value in row.items() if name in _FIELD_READERS}, axes, rules
@@ -8646,6 +8711,7 @@ class _Table:
         self.name = name
         self._kind = kind or self._sniff()
         self.failure: Exception | None = None
+        self._decimal = "."
         self.columns = self._csv()[0] if self._kind == "csv" else []
 
     def _numbered(self) -> Iterator[tuple[int, str]]:
@@ -8663,14 +8729,16 @@ class _Table:
     def _csv(self) -> tuple[list[str], Iterator[tuple[int, list[str] | None]]]:
         lines = self._numbered()
         first = next(lines)
-        records = _csv_records(itertools.chain([first], lines), _find_delimiter(first[1]))
+        delimiter = _find_delimiter(first[1])
+        self._decimal = "," if delimiter == ";" else "."  # Excel's semicolons leave the comma to decimals
+        records = _csv_records(itertools.chain([first], lines), delimiter)
         return _check_heading(next(records)[1]), records
 
     def _readers(self) -> Iterator[tuple[int, Callable[[], StateSnapshot]]]:
         if self._kind == "csv":
             columns, records = self._csv()
             for line, cells in records:
-                yield line, functools.partial(_csv_row, cells, columns, self._rules)
+                yield line, functools.partial(_csv_row, cells, columns, self._decimal, self._rules)
         else:
             for line, text in self._numbered():
                 if text.strip():
@@ -9040,8 +9108,10 @@ def _atomic_file(path: Path) -> Generator[TextIO]:
             stream.flush()
             os.fsync(stream.fileno())
         beside.replace(final)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == str(beside):
+            error.filename = str(path)  # the name that was asked for
         raise
 
 
@@ -9128,7 +9198,17 @@ def _show_state(args: argparse.Namespace, snapshot: StateSnapshot, store: StateS
     _show_record(args, snapshot.to_dict(), _state_text(snapshot, store.axes))
 
 
+def _require_user(args: argparse.Namespace) -> None:
+    """Refuse an axis where the user should be: it would become a user of that name."""
+    try:
+        _read_pairs([args.user])
+    except _CommandError:
+        return
+    raise _CommandError(f"the user comes first, as in '{args.command} alice {args.user}'", 2)
+
+
 def _command_put(args: argparse.Namespace) -> int:
+    _require_user(args)
     snapshot = StateSnapshot(user_id=args.user, axes=_read_pairs(args.pairs), **_given_fields(args))
     _rehearse(args, snapshot)
     with _open_target(args, create=True) as store:
@@ -9138,6 +9218,7 @@ def _command_put(args: argparse.Namespace) -> int:
 
 
 def _command_patch(args: argparse.Namespace) -> int:
+    _require_user(args)
     axes, fields = _read_pairs(args.pairs), _given_fields(args)
     _rehearse(args, StateSnapshot(user_id=args.user, axes=axes, **fields))
     with _open_target(args, create=True) as store:
@@ -9407,7 +9488,7 @@ def _uvicorn() -> Any:
     try:
         import uvicorn
     except ImportError as error:
-        raise MissingDependencyError('serve needs uvicorn: pip install "attuned-store[http]"') from error
+        raise MissingDependencyError("serve needs uvicorn: pip install starlette uvicorn") from error
     return uvicorn
 
 
@@ -9447,9 +9528,28 @@ def _ended_by_signals() -> Generator[None]:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
+@contextlib.contextmanager
+def _logged_to_stderr() -> Generator[None]:
+    """Show what happens while nobody looks: the snapshots that were taken, and what went wrong."""
+    handler, level = logging.StreamHandler(), _LOGGER.level
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    _LOGGER.addHandler(handler)
+    _LOGGER.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        _LOGGER.setLevel(level)
+        _LOGGER.removeHandler(handler)
+
+
 def _command_serve(args: argparse.Namespace) -> int:
     uvicorn, authorize = _uvicorn(), _authorization(args.host)
-    with _ended_by_signals(), _listening(args.host, args.port) as listener, _open_target(args) as store:
+    with (
+        _ended_by_signals(),
+        _logged_to_stderr(),
+        _listening(args.host, args.port) as listener,
+        _open_target(args) as store,
+    ):
         app = snapshot_app(store, authorize=authorize, directory=args.directory, keep=args.keep)
         snapshot_on_start(store, keep=args.keep)
         listener.listen()
@@ -9492,7 +9592,11 @@ def _read_real(text: str) -> float:
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="CSV or JSON lines, in UTF-8; - is stdin")
     parser.add_argument(
-        "--scale", type=_read_scale, metavar="LOW:HIGH", help="what the axes were measured on; becomes 0..1"
+        "--scale",
+        type=_read_scale,
+        default="0:1",
+        metavar="LOW:HIGH",
+        help="what the axes were measured on; becomes 0..1; default: 0:1",
     )
     parser.add_argument(
         "--format", choices=["csv", "jsonl"], help="default: by the name of the file, or its content"
@@ -9572,7 +9676,7 @@ def _count_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _snapshot_arguments(parser: argparse.ArgumentParser) -> None:
     _directory_argument(parser)
-    text = "default: the server's own on a server, portable elsewhere"
+    text = "default: the server's own on a server whose node has all shards, portable elsewhere"
     parser.add_argument("--kind", choices=["auto", "native", "portable"], default="auto", help=text)
     _keep_argument(parser)
     parser.add_argument(
@@ -9708,6 +9812,8 @@ are themselves; every other column is an axis, its name brought to snake_case. E
 and NA are absent; a row without a time gets the time of the import. A bad row is reported
 with its line and skipped, and the exit status is then 1. A new store takes the file's
 columns as its axes (unless ATTUNED_STORE_AXES names them); an existing one keeps its own.
+Columns are separated by commas, by tabs, or by semicolons, as Excel writes them with decimal
+commas.
 """,
     "serve": """
 POST /api/snapshot takes a snapshot; GET /api/health, /api/ready and (where prometheus_client
@@ -9720,7 +9826,8 @@ is taken if QDRANT_SNAPSHOT_ON_START is true. SIGTERM and Ctrl-C end it, and are
 
 def _make_parser() -> _CommandParser:
     common = _CommandParser(add_help=False)
-    text = "a directory, or http(s)://host:6333; default: $ATTUNED_STORE, $QDRANT_URL or ./attuned_state"
+    text = "a directory, or http(s)://host:6333; default: $ATTUNED_STORE, $QDRANT_URL, "
+    text += "$ATTUNED_STORE_PATH or ./attuned_state"
     common.add_argument("--store", metavar="TARGET", default=argparse.SUPPRESS, help=text)
     common.add_argument(
         "--json", action="store_true", default=argparse.SUPPRESS, help="JSON, one object a line"
@@ -9772,6 +9879,13 @@ def _parse_command(argv: Sequence[str]) -> argparse.Namespace:
 # Running
 
 
+def _reason(error: BaseException) -> str:
+    """What went wrong; where the system refused a file, as other commands say it."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def _report_failure(error: BaseException) -> int:
     """Report what ended the command in one line; the exit status."""
     if isinstance(error, KeyboardInterrupt):
@@ -9781,7 +9895,9 @@ def _report_failure(error: BaseException) -> int:
     written: int | None = getattr(error, "written", None)
     unexpected = not isinstance(error, (_CommandError, StoreError, OSError, NotImplementedError))
     kind = f"unexpected {type(error).__name__}: " if unexpected else ""
-    _complain(f"{kind}{error}" + (f" ({_plural(written, 'snapshot')} were written)" if written else ""))
+    _complain(
+        f"{kind}{_reason(error)}" + (f" ({_plural(written, 'snapshot')} were written)" if written else "")
+    )
     return (
         error.status if isinstance(error, _CommandError) else 2 if isinstance(error, ValidationError) else 1
     )

@@ -17,6 +17,7 @@ import anyio.to_thread
 import pytest
 from conformance import BACKENDS, environment, needs, script, state
 
+import attuned_store
 from attuned_store import AsyncQdrantStore, BackendError, QdrantStore, StoreClosedError
 
 if TYPE_CHECKING:
@@ -121,6 +122,56 @@ def test_the_other_durability_does_not_wait_for_a_flush(path: Path, engine: Engi
         store.upsert_many([state(f"user-{number}", 1) for number in range(100)])
         store.delete("user-1")
     assert flushing.writes == []
+
+
+@needs("qdrant_edge")
+@pytest.mark.parametrize("loop", LOOPS)
+def test_the_flush_now_and_then_leaves_the_loop_free(
+    path: Path, monkeypatch: pytest.MonkeyPatch, loop: str
+) -> None:
+    """The flush that is due after so many changes is no part of the write: others go on meanwhile."""
+    monkeypatch.setattr(attuned_store._EdgeEngine, "_FLUSH_EVERY", 200)
+
+    async def main() -> None:
+        async with AsyncQdrantStore(path=path, engine="edge") as store:
+            await store.upsert_latest(state("ann", 1))
+            flushing = Flushing(store, held=1)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(store.upsert_many, [state(f"user-{number}", 1) for number in range(240)])
+                assert await anyio.to_thread.run_sync(partial(flushing.reached.wait, LONG))
+                assert await store.get_latest("user-100") == state("user-100", 1)
+                assert await store.get_latest("user-200") is None
+                flushing.go.set()
+            assert flushing.writes == [3, 5]  # two points a snapshot, 64 snapshots a step
+            assert await store.count() == 241
+
+    anyio.run(main, backend=loop)
+
+
+@needs("qdrant_edge")
+def test_only_a_collection_that_was_written_to_is_flushed(path: Path) -> None:
+    """A flush leaves the shards alone that have nothing to be flushed, and reads make no work for it."""
+    options: Any = {"path": path, "engine": "edge", "durability": "power"}
+    with QdrantStore(**options) as store, QdrantStore(**options, collection_name="other") as other:
+        shards, flushed = cast("Any", store)._held.engine._shards, list[str]()
+
+        class Watched:
+            def __init__(self, name: str) -> None:
+                self._name, self._shard = name, shards[name]
+
+            def __getattr__(self, name: str) -> Any:
+                if name == "flush":
+                    flushed.append(self._name)
+                return getattr(self._shard, name)
+
+        shards.update({name: Watched(name) for name in shards})
+        store.upsert_latest(state("ann", 1))
+        assert flushed == ["attuned_state"]
+        other.upsert_latest(state("bob", 1))
+        assert flushed == ["attuned_state", "other"]
+        store.delete("ann")
+        assert flushed == ["attuned_state", "other", "attuned_state"]
+        shards.update({name: shard._shard for name, shard in shards.items()})
 
 
 def test_a_flush_that_fails_fails_for_all_that_waited_for_it(path: Path, engine: Engine) -> None:

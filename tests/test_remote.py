@@ -340,6 +340,23 @@ LOOPS = [
 ]
 
 
+@pytest.mark.parametrize("loop", LOOPS)
+def test_an_application_starts_before_its_server(loop: str, closed_port: int) -> None:
+    """Entering an asynchronous store connects to nothing; the first operation does."""
+    store = AsyncQdrantStore(url=f"http://127.0.0.1:{closed_port}", retry=RetryPolicy(attempts=1))
+
+    async def start() -> None:
+        async with store as entered:
+            assert entered is store
+            assert (await store.health()).status == "unhealthy"
+            with pytest.raises(BackendUnavailableError):
+                await store.get_latest("ann")
+        with pytest.raises(StoreClosedError):
+            await store.__aenter__()
+
+    anyio.run(start, backend=loop)
+
+
 @pytest.mark.parametrize("second", LOOPS)
 @pytest.mark.parametrize("first", LOOPS)
 def test_a_store_outlives_its_event_loop(first: str, second: str, server: QdrantServer) -> None:

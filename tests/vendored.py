@@ -90,7 +90,7 @@ MISSING = {
     },
     "local": {"a.QdrantStore(path='other', engine='edge')": "pip install qdrant-edge-py"},
 }
-EVERYWHERE = {"a.snapshot_app(a.MemoryStore())": 'pip install "attuned-store[http]"'}
+EVERYWHERE = {"a.snapshot_app(a.MemoryStore())": "pip install starlette"}
 ASK = """
 import sys
 import attuned_store as a
