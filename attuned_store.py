@@ -32,6 +32,7 @@ import functools
 import hashlib
 import heapq
 import html
+import importlib
 import inspect
 import io
 import itertools
@@ -523,7 +524,8 @@ def _integer(field: str, value: object, lowest: int, highest: int) -> int:
         else:
             if lowest <= number <= highest:
                 return number
-    raise ValidationError(f"{field}: an integer from {lowest} to {highest} is needed, got {_shown(value)}")
+    bounds = f"of at least {lowest}" if highest == _MAX_INTEGER else f"from {lowest} to {highest}"
+    raise ValidationError(f"{field}: an integer {bounds} is needed, got {_shown(value)}")
 
 
 def _user_id(value: object) -> str:
@@ -548,7 +550,15 @@ def _user_id(value: object) -> str:
 
 
 def _time_ms(value: object, field: str = "updated_at_unix_ms") -> int:
-    return _integer(field, value, 0, _MAX_TIME_MS)
+    try:
+        return _integer(field, value, 0, _MAX_TIME_MS)
+    except ValidationError:
+        if not isinstance(value, datetime):
+            raise
+    raise ValidationError(
+        f"{field}: milliseconds since 1970 are needed, got a datetime; with its time zone set, "
+        "int(moment.timestamp() * 1000) makes them"
+    )
 
 
 def _source(value: Source | str) -> Source:
@@ -627,7 +637,12 @@ class StateSnapshot:
         return self
 
     def axis(self, name: str) -> float:
-        """The value of an axis in [0, 1]; 0.5, which is neutral, where the snapshot does not have it."""
+        """The value of an axis in [0, 1]; 0.5, which is neutral, where the snapshot does not have it.
+
+        Raises ValidationError for what is no name.
+        """
+        if not isinstance(name, str):
+            raise ValidationError(f"axis: a name is needed, got {_kind(name)}")
         return self.axes.get(name, _NEUTRAL)
 
     def patched(self, axes: Mapping[str, float], **fields: Unpack[SnapshotFields]) -> StateSnapshot:
@@ -771,9 +786,10 @@ def _axis_names(value: Iterable[str] | None) -> tuple[str, ...] | None:
 def _path(value: str | os.PathLike[str]) -> str:
     try:
         path = os.fspath(value)
-    except TypeError:
-        path = None
-    if isinstance(path, str) and path and "\0" not in path:
+        encoded = os.fsencode(path)
+    except (TypeError, UnicodeEncodeError):  # a lone surrogate is in no path
+        path, encoded = None, b""
+    if isinstance(path, str) and encoded and b"\0" not in encoded:
         return path
     raise ValidationError(f"path: a directory is needed, got {_shown(value)}")
 
@@ -798,6 +814,17 @@ def _check_url(url: object) -> None:
 def _choice(field: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValidationError(f"{field}: one of {', '.join(choices)} is needed, got {_shown(value)}")
+
+
+def _flag(field: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise ValidationError(f"{field}: True or False is needed, got {_shown(value)}")
+
+
+def _function(field: str, value: object) -> None:
+    if not callable(value):
+        raise ValidationError(f"{field}: a function is needed, got {_kind(value)}")
 
 
 def _positive(field: str, value: object, *, zero: bool = False) -> None:
@@ -900,10 +927,7 @@ class MemoryStoreConfig:
         least = len(self.axes or ()) or 1
         if self.vector_size is not None:
             _integer("vector_size", self.vector_size, least, _MAX_VECTOR_SIZE)
-        if not isinstance(self.enable_history, bool):
-            raise ValidationError(
-                f"enable_history: True or False is needed, got {_shown(self.enable_history)}"
-            )
+        _flag("enable_history", self.enable_history)
         _integer("max_history_per_user", self.max_history_per_user, 0, _MAX_INTEGER)
         if self.history_retention_days is not None:
             _positive("history_retention_days", self.history_retention_days)
@@ -914,14 +938,18 @@ class MemoryStoreConfig:
 
         Lists are separated by commas. Raises ValidationError, which names the variable.
         """
+        if not isinstance(environ, Mapping):
+            raise ValidationError(f"environ: a mapping is needed, got {_kind(environ)}")
         found: dict[str, Any] = {}
         for field in attrs.fields(cls):
             if field.name in ("retry", "breaker"):
                 continue  # more than one variable can say
             variable = _variable(field.name)
-            text = environ.get(variable, "").strip()
-            if text:
-                found[field.name] = _parsed(variable, text, str(field.type))
+            text = environ.get(variable, "")
+            if not isinstance(text, str):
+                raise ValidationError(f"{variable}: a string is needed, got {_kind(text)}")
+            if text.strip():
+                found[field.name] = _parsed(variable, text.strip(), str(field.type))
         try:
             return cls(**found)
         except ValidationError as error:
@@ -1044,6 +1072,11 @@ _Config = TypeVar("_Config", bound=MemoryStoreConfig)
 
 def _configured(kind: type[_Config], config: _Config | None, options: Mapping[str, Any]) -> _Config:
     """The configuration with these options instead of its own."""
+    if not isinstance(config, kind | None):
+        raise ValidationError(
+            f"config: a {kind.__name__} is needed, got {_kind(config)}; a place is given by name, "
+            "as in path='./mood', or to open_store"
+        )
     known = [field.name for field in attrs.fields(kind)]
     for option in options:
         if option not in known:
@@ -1218,6 +1251,10 @@ def _excluded(value: str | None) -> str | None:
     return None if value in (None, "") else _user_id(value)
 
 
+def _in_history(value: bool) -> bool:  # noqa: FBT001 - a converter has one argument
+    return _flag("history", value)
+
+
 def _least_confidence(value: float | None) -> float | None:
     return None if value is None else _unit("min_confidence", value)
 
@@ -1235,7 +1272,7 @@ class _Search:
     min_confidence: float | None = attrs.field(converter=_least_confidence)
     since: int | None = attrs.field(converter=_since)
     until: int | None = attrs.field(converter=_until)
-    history: bool = attrs.field(converter=bool)
+    history: bool = attrs.field(converter=_in_history)
 
     def admits(self, snapshot: StateSnapshot) -> bool:
         """Whether a snapshot passes the filters."""
@@ -1795,17 +1832,17 @@ class _NewFile:
         _remove_abandoned(directory)
         while True:
             self.path = directory / f".attuned-{secrets.token_hex(8)}.tmp"
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            if self._is_kept(descriptor):
+            # Not a bare descriptor: after an interrupt that would keep its lock until the process ends.
+            self.file = open(self.path, "x+b", opener=_open_private)  # noqa: SIM115 - until it is discarded
+            if self._is_kept():
                 break
-            os.close(descriptor)
-        self.file = os.fdopen(descriptor, "w+b")
+            self.file.close()
 
-    def _is_kept(self, descriptor: int) -> bool:
+    def _is_kept(self) -> bool:
         """Whether nobody took it for an abandoned one before it was locked."""
         try:
-            _lock_descriptor(descriptor)
-            return os.path.samestat(os.fstat(descriptor), self.path.stat())
+            _lock_descriptor(self.file.fileno())
+            return os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
         except (BlockingIOError, FileNotFoundError):
             return False
         except OSError:  # a file system without locks, where none is taken for abandoned either
@@ -1834,6 +1871,10 @@ class _NewFile:
             self.file.close()
 
 
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 def _remove_abandoned(directory: Path) -> None:
     """Remove what killed processes left: files without a name, and checksums without their snapshot."""
     orphans = (path for path in directory.glob("*.snap.sha256") if _is_orphan(path))
@@ -1851,9 +1892,8 @@ def _remove_unlocked(path: Path) -> None:
     descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
     try:
         _lock_descriptor(descriptor)
-        if path.suffix == ".tmp" or _is_orphan(
-            path
-        ):  # still: its snapshot may have come before the lock went
+        # Still an orphan: its snapshot may have come before the lock went.
+        if path.suffix == ".tmp" or _is_orphan(path):
             path.unlink()
     finally:
         os.close(descriptor)
@@ -1892,9 +1932,22 @@ _READ_BYTES = 1 << 16
 _GZIP_MAGIC = b"\x1f\x8b"
 _STATE_FIELDS = frozenset(field.name for field in attrs.fields(StateSnapshot))
 _quoted: Callable[[str], str] = json.encoder.encode_basestring_ascii
+_Progress = Callable[[int, int | None], object]
 _SnapshotKind = Literal["native", "portable"]
 _RestoreMode = Literal["replace", "merge", "skip"]
 _SUFFIXES: Mapping[_SnapshotKind, str] = {"native": ".snap", "portable": ".attuned"}
+
+
+def _unheard(done: int, total: int | None) -> None:
+    """The progress of an operation of which nobody wants to know."""
+
+
+def _callable_of(progress: _Progress | None) -> _Progress:
+    """What to call after each batch; raises before anything is done, not after the first."""
+    if progress is None:
+        return _unheard
+    _function("progress", progress)
+    return progress
 
 
 def _line(snapshot: StateSnapshot) -> str:
@@ -1949,10 +2002,10 @@ class _UserHashes:
 class _Counter:
     """Counts snapshots and users, who come one after another, each user's snapshots oldest first."""
 
-    def __init__(self) -> None:
+    def __init__(self, hashes: _UserHashes | None = None) -> None:
         self.users = self.snapshots = 0
         self.axes: set[str] = set()  # that occur
-        self.hashes = _UserHashes()
+        self._hashes = hashes
         self._last: StateSnapshot | None = None
         self._shape: _Shape | None = None
 
@@ -1966,7 +2019,8 @@ class _Counter:
                 self.axes.update(self._shape.names)
             if last is None or last.user_id != snapshot.user_id:
                 self.users += 1
-                self.hashes.add(snapshot.user_id)
+                if self._hashes is not None:
+                    self._hashes.add(snapshot.user_id)
             elif last.updated_at_unix_ms >= snapshot.updated_at_unix_ms:
                 raise ValidationError("updated_at_unix_ms: a user's snapshots are not in order, or one twice")
 
@@ -2103,7 +2157,8 @@ class _ArchiveReader:
     def __init__(self, file: IO[bytes]) -> None:
         self._unpacked = _Unpacked(file)
         self._parts: list[dict[str, Any]] = []
-        self._counted = _Counter()
+        self._hashes = _UserHashes()
+        self._counted = _Counter(self._hashes)
         self.contents: _Contents | None = None  # known at the end
         self.sha256 = ""
 
@@ -2118,7 +2173,7 @@ class _ArchiveReader:
             if self._parts and self._parts[-1]["size"] < _PART_BYTES // 4:
                 raise SnapshotError(f"{self._parts[-1]['name']} is too small for one that is not the last")
             yield self._part(name, data)
-        if self._counted.hashes.repeated():
+        if self._hashes.repeated():
             raise SnapshotError("the snapshots of a user do not stand together")
         self.contents = self._check_manifest(data)
         if any(self._unpacked.take(2 * _BLOCK)):
@@ -2279,7 +2334,6 @@ def _snapshot_errors(path: str | os.PathLike[str], failed: str) -> Generator[Non
 
 
 class _OrderFields(TypedDict):
-    kind: Literal["auto", "native", "portable"]
     reason: _Reason
     keep: int | None
     keep_remote: bool
@@ -2290,7 +2344,8 @@ class _Order:
     """A snapshot to be taken."""
 
     directory: Path
-    kind: Literal["auto", "native", "portable"]
+    kind: _SnapshotKind
+    any_kind: bool  # nobody asked for this one
     reason: _Reason
     keep: int | None
     keep_remote: bool
@@ -2298,20 +2353,34 @@ class _Order:
     began: float = attrs.field(factory=time.perf_counter, init=False)
 
     @classmethod
-    def of(cls, directory: str | os.PathLike[str] | None, fields: _OrderFields) -> _Order:
-        """Check what was asked for, then make the directory."""
-        _choice("kind", fields["kind"], ("auto", "native", "portable"))
+    def of(
+        cls,
+        directory: str | os.PathLike[str] | None,
+        kind: Literal["auto", "native", "portable"],
+        fields: _OrderFields,
+        *,
+        native: bool,
+    ) -> _Order:
+        """Check what was asked of a store, which can take native ones or not; then make the directory."""
+        _choice("kind", kind, ("auto", "native", "portable"))
+        if kind == "native" and not native:
+            raise ValidationError(
+                'kind: native snapshots are made by a Qdrant server; take a "portable" one here'
+            )
         _choice("reason", fields["reason"], ("startup", "api", "manual"))
         if fields["keep"] is not None:
             _integer("keep", fields["keep"], 1, _MAX_INTEGER)
-        return cls(**fields, directory=_snapshot_directory(directory))
+        _flag("keep_remote", fields["keep_remote"])
+        chosen: _SnapshotKind = kind if kind != "auto" else "native" if native else "portable"
+        place = _snapshot_directory(directory)
+        return cls(**fields, kind=chosen, any_kind=kind == "auto", directory=place)
 
     def completed(self, path: Path, **found: Any) -> SnapshotReport:
         """The report of a snapshot that has its file."""
         report = SnapshotReport(
             status="completed",
             reason=self.reason,
-            kind="native" if path.suffix == _SUFFIXES["native"] else "portable",
+            kind=self.kind,
             path=path,
             snapshot_name=path.name,
             duration_ms=(time.perf_counter() - self.began) * 1000,
@@ -2329,14 +2398,13 @@ class _Origin(NamedTuple):
     collection: str
 
 
-class _PortableTaking:
-    """Takes a portable snapshot; as a context manager it leaves the finished file or none."""
+class _Taking:
+    """Takes a snapshot; as a context manager it leaves the finished file or none."""
 
-    def __init__(self, order: _Order, origin: _Origin, axes: Sequence[str]) -> None:
-        self._order, self._origin, self._axes = order, origin, axes
+    def __init__(self, order: _Order) -> None:
+        self._order = order
         with self._errors():
             self._new = _NewFile(order.directory)
-        self._writer = _ArchiveWriter(self._new.file, order.created_ms)
 
     def _errors(self) -> contextlib.AbstractContextManager[None]:
         return _snapshot_errors(self._order.directory, "cannot be written")
@@ -2346,6 +2414,15 @@ class _PortableTaking:
 
     def __exit__(self, *_: object) -> None:
         self._new.discard()
+
+
+class _PortableTaking(_Taking):
+    """Takes a portable snapshot."""
+
+    def __init__(self, order: _Order, origin: _Origin, axes: Sequence[str]) -> None:
+        super().__init__(order)
+        self._origin, self._axes = origin, axes
+        self._writer = _ArchiveWriter(self._new.file, order.created_ms)
 
     def add(self, snapshots: Sequence[StateSnapshot]) -> int:
         """Take in snapshots, all of a user, oldest first; returns how many there are by now."""
@@ -2404,8 +2481,9 @@ def _remove_older(newest: Path, keep: int | None) -> None:
 def _snapshots_in(directory: Path) -> list[Path]:
     """The files with names of snapshots, newest first."""
     with _snapshot_errors(directory, "cannot be listed"):
-        entries = [entry for entry in os.scandir(directory) if _SNAPSHOT_NAME.fullmatch(entry.name)]
-        plain = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+        with os.scandir(directory) as entries:
+            named = [entry for entry in entries if _SNAPSHOT_NAME.fullmatch(entry.name)]
+        plain = [entry.name for entry in named if entry.is_file(follow_symlinks=False)]
     return [directory / name for name in sorted(plain, reverse=True)]
 
 
@@ -2422,23 +2500,12 @@ class _Offered(NamedTuple):
     sha256: str | None
 
 
-class _NativeTaking:
-    """Takes in the snapshot of a server; as a context manager it leaves the finished file or none."""
+class _NativeTaking(_Taking):
+    """Takes in the snapshot of a server."""
 
     def __init__(self, order: _Order) -> None:
-        self._order = order
-        with self._errors():
-            self._new = _NewFile(order.directory)
+        super().__init__(order)
         self.begin()
-
-    def _errors(self) -> contextlib.AbstractContextManager[None]:
-        return _snapshot_errors(self._order.directory, "cannot be written")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._new.discard()
 
     def begin(self) -> None:
         """Start anew: what was taken in of an earlier try is forgotten."""
@@ -2507,7 +2574,8 @@ class _NativeTaking:
             beside.unlink()
             return None
         except BaseException:
-            beside.unlink()
+            if not os.path.lexists(self._order.directory / name):  # else an interrupt came right after
+                beside.unlink()
             raise
 
 
@@ -2579,15 +2647,14 @@ class _SavedSnapshot:
             raise SnapshotError("has not been read to its end")
         return self.contents
 
-    def verify(self, axes: Sequence[str] | None = None, progress: _Progress | None = None) -> None:
+    def verify(self, axes: Sequence[str] | None = None, progress: _Progress = _unheard) -> None:
         """Read all of it; raises SnapshotError where something is wrong."""
         if self.kind == "native":
             with self._errors(), self._opened() as file:
                 self.sha256 = _check_native(file, self.path)
             return
         for done in self.verifying(axes):
-            if progress is not None:
-                progress(done, None)
+            progress(done, None)
 
     def verifying(self, axes: Sequence[str] | None) -> Iterator[int]:
         """Read all of a portable one; gives the number of states read by and by."""
@@ -2653,10 +2720,9 @@ def _skip_member(hashed: _Hashed, block: bytes) -> None:
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        raise SnapshotError(f"is not a snapshot of a server: {error}") from error
-    if (
-        header.type == tarfile.GNUTYPE_SPARSE
-    ):  # its map may go on in blocks, each of which says whether it does
+        raise SnapshotError(f"is not a snapshot of a server, nor a portable one: {error}") from error
+    if header.type == tarfile.GNUTYPE_SPARSE:
+        # Its map may go on in blocks, each of which says whether there is another.
         extended = block[482:483]
         while any(extended):
             extended = hashed.read(_BLOCK)[504:505]
@@ -2677,6 +2743,7 @@ def verify_snapshot(path: str | os.PathLike[str], *, progress: _Progress | None 
     can read, the SHA-256 that was kept beside it, and its frame. ``progress(done, None)`` is called with the
     number of states read. Raises SnapshotError, which says what is wrong.
     """
+    progress = _callable_of(progress)
     saved = _SavedSnapshot(path)
     saved.verify(progress=progress)
     return saved.report(str(saved.path))
@@ -2861,9 +2928,7 @@ def _matplotlib() -> tuple[Any, Any]:
         # Not an import statement, at which a type checker would want matplotlib wherever this file is copied.
         return import_module("matplotlib.pyplot"), import_module("matplotlib.dates")
     except ImportError as error:
-        raise MissingDependencyError(
-            'plotting needs matplotlib: pip install matplotlib, or "attuned-store[notebook]"'
-        ) from error
+        raise MissingDependencyError("plotting needs matplotlib: pip install matplotlib") from error
 
 
 def _plot(history: Sequence[StateSnapshot], names: Sequence[str]) -> Any:
@@ -2907,7 +2972,6 @@ def _plot_axis(plot: Any, row: int, times: Sequence[datetime], values: Sequence[
 
 _BATCH = 64  # snapshots or users in one step of a long operation: about 5 ms on the slowest engine
 
-_Progress = Callable[[int, int | None], object]
 _Cursor = Any  # where the next page begins: known to the engine alone; None begins
 
 
@@ -2986,6 +3050,15 @@ def _numbered(batches: Iterable[list[StateSnapshot]]) -> Iterator[tuple[int, lis
         yield done, batch
 
 
+def _pages(page: Callable[[_Cursor], tuple[_T, _Cursor]]) -> Iterator[_T]:
+    """What the pages of a store hold, one after another."""
+    held, cursor = page(None)
+    yield held
+    while cursor is not None:
+        held, cursor = page(cursor)
+        yield held
+
+
 def _users_of(snapshots: Iterable[StateSnapshot]) -> list[str]:
     return list(dict.fromkeys(snapshot.user_id for snapshot in snapshots))
 
@@ -3005,11 +3078,68 @@ class _Newcomers:
         return chosen
 
 
-def _no_native() -> ValidationError:
-    return ValidationError('kind: native snapshots are made by a Qdrant server; take a "portable" one here')
+def _closed() -> StoreClosedError:
+    return StoreClosedError("the store is closed; open it again")
 
 
-class StateStore(ABC):
+class _StoreBase(ABC):
+    """What both contracts say of a store without waiting for anything."""
+
+    @property
+    @abstractmethod
+    def axes(self) -> tuple[str, ...]:
+        """The names of the axes that this store keeps, in the order of its vectors.
+
+        An asynchronous store on disk or on a server knows them once it is open: StoreError before.
+        """
+
+    @property
+    @abstractmethod
+    def is_closed(self) -> bool:
+        """Whether the store has been closed."""
+
+    @abstractmethod
+    def _check(self, snapshot: StateSnapshot) -> None:
+        """Raise ValidationError unless this is a snapshot that the store can keep."""
+
+    @abstractmethod
+    def _target(self) -> str:
+        """What open_store opens it with."""
+
+    @abstractmethod
+    def _engine_name(self) -> str:
+        """The backend, as health, metrics and snapshots name it."""
+
+    @abstractmethod
+    def _collection(self) -> str:
+        """The collection, which snapshots are named after."""
+
+    def _origin(self) -> _Origin:
+        return _Origin(self._target(), self._engine_name(), self._collection())
+
+    def _place(self) -> str:
+        """What its repr says of where it is."""
+        return ""
+
+    def _batch_size(self) -> int:
+        """How many snapshots or users one step of a long operation takes."""
+        return _BATCH
+
+    @property
+    def _has_native(self) -> bool:
+        """Whether this is a server, which takes snapshots of its own and is changed in place."""
+        return False
+
+    def _ensure_open(self) -> None:
+        if self.is_closed:
+            raise _closed()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.is_closed else "open"
+        return f"<{type(self).__name__} {' '.join(filter(None, (self._place(), state)))}>"
+
+
+class StateStore(_StoreBase):
     """The contract of every synchronous store.
 
     A store keeps, for each user, the *latest* snapshot (the one with the greatest time written since the
@@ -3020,16 +3150,6 @@ class StateStore(ABC):
     """
 
     # What an engine adds: the primitives of the operations below.
-
-    @property
-    @abstractmethod
-    def axes(self) -> tuple[str, ...]:
-        """The names of the axes that this store keeps, in the order of its vectors."""
-
-    @property
-    @abstractmethod
-    def is_closed(self) -> bool:
-        """Whether the store has been closed."""
 
     @abstractmethod
     def upsert_latest(self, snapshot: StateSnapshot, *, expected: _Expected = ANY) -> None:
@@ -3061,10 +3181,6 @@ class StateStore(ABC):
         """Release everything; harmless when repeated. Afterwards every other call but health() raises."""
 
     @abstractmethod
-    def _check(self, snapshot: StateSnapshot) -> None:
-        """Raise ValidationError unless this is a snapshot that the store can keep."""
-
-    @abstractmethod
     def _write_batch(self, snapshots: Sequence[StateSnapshot]) -> None: ...
 
     @abstractmethod
@@ -3087,10 +3203,6 @@ class StateStore(ABC):
 
     @abstractmethod
     def _prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]: ...
-
-    @abstractmethod
-    def _origin(self) -> _Origin:
-        """What a snapshot says of where it comes from."""
 
     @abstractmethod
     def _page_of_states(self, cursor: _Cursor) -> tuple[list[StateSnapshot], _Cursor]:
@@ -3118,14 +3230,14 @@ class StateStore(ABC):
         batch, ``total`` None where it is unknown.
         """
         self._ensure_open()
+        progress = _callable_of(progress)
         self._open()
         total, written = _size(snapshots), 0
         try:
             for batch in _batches(snapshots, self._check, self._batch_size()):
                 self._write_batch(batch)
                 written += len(batch)
-                if progress is not None:
-                    progress(written, total)
+                progress(written, total)
         except StoreError as error:
             error.written = written
             raise
@@ -3154,6 +3266,7 @@ class StateStore(ABC):
         to leave things as they are. It runs without a lock, may use the store, and may run several times.
         Returns the latest afterwards; raises ConflictError after ``attempts`` conflicts, ValidationError.
         """
+        _function("fn", fn)
         for attempt in range(_integer("attempts", attempts, 1, _MAX_INTEGER)):
             latest = self.get_latest(user_id)
             new = _successor(user_id, latest, fn(latest))
@@ -3251,24 +3364,17 @@ class StateStore(ABC):
 
         A user who is written or deleted meanwhile may be among them or not. Raises BackendError.
         """
-        first = self._page_of_users(None)
-
-        def pages() -> Iterator[str]:
-            page, cursor = first
-            yield from page
-            while cursor is not None:
-                page, cursor = self._page_of_users(cursor)
-                yield from page
-
-        return pages()
+        pages = _pages(self._page_of_users)
+        first = next(pages)  # a store that is closed says so at once
+        return itertools.chain(first, itertools.chain.from_iterable(pages))
 
     def count(self, *, history: bool = False) -> int:
         """How many users there are; with ``history`` how many snapshots get_history can return for all."""
-        return _total(self._count_page) if history else self._count_users()
+        return sum(_pages(self._count_page)) if _in_history(history) else self._count_users()
 
     def prune(self) -> int:
         """Remove the history that the bounds hide already; returns how many snapshots were removed."""
-        return _total(self._prune_page)
+        return sum(_pages(self._prune_page))
 
     def create_snapshot(
         self,
@@ -3285,27 +3391,25 @@ class StateStore(ABC):
         The directory is made where absent; without one it is QDRANT_SNAPSHOT_DIR, else
         ./data/qdrant/snapshots. ``kind`` "portable" is a file that every store can restore, holding for each
         user a state that existed while it was taken; "native" a Qdrant server's own, which is removed there
-        afterwards unless ``keep_remote``; "auto" native on a server, portable elsewhere. With ``keep``, the
-        new file is read back, then all but the newest so many of this collection and kind are removed: give
-        stores whose collections are of one name directories of their own. ``reason`` goes into the report.
+        afterwards unless ``keep_remote``, and is refused where no node has all shards; "auto" native on a
+        server where it can be, portable elsewhere. With ``keep``, the new file is read back, then all but the
+        newest so many of this collection and kind are removed: give stores whose collections are of one name
+        directories of their own. ``reason`` goes into the report.
         ``progress(done, None)`` is called with the number of states written. Raises SnapshotError,
         ValidationError, BackendError; then there is no new file, and none was removed.
         """
         self._ensure_open()
-        fields = _OrderFields(kind=kind, reason=reason, keep=keep, keep_remote=keep_remote)
-        order = _Order.of(directory, fields)
-        if order.kind == "native" or (order.kind == "auto" and self._has_native):
-            return self._create_native(order)
+        progress = _callable_of(progress)
+        fields = _OrderFields(reason=reason, keep=keep, keep_remote=keep_remote)
+        return self._take(_Order.of(directory, kind, fields, native=self._has_native), progress)
+
+    def _take(self, order: _Order, progress: _Progress) -> SnapshotReport:
         self._open()
         with _PortableTaking(order, self._origin(), self.axes) as taking:
-            cursor = None
-            while True:
-                states, cursor = self._page_of_states(cursor)
+            for states in _pages(self._page_of_states):
                 done = taking.add(states)
-                if progress is not None:
-                    progress(done, None)
-                if cursor is None:
-                    return taking.finish()
+                progress(done, None)
+            return taking.finish()
 
     def restore_snapshot(
         self,
@@ -3325,33 +3429,39 @@ class StateStore(ABC):
         axes, and changes nothing then.
         """
         self._ensure_open()
+        progress = _callable_of(progress)
         saved = _SavedSnapshot(path)
         saved.check_mode(mode, native=self._has_native)
-        if saved.kind == "native":
-            self._restore_native(saved)
-        elif mode == "replace":
-            self._open()
+        self._bring_back(saved, mode, progress)
+        return saved.report(self._target())
+
+    def _bring_back(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress) -> None:
+        self._open()
+        if mode == "replace":
             self._replace_by(saved, progress)
         else:
-            self._open()
             self._add_from(saved, mode, progress)
-        return saved.report(self._origin().target)
 
-    def _replace_by(self, saved: _SavedSnapshot, progress: _Progress | None) -> None:
-        if self._has_native:  # a server is changed in place: all must be known to be right before
-            saved.verify(self.axes, progress)
-        staged = self._stage(saved.sha256)
+    @contextlib.contextmanager
+    def _replacement(self, token: str) -> Generator[Self]:
+        """A store to be filled, which takes this one's place at the end, or is given up at a failure."""
+        staged = self._stage(token)
         try:
-            for done, batch in _numbered(saved.batches(self._batch_size(), self.axes)):
-                staged._write_batch(batch)
-                if progress is not None:
-                    progress(done, saved.total)
+            yield staged
             self._adopt(staged)
         except BaseException:
             self._discard(staged)
             raise
 
-    def _add_from(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress | None) -> None:
+    def _replace_by(self, saved: _SavedSnapshot, progress: _Progress) -> None:
+        if self._has_native:  # a server is changed in place: all must be known to be right before
+            saved.verify(self.axes, progress)
+        with self._replacement(saved.sha256) as staged:
+            for done, batch in _numbered(saved.batches(self._batch_size(), self.axes)):
+                staged._write_batch(batch)
+                progress(done, saved.total)
+
+    def _add_from(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress) -> None:
         saved.verify(self.axes, progress)
         newcomers = _Newcomers()
         for done, batch in _numbered(saved.batches(self._batch_size(), self.axes)):
@@ -3359,26 +3469,15 @@ class StateStore(ABC):
                 batch = newcomers.among(batch, self._find(_users_of(batch)))  # noqa: PLW2901 - what is left of it
             if batch:
                 self._write_batch(batch)
-            if progress is not None:
-                progress(done, saved.total)
+            progress(done, saved.total)
 
-    def _create_native(self, order: _Order) -> SnapshotReport:  # noqa: ARG002 - for a server to override
-        raise _no_native()
-
-    def _restore_native(self, saved: _SavedSnapshot) -> None:  # noqa: ARG002 - for a server to override
-        raise _no_native()
-
-    @property
-    def _has_native(self) -> bool:
-        """Whether this is a server, which takes snapshots of its own and is changed in place."""
-        return False
-
-    def wait_until_ready(self, timeout: float = 30.0) -> None:  # noqa: ARG002 - for a server to override
+    def wait_until_ready(self, timeout: float = 30.0) -> None:
         """Wait until a server answers, at most ``timeout`` seconds; any other store is ready at once.
 
-        Raises what the server answers last, such as BackendUnavailableError.
+        Raises what the server answers last, such as BackendUnavailableError, ValidationError.
         """
         self._ensure_open()
+        _positive("timeout", timeout, zero=True)
 
     def __getitem__(self, user_id: str) -> StateSnapshot:
         latest = self.get_latest(user_id)
@@ -3411,53 +3510,15 @@ class StateStore(ABC):
     ) -> None:
         self.close()
 
-    def __repr__(self) -> str:
-        return _described(self)
-
     def _repr_html_(self) -> str:
         return _store_html(self, None if self.is_closed else self.health())
 
-    def _ensure_open(self) -> None:
-        if self.is_closed:
-            raise _closed()
-
-    def _open(self) -> None:  # noqa: B027 - most stores are open from the beginning
+    def _open(self) -> None:
         """Make ready what checks need; a store that connects on first use does so here."""
-
-    def _batch_size(self) -> int:
-        """How many snapshots or users one step of a long operation takes."""
-        return _BATCH
-
-    def _engine_name(self) -> str:
-        return "memory"
-
-    def _target(self) -> str:
-        """What open_store opens it with."""
-        return "memory://"
-
-    def _place(self) -> str:
-        return ""
-
-
-def _total(page: Callable[[_Cursor], tuple[int, _Cursor]]) -> int:
-    total, cursor = page(None)
-    while cursor is not None:
-        more, cursor = page(cursor)
-        total += more
-    return total
-
-
-def _closed() -> StoreClosedError:
-    return StoreClosedError("the store is closed; open it again")
 
 
 def _unknown_user(user_id: str) -> UserNotFoundError:
     return UserNotFoundError(f"no user {_short_id(user_id)!r} in the store")
-
-
-def _described(store: StateStore | AsyncStateStore) -> str:
-    state = "closed" if store.is_closed else "open"
-    return f"<{type(store).__name__} {' '.join(filter(None, (store._place(), state)))}>"
 
 
 async def _sleep(seconds: float) -> None:
@@ -3476,9 +3537,20 @@ async def _in_thread(call: Callable[[], _T], limiter: Any = None) -> _T:
     """Run a blocking call in a worker thread; being cancelled meanwhile, wait for it."""
     try:
         import anyio.to_thread
-    except ImportError as error:
-        raise MissingDependencyError("this needs anyio: pip install anyio") from error
+    except ImportError:
+        return await _in_thread_of_asyncio(call)
     return await anyio.to_thread.run_sync(call, limiter=limiter)
+
+
+async def _in_thread_of_asyncio(call: Callable[[], _T]) -> _T:
+    import asyncio
+
+    running = asyncio.get_running_loop().run_in_executor(None, call)
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
 
 
 async def _shielded(last: Awaitable[object]) -> None:
@@ -3492,45 +3564,52 @@ async def _shielded(last: Awaitable[object]) -> None:
             await last
 
 
-class _Users(AsyncIterator[str]):
-    """The pages of users as an asynchronous iterator.
+class _AsyncPages(AsyncIterator[_T]):
+    """The asynchronous form of _pages, in which other tasks run between two of them.
 
     Not an asynchronous generator, which would want closing when an iteration is left early.
     """
 
-    def __init__(self, page: Callable[[_Cursor], Awaitable[tuple[list[str], _Cursor]]]) -> None:
+    def __init__(self, page: Callable[[_Cursor], Awaitable[tuple[_T, _Cursor]]]) -> None:
         self._page = page
-        self._ready: deque[str] = deque()
         self._cursor: _Cursor = None
         self._begun = False
 
+    async def __anext__(self) -> _T:
+        if self._begun:
+            if self._cursor is None:
+                raise StopAsyncIteration
+            await _sleep(0)
+        held, self._cursor = await self._page(self._cursor)
+        self._begun = True
+        return held
+
+
+class _Users(AsyncIterator[str]):
+    """The users of one page after another."""
+
+    def __init__(self, pages: AsyncIterator[list[str]]) -> None:
+        self._pages = pages
+        self._ready: deque[str] = deque()
+
     async def __anext__(self) -> str:
         while not self._ready:
-            if self._begun:
-                if self._cursor is None:
-                    raise StopAsyncIteration
-                await _sleep(0)
-            page, self._cursor = await self._page(self._cursor)
-            self._begun = True
-            self._ready.extend(page)
+            self._ready.extend(await anext(self._pages))
         return self._ready.popleft()
 
 
-class AsyncStateStore(ABC):
+async def _async_sum(pages: AsyncIterator[int]) -> int:
+    total = 0
+    async for count in pages:
+        total += count
+    return total
+
+
+class AsyncStateStore(_StoreBase):
     """The contract of every asynchronous store: that of StateStore, to be awaited.
 
     Cancelling a write leaves it done or not done, never half done. ``close`` is ``aclose``.
     """
-
-    @property
-    @abstractmethod
-    def axes(self) -> tuple[str, ...]:
-        """See StateStore.axes; a store on disk knows them once it is open."""
-
-    @property
-    @abstractmethod
-    def is_closed(self) -> bool:
-        """See StateStore.is_closed."""
 
     @abstractmethod
     async def upsert_latest(self, snapshot: StateSnapshot, *, expected: _Expected = ANY) -> None:
@@ -3554,9 +3633,6 @@ class AsyncStateStore(ABC):
 
     @abstractmethod
     async def _open(self) -> None: ...
-
-    @abstractmethod
-    def _check(self, snapshot: StateSnapshot) -> None: ...
 
     @abstractmethod
     async def _write_batch(self, snapshots: Sequence[StateSnapshot]) -> None: ...
@@ -3583,9 +3659,6 @@ class AsyncStateStore(ABC):
     async def _prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]: ...
 
     @abstractmethod
-    def _origin(self) -> _Origin: ...
-
-    @abstractmethod
     async def _page_of_states(self, cursor: _Cursor) -> tuple[list[StateSnapshot], _Cursor]: ...
 
     @abstractmethod
@@ -3602,14 +3675,14 @@ class AsyncStateStore(ABC):
     ) -> int:
         """See StateStore.upsert_many; other tasks run between batches."""
         self._ensure_open()
+        progress = _callable_of(progress)
         await self._open()
         total, written = _size(snapshots), 0
         try:
             for batch in _batches(snapshots, self._check, self._batch_size()):
                 await self._write_batch(batch)
                 written += len(batch)
-                if progress is not None:
-                    progress(written, total)
+                progress(written, total)
                 await _sleep(0)
         except StoreError as error:
             error.written = written
@@ -3630,6 +3703,7 @@ class AsyncStateStore(ABC):
         attempts: int = 32,
     ) -> StateSnapshot | None:
         """See StateStore.update; ``fn`` may be an ``async def``."""
+        _function("fn", fn)
         for attempt in range(_integer("attempts", attempts, 1, _MAX_INTEGER)):
             latest = await self.get_latest(user_id)
             answer = fn(latest)
@@ -3708,15 +3782,17 @@ class AsyncStateStore(ABC):
     def users(self) -> AsyncIterator[str]:
         """See StateStore.users."""
         self._ensure_open()
-        return _Users(self._page_of_users)
+        return _Users(_AsyncPages(self._page_of_users))
 
     async def count(self, *, history: bool = False) -> int:
         """See StateStore.count."""
-        return await _async_total(self._count_page) if history else await self._count_users()
+        if _in_history(history):
+            return await _async_sum(_AsyncPages(self._count_page))
+        return await self._count_users()
 
     async def prune(self) -> int:
         """See StateStore.prune."""
-        return await _async_total(self._prune_page)
+        return await _async_sum(_AsyncPages(self._prune_page))
 
     async def create_snapshot(
         self,
@@ -3730,21 +3806,17 @@ class AsyncStateStore(ABC):
     ) -> SnapshotReport:
         """See StateStore.create_snapshot; cancelled, it leaves the finished file or none."""
         self._ensure_open()
-        fields = _OrderFields(kind=kind, reason=reason, keep=keep, keep_remote=keep_remote)
-        order = _Order.of(directory, fields)
-        if order.kind == "native" or (order.kind == "auto" and self._has_native):
-            return await self._create_native(order)
+        progress = _callable_of(progress)
+        fields = _OrderFields(reason=reason, keep=keep, keep_remote=keep_remote)
+        return await self._take(_Order.of(directory, kind, fields, native=self._has_native), progress)
+
+    async def _take(self, order: _Order, progress: _Progress) -> SnapshotReport:
         await self._open()
         with _PortableTaking(order, self._origin(), self.axes) as taking:
-            cursor = None
-            while True:
-                states, cursor = await self._page_of_states(cursor)
+            async for states in _AsyncPages(self._page_of_states):
                 done = taking.add(states)
-                if progress is not None:
-                    progress(done, None)
-                if cursor is None:
-                    return await _in_thread(taking.finish)
-                await _sleep(0)
+                progress(done, None)
+            return await _in_thread(taking.finish)
 
     async def restore_snapshot(
         self,
@@ -3755,34 +3827,39 @@ class AsyncStateStore(ABC):
     ) -> SnapshotReport:
         """See StateStore.restore_snapshot; cancelled, a replacement changes nothing, but on a server."""
         self._ensure_open()
+        progress = _callable_of(progress)
         saved = _SavedSnapshot(path)
         saved.check_mode(mode, native=self._has_native)
-        if saved.kind == "native":
-            await self._restore_native(saved)
-        elif mode == "replace":
-            await self._open()
+        await self._bring_back(saved, mode, progress)
+        return saved.report(self._target())
+
+    async def _bring_back(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress) -> None:
+        await self._open()
+        if mode == "replace":
             await self._replace_by(saved, progress)
         else:
-            await self._open()
             await self._add_from(saved, mode, progress)
-        return saved.report(self._origin().target)
 
-    async def _replace_by(self, saved: _SavedSnapshot, progress: _Progress | None) -> None:
-        if self._has_native:  # a server is changed in place: all must be known to be right before
-            await self._verify(saved, progress)
-        staged = await self._stage(saved.sha256)
+    @contextlib.asynccontextmanager
+    async def _replacement(self, token: str) -> AsyncGenerator[Self]:
+        staged = await self._stage(token)
         try:
-            for done, batch in _numbered(saved.batches(self._batch_size(), self.axes)):
-                await staged._write_batch(batch)
-                if progress is not None:
-                    progress(done, saved.total)
-                await _sleep(0)
+            yield staged
             await self._adopt(staged)
         except BaseException:
             await _shielded(self._discard(staged))
             raise
 
-    async def _add_from(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress | None) -> None:
+    async def _replace_by(self, saved: _SavedSnapshot, progress: _Progress) -> None:
+        if self._has_native:  # a server is changed in place: all must be known to be right before
+            await self._verify(saved, progress)
+        async with self._replacement(saved.sha256) as staged:
+            for done, batch in _numbered(saved.batches(self._batch_size(), self.axes)):
+                await staged._write_batch(batch)
+                progress(done, saved.total)
+                await _sleep(0)
+
+    async def _add_from(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress) -> None:
         await self._verify(saved, progress)
         newcomers = _Newcomers()
         for done, batch in _numbered(saved.batches(self._batch_size(), self.axes)):
@@ -3790,29 +3867,18 @@ class AsyncStateStore(ABC):
                 batch = newcomers.among(batch, await self._find(_users_of(batch)))  # noqa: PLW2901 - what is left of it
             if batch:
                 await self._write_batch(batch)
-            if progress is not None:
-                progress(done, saved.total)
+            progress(done, saved.total)
             await _sleep(0)
 
-    async def _verify(self, saved: _SavedSnapshot, progress: _Progress | None) -> None:
+    async def _verify(self, saved: _SavedSnapshot, progress: _Progress) -> None:
         for done in saved.verifying(self.axes):
-            if progress is not None:
-                progress(done, None)
+            progress(done, None)
             await _sleep(0)
 
-    async def _create_native(self, order: _Order) -> SnapshotReport:  # noqa: ARG002 - for a server to override
-        raise _no_native()
-
-    async def _restore_native(self, saved: _SavedSnapshot) -> None:  # noqa: ARG002 - for a server to override
-        raise _no_native()
-
-    @property
-    def _has_native(self) -> bool:
-        return False
-
-    async def wait_until_ready(self, timeout: float = 30.0) -> None:  # noqa: ARG002, ASYNC109 - as in the other form
+    async def wait_until_ready(self, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - as in the other form
         """See StateStore.wait_until_ready."""
         self._ensure_open()
+        _positive("timeout", timeout, zero=True)
 
     def __aiter__(self) -> AsyncIterator[str]:
         return self.users()
@@ -3827,41 +3893,12 @@ class AsyncStateStore(ABC):
     ) -> None:
         await self.aclose()
 
-    def __repr__(self) -> str:
-        return _described(self)
-
     def _repr_html_(self) -> str:
         return _store_html(self, None if self.is_closed else self._glance())
 
     def _glance(self) -> Health | None:
         """How the store is, as far as that can be told without awaiting."""
         return None
-
-    def _ensure_open(self) -> None:
-        if self.is_closed:
-            raise _closed()
-
-    def _batch_size(self) -> int:
-        return _BATCH
-
-    def _engine_name(self) -> str:
-        return "memory"
-
-    def _target(self) -> str:
-        """What open_store opens it with."""
-        return "memory://"
-
-    def _place(self) -> str:
-        return ""
-
-
-async def _async_total(page: Callable[[_Cursor], Awaitable[tuple[int, _Cursor]]]) -> int:
-    total, cursor = await page(None)
-    while cursor is not None:
-        await _sleep(0)
-        more, cursor = await page(cursor)
-        total += more
-    return total
 
 
 # -----------------------------------------------------------------------------
@@ -3988,7 +4025,20 @@ def _clamped(score: float) -> float:
     return max(-1.0, min(1.0, score))  # rounding may lead out of the range of a cosine
 
 
-class MemoryStore(StateStore):
+class _InMemory(_StoreBase):
+    """What both memory stores say of themselves."""
+
+    def _target(self) -> str:
+        return "memory://"
+
+    def _engine_name(self) -> str:
+        return "memory"
+
+    def _collection(self) -> str:
+        return _DEFAULT_COLLECTION
+
+
+class MemoryStore(_InMemory, StateStore):
     """A store in this process's memory: nothing survives it, and nothing is faster.
 
     Reads take no lock, unless on a free-threaded Python a write comes between. Options are the fields of
@@ -4197,9 +4247,6 @@ class MemoryStore(StateStore):
             timelines = [self._timelines[user_id] for user_id in page if user_id in self._timelines]
             return sum(self._trim(timeline) for timeline in timelines), cursor
 
-    def _origin(self) -> _Origin:
-        return _Origin(self._target(), self._engine_name(), _DEFAULT_COLLECTION)
-
     def _page_of_states(self, cursor: _Cursor) -> tuple[list[StateSnapshot], _Cursor]:
         self._ensure_open()
         remaining: Iterator[str] = iter(list(self._timelines)) if cursor is None else cursor
@@ -4242,7 +4289,7 @@ class _InnerMemoryStore(MemoryStore):
     _reports = False
 
 
-class AsyncMemoryStore(AsyncStateStore):
+class AsyncMemoryStore(_InMemory, AsyncStateStore):
     """MemoryStore for asyncio and trio (which needs anyio).
 
     Single operations run at once and never suspend; long ones let other tasks run every few milliseconds.
@@ -4318,9 +4365,6 @@ class AsyncMemoryStore(AsyncStateStore):
 
     async def _prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
         return self._store._prune_page(cursor)
-
-    def _origin(self) -> _Origin:
-        return self._store._origin()
 
     async def _page_of_states(self, cursor: _Cursor) -> tuple[list[StateSnapshot], _Cursor]:
         return self._store._page_of_states(cursor)
@@ -4483,6 +4527,11 @@ class _EmbeddedEngine(_Engine, Protocol):
 
     writes: int  # how many have been done
 
+    @property
+    def flush_due(self) -> bool:
+        """Whether so much has been written since the last flush that it is time for another."""
+        ...
+
     async def write(self, collection: str, points: Sequence[_Point], deleted: Sequence[str] = ()) -> None:
         """Put points, then delete others by id; the points appear all at one moment."""
         ...
@@ -4543,6 +4592,10 @@ class _SharedEngine(_Engine, Protocol):
         """The name of the collection that an alias stands for, or the same."""
         ...
 
+    async def is_whole(self, collection: str) -> bool:
+        """Whether the node that answers has every shard of a collection."""
+        ...
+
     async def create_snapshot(self, collection: str) -> _Offered:
         """Let the server make a snapshot of a collection."""
         ...
@@ -4590,8 +4643,8 @@ def _translated(backend: str, operation: str) -> Generator[None]:
 
 def _locked(path: str | Path) -> StoreLockedError:
     return StoreLockedError(
-        f"{path}: another process has this directory open; close it there, "
-        "wait for it with lock_timeout=seconds, or let both use a Qdrant server"
+        f"{path}: another process has this directory open; close it there, wait for it with "
+        "lock_timeout (ATTUNED_STORE_LOCK_TIMEOUT) in seconds, or let both use a Qdrant server"
     )
 
 
@@ -4649,7 +4702,8 @@ class _EdgeEngine(_CountsEach):
     runs: _Runs = "in place"
     compact = True
 
-    # Flushing is what lets the write-ahead log shrink. More often costs throughput; more rarely makes the
+    # Flushing is what lets the write-ahead log shrink. It holds up the process, so that it has a turn of its
+    # own, apart from the write after which it is due. More often costs throughput; more rarely makes the
     # pause longer (2,000 changes: about 20 ms, 20,000: 100 ms) and opening after a crash slower.
     _FLUSH_EVERY = 2_000
     # Overwritten and deleted points take space until segments are rebuilt, which holds up the process for
@@ -4755,25 +4809,33 @@ class _EdgeEngine(_CountsEach):
         return getattr(self._api.PayloadSchemaType, kind.capitalize())
 
     async def write(self, collection: str, points: Sequence[_Point], deleted: Sequence[str] = ()) -> None:
-        api, shard = self._api, self._shards[collection]
+        api, shard, changes = self._api, self._shards[collection], len(points) + len(deleted)
         with _translated(self.name, "write"):
             _check_sizes(points, self._sizes[collection])
+            self._unflushed[collection] += changes  # first: what fails may have been done in part
             if points:
                 shard.update(api.UpdateOperation.upsert_points([api.Point(*point) for point in points]))
             if deleted:
                 shard.update(api.UpdateOperation.delete_points(list(deleted)))
-            self._tidy(collection, len(points) + len(deleted))
+            self._tidy(collection, changes)
         self.writes += 1
 
+    @property
+    def flush_due(self) -> bool:
+        """See _EmbeddedEngine.flush_due."""
+        return any(self._unflushed[name] >= self._FLUSH_EVERY for name in self._shards)
+
     def flush(self) -> None:
-        """See _EmbeddedEngine.flush."""
+        """See _EmbeddedEngine.flush; a shard that has not been written to since the last one needs none."""
         with _translated(self.name, "flush"):
             for name, shard in list(self._shards.items()):
-                try:
-                    shard.flush()
-                except Exception:
-                    if self._shards.get(name) is shard:  # else it was closed meanwhile, which flushes
-                        raise
+                if unflushed := self._unflushed[name]:
+                    try:
+                        shard.flush()
+                    except Exception:
+                        if self._shards.get(name) is shard:  # else it was closed meanwhile, which flushes
+                            raise
+                    self._unflushed[name] -= unflushed
 
     async def drop(self, collection: str) -> None:
         with _translated(self.name, "drop"):
@@ -4834,11 +4896,7 @@ class _EdgeEngine(_CountsEach):
 
     def _tidy(self, collection: str, changes: int) -> None:
         shard = self._shards[collection]
-        self._unflushed[collection] += changes
         self._changes[collection] += changes
-        if self._unflushed[collection] >= self._FLUSH_EVERY:
-            shard.flush()
-            self._unflushed[collection] = 0
         changed = self._changes[collection]
         if changed >= self._REBUILD_EVERY and changed >= 2 * shard.info().points_count:
             shard.optimize()
@@ -5049,6 +5107,8 @@ class _LocalEngine(_CountsEach):
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")  # flush() does what FULL would, for many at once
         persistence.storage = connection
+
+    flush_due = False  # SQLite sees to that
 
     async def write(self, collection: str, points: Sequence[_Point], deleted: Sequence[str] = ()) -> None:
         held = self._client.collections[collection]
@@ -5307,6 +5367,11 @@ _MAX_FILE_NAME = 1024  # characters, of the name of a snapshot on a server
 _LEAST_SERVER = (1, 17)  # conditional upserts with update modes
 
 
+def _status_of(error: BackendError) -> int | None:
+    """The HTTP status behind an error, where an answer had come."""
+    return getattr(error.__cause__, "status_code", None)
+
+
 def _snapshots_path(collection: str) -> str:
     return f"/collections/{urlquote(collection, safe='')}/snapshots"
 
@@ -5349,6 +5414,29 @@ async def _read_blocking(
             if time.monotonic() > deadline:
                 raise TimeoutError("the answer takes too long")
     return answer.status_code, b"".join(pieces)
+
+
+_UNPACKED = {"accept-encoding": "identity"}
+
+
+async def _pour_awaiting(
+    client: Any, path: str, check: Callable[[int, bytes], None], taking: _NativeTaking
+) -> None:
+    """Take in a file piece by piece, unless the answer does not pass the check."""
+    async with client.stream("GET", path, headers=_UNPACKED) as answer:
+        check(answer.status_code, await answer.aread() if answer.is_error else b"")
+        async for piece in answer.aiter_raw():
+            taking.add(piece)
+
+
+async def _pour_blocking(
+    client: Any, path: str, check: Callable[[int, bytes], None], taking: _NativeTaking
+) -> None:
+    """As _pour_awaiting, over a blocking client."""
+    with client.blocking.stream("GET", path, headers=_UNPACKED) as answer:
+        check(answer.status_code, answer.read() if answer.is_error else b"")
+        for piece in answer.iter_raw():
+            taking.add(piece)
 
 
 async def _in_task(request: Callable[[], Awaitable[_T]]) -> _T:
@@ -5586,7 +5674,7 @@ class _ServerEngine:
         try:
             return await self._send("describe", lambda: self._client.get_collection(name))
         except BackendRejectedError as error:
-            if getattr(error.__cause__, "status_code", None) == HTTPStatus.NOT_FOUND:
+            if _status_of(error) == HTTPStatus.NOT_FOUND:
                 return None
             raise
 
@@ -5606,7 +5694,7 @@ class _ServerEngine:
                 ),
             )
         except BackendRejectedError as error:
-            if getattr(error.__cause__, "status_code", None) != HTTPStatus.CONFLICT:  # another one was faster
+            if _status_of(error) != HTTPStatus.CONFLICT:  # another one was faster
                 raise
 
     async def _create_indexes(self, collection: _Collection, there: set[str]) -> None:
@@ -5756,7 +5844,7 @@ class _ServerEngine:
     def is_absent(self, collection: str, error: BackendError) -> bool:
         """See _SharedEngine.is_absent."""
         cause: Any = error.__cause__  # a gateway, too, answers 404: what counts is what Qdrant says
-        absent = getattr(cause, "status_code", None) == HTTPStatus.NOT_FOUND
+        absent = _status_of(error) == HTTPStatus.NOT_FOUND
         return absent and f"Collection `{collection}` doesn't exist".encode() in cause.content
 
     async def status(self, collection: str, seconds: float) -> Mapping[str, Any]:
@@ -5788,10 +5876,7 @@ class _ServerEngine:
             status, content = await read(self._raw, deadline, method, f"/{path}", options)
             if status == HTTPStatus.NOT_FOUND and absent_ok:
                 return {}
-            if status >= HTTPStatus.BAD_REQUEST:
-                asked = f"Qdrant at {self._url}: health"
-                where = _Where(backend="server", operation="health")
-                raise _status_error(status, content, asked, where)  # noqa: TRY301
+            self._check_status("health", status, content)
             found = json.loads(content)
             if not isinstance(found, dict):
                 raise TypeError("it is not a JSON object")  # noqa: TRY301
@@ -5804,6 +5889,11 @@ class _ServerEngine:
     async def resolve(self, collection: str) -> str:
         aliases = (await self._send("aliases", self._client.get_aliases)).aliases
         return next((each.collection_name for each in aliases if each.alias_name == collection), collection)
+
+    async def is_whole(self, collection: str) -> bool:
+        shards = await self._send("cluster", lambda: self._client.collection_cluster_info(collection))
+        here = {shard.shard_id for shard in shards.local_shards if shard.state == "Active"}
+        return here.issuperset(shard.shard_id for shard in shards.remote_shards)
 
     async def create_snapshot(self, collection: str) -> _Offered:
         """Asked once where the answer does not come: the server is making one already."""
@@ -5829,37 +5919,19 @@ class _ServerEngine:
             failure = _server_error(error, operation, self._url)
             failure.retryable = failure.retryable and not isinstance(failure, BackendTimeoutError)
             raise failure from error
-        self._check_status(answer, answer.content, operation)
+        self._check_status(operation, answer.status_code, answer.content)
         return answer.json()
 
     async def download_snapshot(self, collection: str, name: str, taking: _NativeTaking) -> None:
         path = f"{_snapshots_path(collection)}/{urlquote(name, safe='')}"
+        pour = _pour_blocking if self._blocking else _pour_awaiting
+        check = functools.partial(self._check_status, "download")
 
         async def download() -> None:
             taking.begin()
-            http = self._raw.blocking if self._blocking else self._raw
-            request = http.build_request("GET", path, headers={"accept-encoding": "identity"})
-            answer = await self._raw.send(request, stream=True)
-            try:
-                if answer.status_code >= HTTPStatus.BAD_REQUEST:
-                    body = answer.read() if self._blocking else await answer.aread()
-                    self._check_status(answer, body, "download")
-                await self._pour(answer, taking)
-            finally:
-                if self._blocking:
-                    answer.close()
-                else:
-                    await answer.aclose()
+            await pour(self._raw, path, check, taking)
 
         await self._send("download", download)
-
-    async def _pour(self, answer: Any, taking: _NativeTaking) -> None:
-        if self._blocking:
-            for piece in answer.iter_raw():
-                taking.add(piece)
-        else:
-            async for piece in answer.aiter_raw():
-                taking.add(piece)
 
     async def delete_snapshot(self, collection: str, name: str) -> None:
         path = f"{_snapshots_path(collection)}/{urlquote(name, safe='')}"
@@ -5879,12 +5951,10 @@ class _ServerEngine:
     async def apart(self, call: Callable[[], _T]) -> _T:
         return call() if self._blocking else await _in_thread(call)
 
-    def _check_status(self, answer: Any, body: bytes, operation: str) -> None:
-        if answer.status_code >= HTTPStatus.BAD_REQUEST:
+    def _check_status(self, operation: str, status: int, body: bytes) -> None:
+        if status >= HTTPStatus.BAD_REQUEST:
             asked = f"Qdrant at {self._url}: {operation}"
-            raise _status_error(
-                answer.status_code, body, asked, _Where(backend="server", operation=operation)
-            )
+            raise _status_error(status, body, asked, _Where(backend="server", operation=operation))
 
     async def close(self) -> None:
         self.resilience.breaker.retire()
@@ -6017,7 +6087,8 @@ class _Directory:
                 before = self.engine.writes
                 answer = _run(flow)
                 wrote = self.engine.writes > before
-                return answer, self.flushes.join() if wrote and self.durability == "power" else None
+                flush = wrote and (self.durability == "power" or self.engine.flush_due)
+                return answer, self.flushes.join() if flush else None
         finally:
             flow.close()
 
@@ -6093,10 +6164,14 @@ def _engine_class(path: Path, config: QdrantStoreConfig) -> type[_EdgeEngine | _
 
 
 def _engine_of(path: Path) -> Literal["edge", "local"] | None:
-    edge, local = (path / "collections").exists(), (path / "meta.json").exists()
+    try:
+        edge, local = (path / "collections").exists(), (path / "meta.json").exists()
+        of_a_server = edge and _is_of_a_server(path)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error}") from error
     if edge and local:
         raise StoreError(f"{path}: holds the files of two engines (collections/ of edge, meta.json of local)")
-    if edge and not local and _is_of_a_server(path):
+    if of_a_server:
         raise StoreError(f"{path}: holds collections of something else, such as a Qdrant server")
     return "edge" if edge else "local" if local else None
 
@@ -6110,7 +6185,7 @@ def _is_of_a_server(path: Path) -> bool:
 
 def _collection_exists(config: QdrantStoreConfig) -> bool:
     """Whether a directory holds the collection, as far as can be seen without opening it."""
-    path = Path(cast("str", config.path)).expanduser()
+    path = _absolute(cast("str", config.path))
     match _engine_of(path):
         case "edge":
             return (path / "collections" / f"{config.collection_name}.json").exists()
@@ -7052,10 +7127,20 @@ class _SharedCore(_Core):
         ids = [_point_id(user_id, time_ms) for user_id, old in times.items() for time_ms in old]
         await self._server.delete(self._collection, ids)
 
-    async def create_native(self, order: _Order, target: str) -> SnapshotReport:
-        """Take a snapshot of the server's own making."""
+    async def create_native(self, order: _Order, target: str) -> SnapshotReport | None:
+        """Take a snapshot of the server's own making; None where a portable one will do and is needed.
+
+        The server puts into it what one node has: of a collection that is spread over several, not all.
+        """
         with _NativeTaking(order) as taking:
             collection = await self._server.resolve(self._collection)
+            if not await self._server.is_whole(collection):
+                if order.any_kind:
+                    return None
+                raise SnapshotError(
+                    f"{target}: no node has all of the collection, and a native snapshot holds what one has; "
+                    'take a "portable" one'
+                )
             points = await self.engine.count(collection, _Filter())
             offered = await self._server.create_snapshot(collection)
             try:
@@ -7195,7 +7280,7 @@ _UNOPENED = cast("_Core", _UnopenedCore())
 
 def _acquire(config: QdrantStoreConfig) -> tuple[_Directory, _OwnedCore]:
     """The opened directory and the core of a store; the directory is to be released."""
-    path = os.path.realpath(Path(cast("str", config.path)).expanduser())
+    path = os.path.realpath(_absolute(cast("str", config.path)))
     directory = _directory_at(path, config)
     try:
         _agree(path, "durability", directory.durability, config.durability)
@@ -7256,6 +7341,7 @@ def _release_unclosed(held: _Directory | _Server) -> None:
 
 def _tries(timeout: float) -> Iterator[tuple[float, float]]:
     """For every try, the seconds that it may take and the moment after which there is no other."""
+    _positive("timeout", timeout, zero=True)
     deadline = time.monotonic() + timeout
     while True:
         yield max(0.01, min(deadline - time.monotonic(), _STATUS_TIMEOUT)), deadline
@@ -7353,6 +7439,16 @@ def _report(place: _Directory | _Server | None, started: float, found: Health | 
     )
 
 
+def _look(place: _Directory | _Server, core: _Core) -> Health:
+    """How a store is that can be asked without awaiting."""
+    started = time.perf_counter()
+    try:
+        found: Health | StoreError = place.drive(core.look(_STATUS_TIMEOUT))
+    except StoreError as error:
+        found = error
+    return _report(place, started, found)
+
+
 _AnyQdrantStore = TypeVar("_AnyQdrantStore", bound="QdrantStore | AsyncQdrantStore")
 
 
@@ -7363,7 +7459,38 @@ def _with_core(store: _AnyQdrantStore, core: _Core) -> _AnyQdrantStore:
     return other
 
 
-class QdrantStore(StateStore):
+class _OnQdrant(_StoreBase):
+    """What both stores over Qdrant say of themselves."""
+
+    config: QdrantStoreConfig
+    _core: _Core
+
+    @property
+    def is_closed(self) -> bool:
+        """See StateStore.is_closed."""
+        return self._core is _CLOSED
+
+    def _check(self, snapshot: StateSnapshot) -> None:
+        self._core.check(snapshot)
+
+    def _target(self) -> str:
+        return cast("str", self.config.path or self.config.url)
+
+    def _collection(self) -> str:
+        return self.config.collection_name
+
+    def _place(self) -> str:
+        return repr(self._target())
+
+    def _batch_size(self) -> int:
+        return self._core.batch
+
+    @property
+    def _has_native(self) -> bool:
+        return self.config.url is not None
+
+
+class QdrantStore(_OnQdrant, StateStore):
     """A store on disk, through Qdrant embedded in this process, or on a Qdrant server.
 
     Options are the fields of QdrantStoreConfig. ``path`` is a directory, which one process owns; within it
@@ -7384,7 +7511,6 @@ class QdrantStore(StateStore):
         self.config = _qdrant_config(config, options)
         _observe(self)  # before it is opened, which is reported too
         self._held: _Directory | _Server
-        self._core: _Core
         if self.config.url is None:
             self._held, self._core = self._acquire()
         else:
@@ -7418,11 +7544,6 @@ class QdrantStore(StateStore):
         self._open()
         return self._core.schema.axes
 
-    @property
-    def is_closed(self) -> bool:
-        """See StateStore.is_closed."""
-        return self._core is _CLOSED
-
     def upsert_latest(self, snapshot: StateSnapshot, *, expected: _Expected = ANY) -> None:
         """See StateStore.upsert_latest."""
         return self._drive("upsert", lambda core: core.upsert_latest(snapshot, expected), snapshot)
@@ -7439,12 +7560,7 @@ class QdrantStore(StateStore):
 
     def health(self) -> Health:
         """See StateStore.health."""
-        started = time.perf_counter()
-        try:
-            found: Health | StoreError = self._held.drive(self._core.look(_STATUS_TIMEOUT))
-        except StoreError as error:
-            found = error
-        return _report(self._held, started, found)
+        return _look(self._held, self._core)
 
     def wait_until_ready(self, timeout: float = 30.0) -> None:
         """See StateStore.wait_until_ready."""
@@ -7464,9 +7580,6 @@ class QdrantStore(StateStore):
         self._core = _CLOSED
         if self._finalizer.detach():
             self._held.release()
-
-    def _check(self, snapshot: StateSnapshot) -> None:
-        self._core.check(snapshot)
 
     def _write_batch(self, snapshots: Sequence[StateSnapshot]) -> None:
         return self._drive("upsert_many", lambda core: core.write(snapshots))
@@ -7492,9 +7605,6 @@ class QdrantStore(StateStore):
     def _prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
         return self._drive("prune", lambda core: core.prune_page(cursor))
 
-    def _origin(self) -> _Origin:
-        return _Origin(self._target(), self._engine_name(), self.config.collection_name)
-
     def _engine_name(self) -> str:
         return self._held.engine.name
 
@@ -7511,33 +7621,27 @@ class QdrantStore(StateStore):
         with contextlib.suppress(StoreClosedError):  # opening removes it
             self._held.drive(self._core.begin(lambda core: core.discard(staged._core)))
 
-    def _create_native(self, order: _Order) -> SnapshotReport:
-        if not isinstance(self._core, _SharedCore):
-            return super()._create_native(order)
-        self._open()
-        return self._held.drive(self._core.create_native(order, self._target()))
+    def _take(self, order: _Order, progress: _Progress) -> SnapshotReport:
+        if order.kind == "native":
+            self._open()
+            core = cast("_SharedCore", self._core)
+            report = self._held.drive(core.create_native(order, self._target()))
+            if report is not None:
+                return report
+            order = attrs.evolve(order, kind="portable")
+        return super()._take(order, progress)
 
-    def _restore_native(self, saved: _SavedSnapshot) -> None:
+    def _bring_back(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress) -> None:
+        if saved.kind == "portable":
+            return super()._bring_back(saved, mode, progress)
         saved.verify()
-        self._held.drive(cast("_SharedCore", self._core).restore_native(saved.path, saved.sha256))
-
-    @property
-    def _has_native(self) -> bool:
-        return self.config.url is not None
-
-    def _batch_size(self) -> int:
-        return self._core.batch
-
-    def _target(self) -> str:
-        return cast("str", self.config.path or self.config.url)
-
-    def _place(self) -> str:
-        return repr(self._target())
+        return self._held.drive(cast("_SharedCore", self._core).restore_native(saved.path, saved.sha256))
 
 
-class AsyncQdrantStore(AsyncStateStore):
+class AsyncQdrantStore(_OnQdrant, AsyncStateStore):
     """QdrantStore for asyncio and trio; it opens on entering ``async with`` or at the first await.
 
+    With a server it connects at the first operation, so that an application may start before its server.
     With Qdrant Edge, whose calls are short and hold the interpreter anyway, operations run in place; with
     qdrant-client's local mode they run in a worker thread. A write that is cancelled is done or not done.
     """
@@ -7545,12 +7649,18 @@ class AsyncQdrantStore(AsyncStateStore):
     def __init__(self, config: QdrantStoreConfig | None = None, **options: Unpack[QdrantOptions]) -> None:
         self.config = _qdrant_config(config, options)
         self._held: _Directory | _Server | None = None
-        self._core: _Core = _UNOPENED
+        self._core = _UNOPENED
         self._yielded = 0.0  # when other tasks were last let run
         self._finalizer: weakref.finalize[..., Any] | None = None
         if self.config.url is not None:
             self._held, self._core = _connected(self.config, "on loop")
         _observe(self)
+
+    async def __aenter__(self) -> Self:
+        if self.config.url is None:
+            return await super().__aenter__()
+        self._ensure_open()  # but no more: an application may start before its server
+        return self
 
     async def _open(self) -> None:
         if isinstance(self._core, _SharedCore):
@@ -7622,11 +7732,6 @@ class AsyncQdrantStore(AsyncStateStore):
             raise StoreError("the axes are known once the store is open: await an operation first")
         return self._core.schema.axes
 
-    @property
-    def is_closed(self) -> bool:
-        """See StateStore.is_closed."""
-        return self._core is _CLOSED
-
     async def upsert_latest(self, snapshot: StateSnapshot, *, expected: _Expected = ANY) -> None:
         """See StateStore.upsert_latest."""
         return await self._drive("upsert", lambda core: core.upsert_latest(snapshot, expected), snapshot)
@@ -7671,24 +7776,16 @@ class AsyncQdrantStore(AsyncStateStore):
     def _glance(self) -> Health | None:
         if not isinstance(self._held, _Directory):
             return None  # not open yet, or on a server
-        started = time.perf_counter()
-        try:
-            found: Health | StoreError = self._held.drive(self._core.look(_STATUS_TIMEOUT))
-        except StoreError as error:
-            found = error
-        return _report(self._held, started, found)
+        return _look(self._held, self._core)
 
     async def aclose(self) -> None:
         """See StateStore.close."""
         was_open, self._core = self._core is not _CLOSED, _CLOSED
         if isinstance(self._held, _Server):
             if was_open:
-                await _close_connection(self._held)
+                await _shielded(self._held.engine.close())
         elif self._finalizer is not None:
             await _release_in_thread(cast("_Directory", self._held), self._finalizer)
-
-    def _check(self, snapshot: StateSnapshot) -> None:
-        self._core.check(snapshot)
 
     async def _write_batch(self, snapshots: Sequence[StateSnapshot]) -> None:
         return await self._drive("upsert_many", lambda core: core.write(snapshots))
@@ -7714,9 +7811,6 @@ class AsyncQdrantStore(AsyncStateStore):
     async def _prune_page(self, cursor: _Cursor) -> tuple[int, _Cursor]:
         return await self._drive("prune", lambda core: core.prune_page(cursor))
 
-    def _origin(self) -> _Origin:
-        return _Origin(self._target(), self._engine_name(), self.config.collection_name)
-
     def _engine_name(self) -> str:
         return "qdrant" if self._held is None else self._held.engine.name
 
@@ -7735,28 +7829,22 @@ class AsyncQdrantStore(AsyncStateStore):
         with contextlib.suppress(StoreClosedError):  # opening removes it
             await self._run(self._core.begin(lambda core: core.discard(staged._core)), apart=True)
 
-    async def _create_native(self, order: _Order) -> SnapshotReport:
-        if not isinstance(self._core, _SharedCore):
-            return await super()._create_native(order)
-        await self._open()
-        return await self._run(self._core.create_native(order, self._target()))
+    async def _take(self, order: _Order, progress: _Progress) -> SnapshotReport:
+        if order.kind == "native":
+            await self._open()
+            core = cast("_SharedCore", self._core)
+            report = await self._run(core.create_native(order, self._target()))
+            if report is not None:
+                return report
+            order = attrs.evolve(order, kind="portable")
+        return await super()._take(order, progress)
 
-    async def _restore_native(self, saved: _SavedSnapshot) -> None:
+    async def _bring_back(self, saved: _SavedSnapshot, mode: _RestoreMode, progress: _Progress) -> None:
+        if saved.kind == "portable":
+            return await super()._bring_back(saved, mode, progress)
         await _in_thread(saved.verify)
-        await self._run(cast("_SharedCore", self._core).restore_native(saved.path, saved.sha256))
-
-    @property
-    def _has_native(self) -> bool:
-        return self.config.url is not None
-
-    def _batch_size(self) -> int:
-        return self._core.batch
-
-    def _target(self) -> str:
-        return cast("str", self.config.path or self.config.url)
-
-    def _place(self) -> str:
-        return repr(self._target())
+        core = cast("_SharedCore", self._core)
+        return await self._run(core.restore_native(saved.path, saved.sha256))
 
 
 async def _in_worker(directory: _Directory, flow: Coroutine[Any, Any, _T]) -> tuple[_T, _Round | None]:
@@ -7791,16 +7879,13 @@ def _limiter(directory: _Directory, purpose: str) -> Any:
     return limiter
 
 
-async def _close_connection(server: _Server) -> None:
-    """Close an asynchronous connection, also while being cancelled."""
-    import anyio
-
-    with anyio.CancelScope(shield=True):
-        await server.engine.close()
-
-
 async def _acquire_in_thread(config: QdrantStoreConfig) -> tuple[_Directory, _OwnedCore]:
     """Open in a worker thread; what it opens for a task that was cancelled meanwhile is released."""
+    try:
+        importlib.import_module("anyio")
+    except ImportError as error:
+        message = "an asynchronous store on disk needs anyio: pip install anyio"
+        raise MissingDependencyError(message) from error
     lock, wanted, opened = threading.Lock(), [True], list[tuple[_Directory, _OwnedCore]]()
 
     def acquire() -> None:
@@ -7824,15 +7909,13 @@ async def _acquire_in_thread(config: QdrantStoreConfig) -> tuple[_Directory, _Ow
 
 async def _release_in_thread(directory: _Directory, finalizer: weakref.finalize[..., Any]) -> None:
     """Release in a worker thread, also while being cancelled: nobody would do it later."""
-    import anyio
 
     def release() -> None:
         if finalizer.detach():  # once, by whoever comes first
             directory.release()
 
     try:
-        with anyio.CancelScope(shield=True):
-            await _in_thread(release)
+        await _shielded(_in_thread(release))
     except BaseException:
         release()  # asyncio's own cancelling knows no shield
         raise
@@ -7843,15 +7926,16 @@ async def _release_in_thread(directory: _Directory, finalizer: weakref.finalize[
 # -----------------------------------------------------------------------------
 
 _DEFAULT_TARGET = "./attuned_state"
+_BARE_ADDRESS = re.compile(r":?[\w.-]{2,}:(?=\d|/|$)")  # localhost:6333, :memory: or file:/mood, not C:\mood
 
 
 def _target_options(target: str | os.PathLike[str] | None) -> tuple[bool, dict[str, Any]]:
     """Whether a target is memory, and otherwise the path or url that it means."""
     text = target if target is not None else _default_target()
     if not isinstance(text, str):
-        text = _path(text)
+        return False, {"path": _path(text), "url": None}
     scheme, separator, rest = text.partition("://")
-    if not separator:
+    if not separator and not _BARE_ADDRESS.match(text):
         return False, {"path": text, "url": None}
     match scheme.lower():
         case "memory" if rest in ("", "/"):
@@ -7865,7 +7949,7 @@ def _target_options(target: str | os.PathLike[str] | None) -> tuple[bool, dict[s
         case _:
             pass
     raise ValidationError(
-        f"target: {_shown(text)} is not understood; use memory://, a path, file://<path>, "
+        f"target: {_shown(text)} is not understood; use memory://, a path such as ./mood, file://<path>, "
         "http://<host>:6333 or https://<host>:6333"
     )
 
@@ -7906,7 +7990,7 @@ def _is_absent(target: str | os.PathLike[str]) -> bool:
         return False
     config = attrs.evolve(QdrantStoreConfig.from_env(), **place)
     if config.url is None:
-        return not Path(cast("str", config.path)).is_file() and not _collection_exists(config)
+        return not _collection_exists(config) and not _absolute(cast("str", config.path)).is_file()
     with QdrantStore(config) as store:
         health = store.health()
         return health.status != "unhealthy" and health.collection_status is None
@@ -7958,11 +8042,17 @@ def _copied(target: str, began: float, digest: _Digest) -> SnapshotReport:
     )
 
 
+_FORMS: dict[type, str] = {
+    StateStore: "a synchronous store (open_store)",
+    AsyncStateStore: "an asynchronous store (open_async_store)",
+}
+
+
 def _check_ends(source: object, target: object, kind: type[StateStore | AsyncStateStore]) -> None:
     """Raise where a copy has no source, or an end that is neither a store nor the place of one."""
     for name, end in (("source", source), ("target", target)):
         if not isinstance(end, kind | str | os.PathLike):
-            raise ValidationError(f"{name}: a {kind.__name__}, a path or a url is needed, got {_kind(end)}")
+            raise ValidationError(f"{name}: {_FORMS[kind]}, a path or a url is needed, got {_kind(end)}")
     if isinstance(source, str | os.PathLike) and _is_absent(cast("_Target", source)):
         raise StoreError(f"there is no store at {source}")
 
@@ -7989,42 +8079,30 @@ def copy(
     states copied. Raises SchemaMismatchError, ValidationError, SnapshotError where the copy is not the same.
     """
     began, read = time.perf_counter(), _Digest()
+    _flag("replace", replace)
+    progress = _callable_of(progress)
     _check_ends(source, target, StateStore)
     with contextlib.ExitStack() as stack:
         origin = source if isinstance(source, StateStore) else stack.enter_context(open_store(source))
         if not isinstance(target, StateStore):
             target = stack.enter_context(open_store(target, axes=origin.axes))
         _check_free(target.count(), target._target(), replace=replace)
-        staged = target._stage(secrets.token_hex(16))
-        try:
-            for states in _state_pages(origin):
+        with target._replacement(secrets.token_hex(16)) as staged:
+            for states in _pages(origin._page_of_states):
                 read.add(states)
                 staged.upsert_many(states)
-                if progress is not None:
-                    progress(read.count, None)
+                progress(read.count, None)
             if not target._has_native:  # a server is changed in place: nothing is beside it
                 read.check(_digest(staged))
-            target._adopt(staged)
-        except BaseException:
-            target._discard(staged)
-            raise
         read.check(_digest(target))
         return _copied(target._target(), began, read)
 
 
 def _digest(store: StateStore) -> _Digest:
     digest = _Digest()
-    for states in _state_pages(store):
+    for states in _pages(store._page_of_states):
         digest.add(states)
     return digest
-
-
-def _state_pages(store: StateStore) -> Iterator[list[StateSnapshot]]:
-    states, cursor = store._page_of_states(None)
-    yield states
-    while cursor is not None:
-        states, cursor = store._page_of_states(cursor)
-        yield states
 
 
 async def acopy(
@@ -8036,6 +8114,8 @@ async def acopy(
 ) -> SnapshotReport:
     """As copy, between asynchronous stores; other tasks run between batches."""
     began, read = time.perf_counter(), _Digest()
+    _flag("replace", replace)
+    progress = _callable_of(progress)
     await _in_thread(lambda: _check_ends(source, target, AsyncStateStore))
     async with contextlib.AsyncExitStack() as stack:
         if not isinstance(source, AsyncStateStore):
@@ -8044,41 +8124,22 @@ async def acopy(
         if not isinstance(target, AsyncStateStore):
             target = await stack.enter_async_context(open_async_store(target, axes=source.axes))
         _check_free(await target.count(), target._target(), replace=replace)
-        staged = await target._stage(secrets.token_hex(16))
-        try:
-            await _acopy_states(source, staged, read, progress)
+        async with target._replacement(secrets.token_hex(16)) as staged:
+            async for states in _AsyncPages(source._page_of_states):
+                read.add(states)
+                await staged.upsert_many(states)
+                progress(read.count, None)
             if not target._has_native:  # as in copy
                 read.check(await _adigest(staged))
-            await target._adopt(staged)
-        except BaseException:
-            await _shielded(target._discard(staged))
-            raise
         read.check(await _adigest(target))
         return _copied(target._target(), began, read)
 
 
-async def _acopy_states(
-    source: AsyncStateStore, staged: AsyncStateStore, read: _Digest, progress: _Progress | None
-) -> None:
-    cursor = None
-    while True:
-        states, cursor = await source._page_of_states(cursor)
-        read.add(states)
-        await staged.upsert_many(states)
-        if progress is not None:
-            progress(read.count, None)
-        if cursor is None:
-            return
-
-
 async def _adigest(store: AsyncStateStore) -> _Digest:
-    digest, cursor = _Digest(), None
-    while True:
-        states, cursor = await store._page_of_states(cursor)
+    digest = _Digest()
+    async for states in _AsyncPages(store._page_of_states):
         digest.add(states)
-        if cursor is None:
-            return digest
-        await _sleep(0)
+    return digest
 
 
 # On start
@@ -8096,7 +8157,7 @@ def snapshot_on_start(store: StateStore, *, timeout: float = 60.0, keep: int | N
     directory cannot be made or written, before the store is contacted. Any other failure is logged and
     returned as a report with the status "failed": it does not keep the application from starting.
     """
-    skipped, directory = _start(store)
+    skipped, directory = _start(store, StateStore)
     if skipped is not None:
         return skipped
     try:
@@ -8113,7 +8174,7 @@ async def asnapshot_on_start(
     keep: int | None = None,
 ) -> SnapshotReport:
     """As snapshot_on_start, for an asynchronous store."""
-    skipped, directory = _start(store)
+    skipped, directory = _start(store, AsyncStateStore)
     if skipped is not None:
         return skipped
     try:
@@ -8123,15 +8184,24 @@ async def asnapshot_on_start(
         return _failed(store._target(), "startup", error)
 
 
-def _start(store: StateStore | AsyncStateStore) -> tuple[SnapshotReport | None, Path | None]:
+def _start(
+    store: StateStore | AsyncStateStore, kind: type[StateStore | AsyncStateStore]
+) -> tuple[SnapshotReport | None, Path | None]:
     """The report where there is nothing to do, else the directory, which can be written to."""
+    if not isinstance(store, kind):
+        raise ValidationError(f"store: {_FORMS[kind]} is needed, got {_kind(store)}")
 
     def skipped(message: str) -> tuple[SnapshotReport, None]:
         report = SnapshotReport(status="skipped", target=store._target(), reason="startup", message=message)
         return report, None
 
-    if os.environ.get("QDRANT_SNAPSHOT_ON_START", "").strip().lower() not in _TRUE:
-        return skipped("QDRANT_SNAPSHOT_ON_START is not set")
+    wish = os.environ.get("QDRANT_SNAPSHOT_ON_START", "").strip().lower()
+    if wish not in _TRUE:
+        state = f"{wish[:40]!r}, not true, 1, yes, y or on" if wish else "not set"
+        message = f"QDRANT_SNAPSHOT_ON_START is {state}"
+        if wish and wish not in _FALSE:
+            _LOGGER.warning("no snapshot is taken: %s", message)
+        return skipped(message)
     directory = _snapshot_directory(None)
     with _snapshot_errors(directory, "cannot be written"):
         _NewFile(directory).discard()
@@ -8143,7 +8213,7 @@ def _start(store: StateStore | AsyncStateStore) -> tuple[SnapshotReport | None, 
 def _is_first_start(store: StateStore | AsyncStateStore) -> bool:
     if isinstance(store, QdrantStore | AsyncQdrantStore):
         config = store.config
-        place = config.url or os.path.realpath(Path(cast("str", config.path)).expanduser())
+        place = config.url or os.path.realpath(_absolute(cast("str", config.path)))
         started: Any = _STARTED
         key: Any = (place, config.collection_name)
     else:
@@ -8198,7 +8268,7 @@ async def _health_of(store: _AnyStore) -> Health:
     return await _in_thread(store.health) if isinstance(store, StateStore) else await store.health()
 
 
-class _Taking:
+class _Requested:
     """A snapshot of one store after another, for all requests that come before its end.
 
     One of them takes the snapshots while the others wait; is it cancelled, another goes on where it was.
@@ -8249,12 +8319,12 @@ class _Endpoint:
 
     def __init__(self, stores: Sequence[_AnyStore], directory: Path | None, keep: int | None) -> None:
         self._stores, self._directory, self._keep = stores, directory, keep
-        self._taking: _Taking | None = None
+        self._taking: _Requested | None = None
 
     async def snapshot(self, request: Request) -> Response:  # noqa: ARG002 - nothing in it is looked at
         """Take a snapshot of every store, or join the request that does."""
         if self._taking is None:
-            self._taking = _Taking(self._stores, self._directory, self._keep)
+            self._taking = _Requested(self._stores, self._directory, self._keep)
         joined = self._taking
         joined.requests += 1
         try:
@@ -8300,8 +8370,8 @@ def _check_app(stores: Sequence[_AnyStore], authorize: _Authorize | None, keep: 
     for store in stores:
         if not isinstance(store, StateStore | AsyncStateStore):
             raise ValidationError(f"stores: a store is needed, got {_kind(store)}")
-    if authorize is not None and not callable(authorize):
-        raise ValidationError(f"authorize: a function is needed, got {_kind(authorize)}")
+    if authorize is not None:
+        _function("authorize", authorize)
     if keep is not None:
         _integer("keep", keep, 1, _MAX_INTEGER)
         names = [store._origin().collection for store in stores]
@@ -8332,7 +8402,7 @@ def snapshot_app(
         from starlette.applications import Starlette
         from starlette.routing import Route
     except ImportError as error:
-        raise MissingDependencyError('this needs Starlette: pip install "attuned-store[http]"') from error
+        raise MissingDependencyError("this needs Starlette: pip install starlette") from error
     endpoint = _Endpoint(stores, None if directory is None else Path(_path(directory)), keep)
     routes = [
         Route("/api/snapshot", _guarded(endpoint.snapshot, authorize), methods=["POST"]),
@@ -8384,14 +8454,14 @@ class _Scale(NamedTuple):
             return value  # the snapshot says what is wrong with it
 
         if not self.low <= value <= self.high:
-            raise ValueError(f"{axis}: {value:g} is outside of the scale {self.low:g}:{self.high:g}")
+            raise ValueError(f"{axis}: {value:g} is outside of the --scale {self.low:g}:{self.high:g}")
         return (value - self.low) / (self.high - self.low)
 
 
 class _Rules(NamedTuple):
     """How rows become snapshots: the scale, and the time of those that name none."""
 
-    scale: _Scale | None
+    scale: _Scale
     now: int
 
 
@@ -8498,9 +8568,7 @@ def _snapshot_of_row(
     if "user_id" not in named:
         raise ValueError("user_id is missing")
 
-    values = {name: value for name, value in axes.items() if value is not None}
-    if rules.scale is not None:
-        values = {name: rules.scale(name, value) for name, value in values.items()}
+    values = {name: rules.scale(name, value) for name, value in axes.items() if value is not None}
     return StateSnapshot(axes=cast("dict[str, float]", values), **cast("dict[str, Any]", named))
 
 
@@ -8510,14 +8578,18 @@ def _check_text(text: str) -> None:
         raise ValueError("not UTF-8")
 
 
-def _read_cell(column: str, text: str) -> object:
+def _read_cell(column: str, text: str, decimal: str) -> object:
+    if column not in ("user_id", "source"):
+        text = text.replace(decimal, ".")
     try:
         return _FIELD_READERS.get(column, _read_number)(text)
     except ValueError as error:
         raise ValueError(f"{column}: {error}") from None
 
 
-def _csv_row(cells: Sequence[str] | None, columns: Sequence[str], rules: _Rules) -> StateSnapshot:
+def _csv_row(
+    cells: Sequence[str] | None, columns: Sequence[str], decimal: str, rules: _Rules
+) -> StateSnapshot:
     if cells is None:
         raise ValueError("a quote is not closed, or not where a cell begins")
     if len(cells) != len(columns):
@@ -8527,7 +8599,7 @@ def _csv_row(cells: Sequence[str] | None, columns: Sequence[str], rules: _Rules)
     given = {
         c: t for c, t in zip(columns, cells, strict=True) if c == "user_id" or t.strip() not in _ABSENT_CELLS
     }
-    row = {column: _read_cell(column, text) for column, text in given.items()}
+    row = {column: _read_cell(column, text, decimal) for column, text in given.items()}
     axes = {name: value for name, value in row.items() if name not in _FIELD_READERS}
     return _snapshot_of_row(
         {name: value for name, value in row.items() if name in _FIELD_READERS}, axes, rules
@@ -8652,6 +8724,7 @@ class _Table:
         self.name = name
         self._kind = kind or self._sniff()
         self.failure: Exception | None = None
+        self._decimal = "."
         self.columns = self._csv()[0] if self._kind == "csv" else []
 
     def _numbered(self) -> Iterator[tuple[int, str]]:
@@ -8669,14 +8742,16 @@ class _Table:
     def _csv(self) -> tuple[list[str], Iterator[tuple[int, list[str] | None]]]:
         lines = self._numbered()
         first = next(lines)
-        records = _csv_records(itertools.chain([first], lines), _find_delimiter(first[1]))
+        delimiter = _find_delimiter(first[1])
+        self._decimal = "," if delimiter == ";" else "."  # Excel's semicolons leave the comma to decimals
+        records = _csv_records(itertools.chain([first], lines), delimiter)
         return _check_heading(next(records)[1]), records
 
     def _readers(self) -> Iterator[tuple[int, Callable[[], StateSnapshot]]]:
         if self._kind == "csv":
             columns, records = self._csv()
             for line, cells in records:
-                yield line, functools.partial(_csv_row, cells, columns, self._rules)
+                yield line, functools.partial(_csv_row, cells, columns, self._decimal, self._rules)
         else:
             for line, text in self._numbered():
                 if text.strip():
@@ -9046,8 +9121,10 @@ def _atomic_file(path: Path) -> Generator[TextIO]:
             stream.flush()
             os.fsync(stream.fileno())
         beside.replace(final)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == str(beside):
+            error.filename = str(path)  # the name that was asked for
         raise
 
 
@@ -9134,7 +9211,17 @@ def _show_state(args: argparse.Namespace, snapshot: StateSnapshot, store: StateS
     _show_record(args, snapshot.to_dict(), _state_text(snapshot, store.axes))
 
 
+def _require_user(args: argparse.Namespace) -> None:
+    """Refuse an axis where the user should be: it would become a user of that name."""
+    try:
+        _read_pairs([args.user])
+    except _CommandError:
+        return
+    raise _CommandError(f"the user comes first, as in '{args.command} alice {args.user}'", 2)
+
+
 def _command_put(args: argparse.Namespace) -> int:
+    _require_user(args)
     snapshot = StateSnapshot(user_id=args.user, axes=_read_pairs(args.pairs), **_given_fields(args))
     _rehearse(args, snapshot)
     with _open_target(args, create=True) as store:
@@ -9144,6 +9231,7 @@ def _command_put(args: argparse.Namespace) -> int:
 
 
 def _command_patch(args: argparse.Namespace) -> int:
+    _require_user(args)
     axes, fields = _read_pairs(args.pairs), _given_fields(args)
     _rehearse(args, StateSnapshot(user_id=args.user, axes=axes, **fields))
     with _open_target(args, create=True) as store:
@@ -9413,7 +9501,7 @@ def _uvicorn() -> Any:
     try:
         import uvicorn
     except ImportError as error:
-        raise MissingDependencyError('serve needs uvicorn: pip install "attuned-store[http]"') from error
+        raise MissingDependencyError("serve needs uvicorn: pip install starlette uvicorn") from error
     return uvicorn
 
 
@@ -9453,9 +9541,28 @@ def _ended_by_signals() -> Generator[None]:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
+@contextlib.contextmanager
+def _logged_to_stderr() -> Generator[None]:
+    """Show what happens while nobody looks: the snapshots that were taken, and what went wrong."""
+    handler, level = logging.StreamHandler(), _LOGGER.level
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    _LOGGER.addHandler(handler)
+    _LOGGER.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        _LOGGER.setLevel(level)
+        _LOGGER.removeHandler(handler)
+
+
 def _command_serve(args: argparse.Namespace) -> int:
     uvicorn, authorize = _uvicorn(), _authorization(args.host)
-    with _ended_by_signals(), _listening(args.host, args.port) as listener, _open_target(args) as store:
+    with (
+        _ended_by_signals(),
+        _logged_to_stderr(),
+        _listening(args.host, args.port) as listener,
+        _open_target(args) as store,
+    ):
         app = snapshot_app(store, authorize=authorize, directory=args.directory, keep=args.keep)
         snapshot_on_start(store, keep=args.keep)
         listener.listen()
@@ -9498,7 +9605,11 @@ def _read_real(text: str) -> float:
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="CSV or JSON lines, in UTF-8; - is stdin")
     parser.add_argument(
-        "--scale", type=_read_scale, metavar="LOW:HIGH", help="what the axes were measured on; becomes 0..1"
+        "--scale",
+        type=_read_scale,
+        default="0:1",
+        metavar="LOW:HIGH",
+        help="what the axes were measured on; becomes 0..1; default: 0:1",
     )
     parser.add_argument(
         "--format", choices=["csv", "jsonl"], help="default: by the name of the file, or its content"
@@ -9578,7 +9689,7 @@ def _count_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _snapshot_arguments(parser: argparse.ArgumentParser) -> None:
     _directory_argument(parser)
-    text = "default: the server's own on a server, portable elsewhere"
+    text = "default: the server's own on a server whose node has all shards, portable elsewhere"
     parser.add_argument("--kind", choices=["auto", "native", "portable"], default="auto", help=text)
     _keep_argument(parser)
     parser.add_argument(
@@ -9714,6 +9825,8 @@ are themselves; every other column is an axis, its name brought to snake_case. E
 and NA are absent; a row without a time gets the time of the import. A bad row is reported
 with its line and skipped, and the exit status is then 1. A new store takes the file's
 columns as its axes (unless ATTUNED_STORE_AXES names them); an existing one keeps its own.
+Columns are separated by commas, by tabs, or by semicolons, as Excel writes them with decimal
+commas.
 """,
     "serve": """
 POST /api/snapshot takes a snapshot; GET /api/health, /api/ready and (where prometheus_client
@@ -9726,7 +9839,8 @@ is taken if QDRANT_SNAPSHOT_ON_START is true. SIGTERM and Ctrl-C end it, and are
 
 def _make_parser() -> _CommandParser:
     common = _CommandParser(add_help=False)
-    text = "a directory, or http(s)://host:6333; default: $ATTUNED_STORE, $QDRANT_URL or ./attuned_state"
+    text = "a directory, or http(s)://host:6333; default: $ATTUNED_STORE, $QDRANT_URL, "
+    text += "$ATTUNED_STORE_PATH or ./attuned_state"
     common.add_argument("--store", metavar="TARGET", default=argparse.SUPPRESS, help=text)
     common.add_argument(
         "--json", action="store_true", default=argparse.SUPPRESS, help="JSON, one object a line"
@@ -9778,6 +9892,13 @@ def _parse_command(argv: Sequence[str]) -> argparse.Namespace:
 # Running
 
 
+def _reason(error: BaseException) -> str:
+    """What went wrong; where the system refused a file, as other commands say it."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def _report_failure(error: BaseException) -> int:
     """Report what ended the command in one line; the exit status."""
     if isinstance(error, KeyboardInterrupt):
@@ -9787,7 +9908,9 @@ def _report_failure(error: BaseException) -> int:
     written: int | None = getattr(error, "written", None)
     unexpected = not isinstance(error, (_CommandError, StoreError, OSError, NotImplementedError))
     kind = f"unexpected {type(error).__name__}: " if unexpected else ""
-    _complain(f"{kind}{error}" + (f" ({_plural(written, 'snapshot')} were written)" if written else ""))
+    _complain(
+        f"{kind}{_reason(error)}" + (f" ({_plural(written, 'snapshot')} were written)" if written else "")
+    )
     return (
         error.status if isinstance(error, _CommandError) else 2 if isinstance(error, ValidationError) else 1
     )

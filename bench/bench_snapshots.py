@@ -25,8 +25,8 @@ LARGE = """
 import sys
 import attuned_store as a
 number, directory = int(sys.argv[1]), sys.argv[2]
-fields = dict(kind="portable", reason="manual", keep=None, keep_remote=False)
-order = a._Order.of(directory, fields)
+fields = dict(reason="manual", keep=None, keep_remote=False)
+order = a._Order.of(directory, "portable", fields, native=False)
 axes = a.Axes({name: place / 23 for place, name in enumerate(a.CANONICAL_AXES)})
 with a._PortableTaking(order, a._Origin("bench", "bench", "bench"), a.CANONICAL_AXES) as taking:
     for start in range(0, number, 100):

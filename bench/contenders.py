@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
     from pathlib import Path
 
+    from attuned_store import AsyncStateStore, StateStore
+
 START_MS = 1_700_000_000_000
 HISTORY = 10
 DEEP_USERS = 200  # have a history of so many entries; the others one
@@ -155,6 +157,33 @@ class Contender:
         return self.place.loop.run(flow)
 
 
+class _Ours(Contender):
+    """A store of each form of this library, over the same data."""
+
+    ours = True
+    store: Any
+    both: Any
+
+    def use(self, store: StateStore, both: AsyncStateStore) -> None:
+        self.store, self.both = store, both
+        self.put, self.get = store.upsert_latest, store.get_latest
+        self.history = lambda user_id: store.get_history(user_id, limit=HISTORY)
+        self.search_user = lambda asked: store.search_similar(asked[1], user_id=asked[0], history=True)
+        self.search_all = store.search_similar
+        self.async_put, self.async_get = both.upsert_latest, both.get_latest
+
+
+class _OursOpened(_Ours):
+    """One that is opened in a place, and filled in batches."""
+
+    def close(self) -> None:
+        self.run(self.both.aclose())
+        self.store.close()
+
+    def fill(self, people: People) -> None:
+        self.store.upsert_many(people.first_states())
+
+
 # -----------------------------------------------------------------------------
 # In memory
 # -----------------------------------------------------------------------------
@@ -219,18 +248,12 @@ class Floor(Contender):
         return [(rows[row], float(scores[row])) for row in best[np.argsort(-scores[best])]]
 
 
-class OursInMemory(Contender):
+class OursInMemory(_Ours):
     name = "attuned memory"
-    ours = True
 
     def open(self) -> None:
-        self.both = AsyncMemoryStore(axes=AXES)
-        store = self.store = self.both._store
-        self.put, self.get = store.upsert_latest, store.get_latest
-        self.history = lambda user_id: store.get_history(user_id, limit=HISTORY)
-        self.search_user = lambda asked: store.search_similar(asked[1], user_id=asked[0], history=True)
-        self.search_all = store.search_similar
-        self.async_put, self.async_get = self.both.upsert_latest, self.both.get_latest
+        both = AsyncMemoryStore(axes=AXES)
+        self.use(both._store, both)
 
 
 class CacheTools(Contender):
@@ -357,25 +380,12 @@ class _OnDisk(Contender):
         self.path = place.directory / self.name.replace(" ", "_")
 
 
-class _OursOnDisk(_OnDisk):
-    ours = True
+class _OursOnDisk(_OnDisk, _OursOpened):
     engine: ClassVar[Any]
 
     def open(self) -> None:
-        store = self.store = QdrantStore(path=self.path, engine=self.engine, axes=AXES)
-        self.both = AsyncQdrantStore(path=self.path, engine=self.engine, axes=AXES)
-        self.put, self.get = store.upsert_latest, store.get_latest
-        self.history = lambda user_id: store.get_history(user_id, limit=HISTORY)
-        self.search_user = lambda asked: store.search_similar(asked[1], user_id=asked[0], history=True)
-        self.search_all = store.search_similar
-        self.async_put, self.async_get = self.both.upsert_latest, self.both.get_latest
-
-    def close(self) -> None:
-        self.run(self.both.aclose())
-        self.store.close()
-
-    def fill(self, people: People) -> None:
-        self.store.upsert_many(people.first_states())
+        options: Any = {"path": self.path, "engine": self.engine, "axes": AXES}
+        self.use(QdrantStore(**options), AsyncQdrantStore(**options))
 
     @property
     def core(self) -> Any:
@@ -776,26 +786,13 @@ class KeyValueDisk(_KeyValue, _OnDisk):
 # -----------------------------------------------------------------------------
 
 
-class OursOnServer(Contender):
+class OursOnServer(_OursOpened):
     name = "attuned server"
     module, library = "qdrant_client", "qdrant-client"
-    ours = True
 
     def open(self) -> None:
-        store = self.store = QdrantStore(url=self.place.url, axes=AXES)
-        self.both = AsyncQdrantStore(url=self.place.url, axes=AXES)
-        self.put, self.get = store.upsert_latest, store.get_latest
-        self.history = lambda user_id: store.get_history(user_id, limit=HISTORY)
-        self.search_user = lambda asked: store.search_similar(asked[1], user_id=asked[0], history=True)
-        self.search_all = store.search_similar
-        self.async_put, self.async_get = self.both.upsert_latest, self.both.get_latest
-
-    def close(self) -> None:
-        self.run(self.both.aclose())
-        self.store.close()
-
-    def fill(self, people: People) -> None:
-        self.store.upsert_many(people.first_states())
+        options: Any = {"url": self.place.url, "axes": AXES}
+        self.use(QdrantStore(**options), AsyncQdrantStore(**options))
 
 
 class BareServer(_BareClient):

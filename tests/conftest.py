@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -12,13 +13,13 @@ import pytest
 
 pytest.register_assert_rewrite("conformance")
 
-from conformance import BACKENDS, FACES, Case, Clock, Open, cases, loopback, needs  # noqa: E402
+from conformance import BACKENDS, FACES, Awaited, Case, Clock, Open, cases, loopback, needs  # noqa: E402
 
 import attuned_store  # noqa: E402
-from attuned_store import AsyncStateStore, StateStore  # noqa: E402
+from attuned_store import AsyncQdrantStore, AsyncStateStore, QdrantStore, RetryPolicy, StateStore  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from qdrant_server import QdrantServer
 
@@ -70,6 +71,33 @@ def server() -> Iterator[QdrantServer]:
 def face(request: pytest.FixtureRequest) -> str:
     """The form of a store on a server of its own: sync, asyncio or trio."""
     return cast("str", request.param)
+
+
+@pytest.fixture
+def server_options() -> dict[str, Any]:
+    """What `connect` gives every store: no certificates are loaded, and no retry waits."""
+    return {"verify": False, "retry": RetryPolicy(base_s=0)}
+
+
+@pytest.fixture
+async def connect(
+    face: str, server: QdrantServer, server_options: dict[str, Any]
+) -> AsyncIterator[Callable[..., AsyncStateStore]]:
+    """A function that makes a store of the face on the server, which has not sent anything yet."""
+    stores: list[AsyncStateStore] = []
+
+    def connect(**options: Any) -> AsyncStateStore:
+        options = {"url": server.url, **server_options, **options}
+        store = Awaited(QdrantStore(**options)) if face == "sync" else AsyncQdrantStore(**options)
+        stores.append(cast("AsyncStateStore", store))
+        return stores[-1]
+
+    yield connect
+    server.calm()
+    for store in stores:
+        await store.aclose()
+    if face == "trio":
+        gc.collect(1)  # what warns in the course of it belongs to this test
 
 
 @pytest.fixture

@@ -548,7 +548,8 @@ class _Collection(LocalCollection):
             return None, False
         must = payload_filter.must if isinstance(payload_filter.must, list) else [payload_filter.must]
         known = [found for found in map(self._positions, must) if found is not None]
-        exact = len(known) == len(must) and not set_fields(payload_filter) - {"must"}
+        other = payload_filter.must_not or set_fields(payload_filter) - {"must", "must_not"}
+        exact = len(known) == len(must) and not other
         return (set.intersection(*known) if known else None), exact
 
     def _positions(self, condition: models.Condition) -> set[int] | None:
@@ -852,6 +853,19 @@ class Api:
         info["config"]["optimizer_config"] |= to_plain(collection.config.optimizers_config) or {}
         return info
 
+    def cluster_info(self, request: Request) -> Any:
+        points = self.collection(request).info().points_count
+        return {
+            "peer_id": 1,
+            "shard_count": len({0, *(shard for shard, _ in self.server.other_shards)}),
+            "local_shards": [{"shard_id": 0, "points_count": points, "state": self.server.shard_state}],
+            "remote_shards": [
+                {"shard_id": shard, "peer_id": peer, "state": "Active"}
+                for shard, peer in self.server.other_shards
+            ],
+            "shard_transfers": [],
+        }
+
     def _indexed(self, points: int) -> int:
         return points if self.server.indexed_vectors is None else self.server.indexed_vectors
 
@@ -1123,6 +1137,7 @@ ROUTES: dict[str, Handler] = {
     "POST /collections/aliases": Api.change_aliases,
     "GET /aliases": Api.list_aliases,
     "GET /collections/{collection}": Api.collection_info,
+    "GET /collections/{collection}/cluster": Api.cluster_info,
     "PUT /collections/{collection}": Api.create_collection,
     "PATCH /collections/{collection}": Api.update_collection,
     "DELETE /collections/{collection}": Api.delete_collection,
@@ -1318,6 +1333,8 @@ class QdrantServer:
         self.wrong_key_status = 401  # the open source server's since 1.9; Qdrant Cloud's gateway answers 403
         self.collection_status = "green"
         self.indexed_vectors: int | None = None  # as many as points
+        self.other_shards: list[tuple[int, int]] = []  # said to be on other nodes: number and peer
+        self.shard_state = "Active"  # of the one that is here
         self.snapshot_name: str | None = None  # for the next ones, instead of the server's own; any text
         self.snapshot_padding = 0  # bytes to add to the next ones
         self.snapshot_checksum: str | None = None  # to report for the next ones, instead of the true one

@@ -8,8 +8,10 @@ import gc
 import itertools
 import linecache
 import os
+import shutil
 import sys
 import types
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import anyio
@@ -17,11 +19,19 @@ import pytest
 from conformance import BACKENDS, needs, state
 
 import attuned_store
-from attuned_store import AsyncStateStore, MemoryStore, StateSnapshot, StateStore
+from attuned_store import (
+    AsyncMemoryStore,
+    AsyncStateStore,
+    MemoryStore,
+    SnapshotError,
+    StateSnapshot,
+    StateStore,
+    list_snapshots,
+    verify_snapshot,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Generator
-    from pathlib import Path
+    from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 
 LONG = 60.0
 OPTIONS: dict[str, Any] = {"max_history_per_user": 3}
@@ -323,4 +333,240 @@ def test_every_operation_can_be_interrupted_at_every_line(
             at = 1 + number % step
             while check_interrupt(store, name, at):
                 at += step if at < 300 else at // 10  # a batch has thousands of lines
+    gc.collect()
+
+
+# ------------------------------------------------------------------------------
+# Snapshots
+# ------------------------------------------------------------------------------
+
+TAKEN = Path("taken")  # files are named relative to the directory of the test
+GIVEN = Path("given.attuned")
+NATIVE = Path("native.snap")
+STEP = 4  # states in a step: a few of them go into every operation
+HELD = [state(user_id, at) for user_id in ("ann", "ben", "cleo", "dora", "eve") for at in (2, 9)]
+
+
+def asynchronous(store: Any) -> bool:
+    return isinstance(store, AsyncStateStore)
+
+
+def memory_like(store: Any, states: list[StateSnapshot]) -> Any:
+    """A store in memory of the same form."""
+    other = AsyncMemoryStore(**OPTIONS) if asynchronous(store) else MemoryStore(**OPTIONS)
+    getattr(other, "_store", other).upsert_many(states)
+    return other
+
+
+def twin(name: str, store: Any) -> Any:
+    """The function of the library that works on stores of this form."""
+    return getattr(attuned_store, f"a{name}" if asynchronous(store) else name)
+
+
+def start(store: Any) -> Any:
+    attuned_store._STARTED.clear()
+    attuned_store._STARTED_STORES.clear()
+    return twin("snapshot_on_start", store)(store)
+
+
+TAKING: dict[str, Callable[[Any], Any]] = {
+    "create": lambda store: store.create_snapshot(TAKEN, kind="portable"),
+    "create and keep one": lambda store: store.create_snapshot(TAKEN, kind="portable", keep=1),
+    "create as it is usual": lambda store: store.create_snapshot(TAKEN),  # on a server: native
+    "start": start,
+}
+LOOKING: dict[str, Callable[[Any], Any]] = {
+    "verify": lambda store: twin("verify_snapshot", store)(GIVEN),
+    "list": lambda store: twin("list_snapshots", store)("."),
+    "copy from": lambda store: twin("copy", store)(store, memory_like(store, [])),
+}
+RESTORING: dict[str, Callable[[Any], Any]] = {
+    "replace": lambda store: store.restore_snapshot(GIVEN),
+    "merge": lambda store: store.restore_snapshot(GIVEN, mode="merge"),
+    "skip": lambda store: store.restore_snapshot(GIVEN, mode="skip"),
+    "copy to": lambda store: twin("copy", store)(memory_like(store, HELD), store, replace=True),
+}
+RESTORING_NATIVE = {"replace by a native one": lambda store: store.restore_snapshot(NATIVE)}
+COMPLETED_BY = {"skip": "merge"}  # once it was interrupted; any other by itself
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory with a snapshot, where snapshots are taken, in small steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QDRANT_SNAPSHOT_ON_START", "1")
+    monkeypatch.setenv("QDRANT_SNAPSHOT_DIR", str(TAKEN))
+    monkeypatch.setattr(attuned_store, "_BATCH", STEP)
+    for core in (attuned_store._Core, attuned_store._SharedCore, attuned_store._UnopenedCore):
+        monkeypatch.setattr(core, "batch", STEP)
+    with MemoryStore(**OPTIONS) as store:
+        store.upsert_many(HELD)
+        cast("Path", store.create_snapshot("made").path).rename(GIVEN)
+    yield tmp_path
+    outcomes_of_restoring.cache_clear()
+
+
+@functools.cache
+def outcomes_of_restoring(name: str) -> list[Shown]:
+    """What a store may show in the end: the old content, or the new, or what was added by some steps."""
+    store = MemoryStore(**OPTIONS)
+    store.upsert_many(BEGINNING)
+    found = [shown(store)]
+    if name in ("merge", "skip"):
+        there = set(store)
+        for snapshot in HELD:
+            if name == "merge" or snapshot.user_id not in there:
+                store.upsert_latest(snapshot)
+                found.append(shown(store))
+    elif name in RESTORING or name in RESTORING_NATIVE:
+        found.append(shown(memory_like(store, HELD)))
+    return found
+
+
+def old_snapshot() -> None:
+    """Make the directory one with an older snapshot, and nothing else."""
+    shutil.rmtree(TAKEN, ignore_errors=True)
+    TAKEN.mkdir()
+    shutil.copy(GIVEN, TAKEN / "20200101T000000.000Z-memory.attuned")
+
+
+def check_taken() -> None:
+    """Every file with the name of a snapshot is whole, and there is one at any time."""
+    whole = 0
+    for report in list_snapshots(TAKEN):
+        path = cast("Path", report.path)
+        try:
+            verify_snapshot(path)
+        except SnapshotError:
+            assert not path.exists()  # it was an older one
+        else:
+            whole += 1
+            checksum = path.with_name(path.name + ".sha256")
+            assert checksum.exists() == (report.kind == "native")
+    assert whole
+
+
+def unnamed() -> list[Path]:
+    return list(TAKEN.glob(".attuned-*"))
+
+
+async def restored(store: AsyncStateStore, name: str) -> None:
+    """Do on a server what was interrupted there; then it is complete."""
+    name = COMPLETED_BY.get(name, name)
+    await {**RESTORING, **RESTORING_NATIVE}[name](store)
+    assert await content(store) == outcomes_of_restoring(name)[-1]
+    assert (await store.health()).status == "healthy"
+
+
+async def make_native(store: AsyncStateStore) -> None:
+    """Let the server make a snapshot of what is held, for its store to be replaced by."""
+    await store.upsert_many(HELD)
+    await store.delete("next")
+    cast("Path", (await store.create_snapshot("made")).path).rename(NATIVE)
+    await begin(store, await content(store))
+
+
+async def check_cancelling(store: AsyncStateStore, name: str, at: int, how: str) -> int | None:
+    """Cancel an operation at an await; None if that was done, else how often it waited."""
+    old_snapshot()
+    waits = await waits_of(SNAPSHOTS[name](store), at, how)
+    assert how == "task.cancel()" or not unnamed()  # the thread of a task cancelled so goes on
+    await store.upsert_latest(state("next", at))
+    found = await content(store)
+    outcomes = outcomes_of_restoring(name)
+    if name in RESTORING or name in RESTORING_NATIVE:
+        on_server = store._has_native
+        degraded = (await store.health()).status == "degraded"
+        if not on_server:
+            assert found in outcomes, (name, at, found)
+            assert not degraded
+        else:
+            assert degraded or found in outcomes or name in ("merge", "skip"), (name, at, found)
+            await restored(store, name)
+        await begin(store, await content(store))
+    else:
+        assert found == outcomes[0], (name, at, found)
+    check_taken()
+    return waits
+
+
+SNAPSHOTS = {**TAKING, **LOOKING, **RESTORING, **RESTORING_NATIVE}
+PLAIN_SETTINGS = [setting for setting in SETTINGS if not setting.values[1]]
+
+
+@pytest.mark.filterwarnings("ignore:Async generator 'httpx:ResourceWarning")  # as above
+@pytest.mark.parametrize(("backend", "options", "how"), PLAIN_SETTINGS)
+def test_every_operation_on_snapshots_can_be_cancelled_at_every_await(
+    place: Path, backend: str, options: dict[str, Any], how: str
+) -> None:
+    """A snapshot is whole or not there, a store old or new, on a server marked until the next try."""
+    on_server = backend == "server"
+    step = 5 if on_server and not ALL else 1
+
+    async def main() -> None:
+        async with BACKENDS[backend].asynchronous(place / "store", **OPTIONS, **options) as store:
+            if on_server:
+                await make_native(store)
+            await store.upsert_many(BEGINNING)
+            for number, name in enumerate(SNAPSHOTS):
+                if name in RESTORING_NATIVE and not on_server:
+                    continue
+                for at in itertools.count(1 + number % step, step):
+                    with anyio.fail_after(LONG):
+                        if await check_cancelling(store, name, at, how) is not None:
+                            break
+
+    anyio.run(main, backend="trio" if how == "trio" else "asyncio")
+    gc.collect()
+
+
+def resumed(store: StateStore, name: str) -> None:
+    """As `restored`, for a synchronous store."""
+    name = COMPLETED_BY.get(name, name)
+    store.delete("next")
+    RESTORING[name](store)
+    assert shown(store) == outcomes_of_restoring(name)[-1]
+    assert store.health().status == "healthy"
+
+
+def check_interrupt_of_snapshot(store: StateStore, name: str, at: int) -> bool:
+    """Interrupt an operation on snapshots at a line; returns whether it came so far."""
+    old_snapshot()
+    came = Interrupt(at).run(functools.partial(SNAPSHOTS[name], store))
+    check_taken()
+    store.upsert_latest(state("next", at))
+    path = cast("Path", store.create_snapshot(TAKEN, kind="portable").path)  # past all that is remembered
+    assert not unnamed(), (name, at)
+    found = shown(store)
+    with MemoryStore(**OPTIONS) as other:
+        other.restore_snapshot(path)
+        assert shown(other) == found, (name, at)
+    del found["next"]
+    if store._has_native and name in RESTORING:
+        assert store.health().status == "degraded" or possible(found, "batch", "server"), (name, at, found)
+        resumed(store, name)
+    else:
+        assert found in outcomes_of_restoring(name), (name, at, found)
+    for user_id in {*store} - {"bob"}:
+        store.delete(user_id)
+    store.upsert_many(BEGINNING)
+    return came
+
+
+# An interrupt between making a file and entering its block leaves it to Python to close, which tells of it.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")  # as above
+@pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=needs(BACKENDS[name].library)) for name in BACKENDS]
+)
+def test_every_operation_on_snapshots_can_be_interrupted_at_every_line(place: Path, backend: str) -> None:
+    """After Ctrl-C a snapshot is whole or not there, a store old or new, on a server marked."""
+    few, many = {"memory": (19, 1), "edge": (71, 5), "local": (97, 5)}.get(backend, (199, 11))
+    step = many if ALL else few
+    with BACKENDS[backend].sync(place / "store", **OPTIONS) as store:
+        store.upsert_many(BEGINNING)
+        for number, name in enumerate([*TAKING, *LOOKING, *RESTORING]):
+            at = 1 + number % step
+            while check_interrupt_of_snapshot(store, name, at):
+                at += step if at < 3_000 else at // 10
     gc.collect()

@@ -443,7 +443,7 @@ def test_a_value_outside_of_the_scale_is_a_bad_row(path: Path, run: Run, tmp_pat
 
     ran = run("--store", path, "import", file, "--scale", "-3:3")
     assert ran.status == 1
-    assert "line 5: calm: 3.5 is outside of the scale -3:3" in ran.err
+    assert "line 5: calm: 3.5 is outside of the --scale -3:3" in ran.err
     stored = {user: latest for user, (latest, _) in kept(path).items() if latest}
     assert {user: state.axes["calm"] for user, state in stored.items()} == {
         "low": 0,
@@ -516,6 +516,65 @@ def test_line_numbers_are_physical(path: Path, run: Run, tmp_path: Path) -> None
     ran = run("--store", path, "import", file)
     assert [line.split(": ")[2] for line in ran.err.splitlines()] == ["line 5", "line 6"]
     assert set(kept(path)) == {"a", "d"}
+
+
+def test_without_a_scale_it_is_named_where_it_is_missed(path: Path, run: Run, tmp_path: Path) -> None:
+    """Values outside of 0 to 1 are what a forgotten --scale looks like: the report names it."""
+    file = tmp_path / "raw.csv"
+    file.write_text("user_id,calm\na,0.5\nb,24\nc,-1\nd,1\n")
+
+    ran = run("--store", path, "import", file)
+
+    assert ran.status == 1
+    assert [line.partition("line ")[2] for line in ran.err.splitlines()] == [
+        "3: calm: 24 is outside of the --scale 0:1",
+        "4: calm: -1 is outside of the --scale 0:1",
+    ]
+    assert set(kept(path)) == {"a", "d"}
+
+
+def test_a_file_from_excel_with_decimal_commas(path: Path, run: Run, tmp_path: Path) -> None:
+    """Where semicolons separate the columns, a comma is the decimal mark, but not in a user id."""
+    file = tmp_path / "excel.csv"
+    file.write_bytes(b"\xef\xbb\xbfuser_id;Calm Now;confidence\r\na,b;7,5;0,5\r\nc;2.5;1\r\nd;1.000,5;1\r\n")
+
+    ran = run("--store", path, "import", file, "--scale", "0:10")
+
+    assert [line.partition("line ")[2] for line in ran.err.splitlines()] == [
+        "4: calm_now: not a number: '1.000.5'"
+    ]
+    assert {user: latest.axes["calm_now"] for user, (latest, _) in kept(path).items() if latest} == {
+        "a,b": 0.75,
+        "c": 0.25,
+    }
+    assert {latest.confidence for latest, _ in kept(path).values() if latest} == {0.5, 1.0}
+
+
+def test_a_comma_between_columns_is_no_decimal_mark(path: Path, run: Run, tmp_path: Path) -> None:
+    """Where commas or tabs separate the columns, a number has none."""
+    (tmp_path / "quoted.csv").write_text('user_id,calm\na,"0,5"\n')
+    ran = run("--store", path, "import", tmp_path / "quoted.csv")
+    assert (ran.status, "calm: not a number: '0,5'" in ran.err) == (1, True)
+
+
+@pytest.mark.parametrize("command", ["put", "patch"])
+def test_a_forgotten_user_makes_none(path: Path, run: Run, command: str) -> None:
+    """An axis where the user should be is not taken for a user of that name; an id with = is one."""
+    one_line(run("--store", path, command, "calm=0.5", "warmth=1"), 2, f"as in '{command} alice calm=0.5'")
+    assert not path.exists()
+    assert run("--store", path, command, "id=", "warmth=1").status == 0
+    assert set(kept(path)) == {"id="}
+
+
+def test_a_file_that_cannot_be_opened_is_named_plainly(small: Path, run: Run, tmp_path: Path) -> None:
+    """What the system refused is named as it was asked for, without numbers and temporary names."""
+    for arguments, reason in (
+        (("import", tmp_path / "absent.csv"), "No such file or directory"),
+        (("import", tmp_path), "Is a directory"),
+        (("export", tmp_path / "none" / "out.csv"), "No such file or directory"),
+    ):
+        ran = run("--store", small, *arguments)
+        assert ran == Ran(1, "", f"attuned-store: {arguments[1]}: {reason}\n")
 
 
 def test_tabs_and_semicolons_separate_too(path: Path, run: Run, tmp_path: Path) -> None:
@@ -1327,12 +1386,14 @@ def test_serve_on_a_port_that_is_taken(run: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         one_line(run("serve", "--port", port), 1, f"127.0.0.1, port {port}: .*in use")
+    assert list(Path().iterdir()) == []
 
 
 def test_serve_without_uvicorn(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the extra is not installed, serve says how to install it."""
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    one_line(run("serve", "--port", "0"), 1, r'pip install "attuned-store\[http\]"')
+    one_line(run("serve", "--port", "0"), 1, "pip install starlette uvicorn")
+    assert list(Path().iterdir()) == []
 
 
 # ------------------------------------------------------------------------------
@@ -1448,16 +1509,19 @@ def test_a_store_that_another_process_has_open(small: Path, run: Run, start: Sta
 
 
 def test_an_unknown_scheme(run: Run) -> None:
-    """A target that no store understands is one line."""
-    ran = run("--store", "ftp://somewhere", "count")
-    assert ran.status in {1, 2}
-    one_line(ran, ran.status, "ftp")
+    """A target that no store understands is one line, and makes nothing."""
+    one_line(run("--store", "ftp://somewhere", "count"), 2, "ftp")
+    assert list(Path().iterdir()) == []
 
 
 def test_a_malformed_setting(small: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A malformed environment variable is named."""
+    before = kept(small)
     monkeypatch.setenv("ATTUNED_STORE_MAX_HISTORY_PER_USER", "many")
     one_line(run("--store", small, "count"), 2, "ATTUNED_STORE_MAX_HISTORY_PER_USER")
+    one_line(run("--store", small, "delete", "alice", "--yes"), 2, "ATTUNED_STORE_MAX_HISTORY_PER_USER")
+    monkeypatch.delenv("ATTUNED_STORE_MAX_HISTORY_PER_USER")
+    assert kept(small) == before
 
 
 # ------------------------------------------------------------------------------
@@ -1586,8 +1650,10 @@ def test_a_pipe_that_was_never_read_ends_it_cleanly(mood: Path, start: Start, co
 @pytest.mark.parametrize("command", ["count", "export"])
 def test_a_full_disk_is_one_line(mood: Path, start: Start, command: str) -> None:
     """Output that cannot be written is a failure."""
+    before = kept(mood)
     with Path("/dev/full").open("wb") as full:
         one_line(finished(start("--store", mood, command, stdout=full)), 1, "space")
+    assert kept(mood) == before
 
 
 @posix

@@ -611,7 +611,7 @@ def test_without_starlette_it_says_what_to_install(
 ) -> None:
     """The library is asked for when the application is made, and the error says how to install it."""
     monkeypatch.setitem(sys.modules, "starlette.applications", None)
-    with pytest.raises(MissingDependencyError, match=r'pip install "attuned-store\[http\]"'):
+    with pytest.raises(MissingDependencyError, match=r"pip install starlette$"):
         snapshot_app(store)
 
 
@@ -703,7 +703,11 @@ def test_serve_with_a_token(anyio_backend: str, place: Path, tmp_path: Path, sig
         assert names_in(tmp_path / "backups") == [report["snapshot_name"]]
         assert states_in(report["path"]) == STATES
         served.child.send_signal(getattr(signal, signal_name))
-        assert served.ended() == (0, "")
+        status, said = served.ended()
+    assert (status, said.count("\n"), TOKEN in said) == (0, 2, False)
+    for line, answer in zip(said.splitlines(), taken, strict=True):
+        assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO snapshot ", line)
+        assert answer.json()["results"][0]["path"] in line
     with open_store(place) as store:
         assert store.count() == 2
 
@@ -731,7 +735,8 @@ def test_serve_without_a_token(anyio_backend: str, place: Path, tmp_path: Path) 
         assert client.post("/api/snapshot").status_code == 200
         assert len(names_in(tmp_path / "backups")) == 2
         served.child.terminate()
-        assert served.ended() == (0, "")
+        status, said = served.ended()
+    assert (status, said.count(" INFO snapshot "), said.count("\n")) == (0, 2, 2)
 
 
 @posix

@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import contextlib
+import enum
+import inspect
 import io
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+import typing
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import hypothesis.strategies as st
 import pytest
+from anyio.from_thread import BlockingPortal, start_blocking_portal
 from conformance import BACKENDS, NOW, needs, state
 from hypothesis import HealthCheck, given, note, settings
 
 import attuned_store
 from attuned_store import (
+    AsyncMemoryStore,
+    AsyncQdrantStore,
+    AsyncStateStore,
     Axes,
+    BackendError,
     BreakerPolicy,
+    ConflictError,
     MemoryStore,
     MemoryStoreConfig,
+    QdrantStore,
     QdrantStoreConfig,
     RetryPolicy,
+    SnapshotError,
     StateSnapshot,
     StateStore,
+    StoreError,
     UserNotFoundError,
     ValidationError,
 )
@@ -90,6 +103,10 @@ SNAPSHOTS = st.builds(
 )
 
 
+NOT_CALLABLE = GARBAGE.filter(lambda thing: not callable(thing))  # what a function raises is its own affair
+PROGRESS = st.sampled_from([None, lambda done, total: None]) | NOT_CALLABLE
+
+
 def often(good: Any) -> st.SearchStrategy[Any]:
     """Something right half of the time, so that what comes after it is reached, too."""
     return st.one_of(good if isinstance(good, st.SearchStrategy) else st.just(good), GARBAGE)
@@ -114,10 +131,48 @@ FIELDS = some(
 )
 
 
-def outcome(call: Callable[[], Any], *errors: type[Exception]) -> str:
+# Files are named relative to the directory of the test (see `place`). Nothing is written outside it.
+def is_inside(thing: object) -> bool:
+    return not isinstance(thing, str) or not ("/" in thing or thing.startswith(("~", "..")))
+
+
+FILES_OF_SNAPSHOTS = often(
+    st.sampled_from(["good.attuned", "damaged.attuned", "store.snap", "absent.attuned"])
+)
+DIRECTORIES = often(st.sampled_from([None, "backups", Path("others"), "good.attuned"])).filter(is_inside)
+SAVED = [*(state("ann", at) for at in (2, 9)), state("saved", 1)]  # what the good snapshot holds
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory of its own for the test, with snapshots that are good and not."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QDRANT_SNAPSHOT_ON_START", "1")
+    monkeypatch.setenv("QDRANT_SNAPSHOT_DIR", "backups")
+    with MemoryStore() as store:
+        store.upsert_many(SAVED)
+        good = cast("Path", store.create_snapshot("backups").path).rename("good.attuned")
+    Path("damaged.attuned").write_bytes(good.read_bytes()[:-9])
+    Path("store.snap").write_bytes(b"no tar")
+
+
+@pytest.fixture(scope="module")
+def portal() -> Iterator[BlockingPortal]:
+    """An event loop in another thread, for what is asynchronous."""
+    with start_blocking_portal() as portal:
+        yield portal
+
+
+def outcome(portal: BlockingPortal, call: Callable[[], Any], errors: tuple[type[Exception], ...]) -> str:
     """How a call ends: with an answer, or one of these errors; any other fails the test."""
+
+    async def finish(answer: Any) -> None:
+        await answer
+
     try:
-        call()
+        answer = call()
+        if inspect.isawaitable(answer):
+            portal.call(finish, answer)
     except errors as error:
         message = str(error)
     else:
@@ -127,70 +182,59 @@ def outcome(call: Callable[[], Any], *errors: type[Exception]) -> str:
     return "error"
 
 
+def public_methods(kind: type, among: Mapping[str, Any]) -> set[str]:
+    """The names of the public methods in a namespace of a class that take an argument."""
+    special = ("__contains__", "__getitem__")
+    functions = {
+        name: inspect.unwrap(getattr(kind, name))
+        for name in among
+        if (name in special or not name.startswith("_")) and callable(getattr(kind, name))
+    }
+    return {
+        name
+        for name, function in functions.items()
+        if inspect.signature(function).parameters.keys() - {"self"}
+    }
+
+
 # ------------------------------------------------------------------------------
-# Values and configurations
+# Values, configurations and files
 # ------------------------------------------------------------------------------
 
-
-@FUZZ
-@given(user_id=USER_IDS, axes=AXES, fields=FIELDS)
-def test_a_snapshot_of_garbage_is_refused(user_id: Any, axes: Any, fields: dict[str, Any]) -> None:
-    """A snapshot is made of what is valid, and of everything else ValidationError."""
-    outcome(lambda: StateSnapshot(user_id, axes, **fields), ValidationError)
-    outcome(lambda: StateSnapshot.from_dict({"user_id": user_id, "axes": axes, **fields}), ValidationError)
-    outcome(lambda: StateSnapshot.from_dict(axes), ValidationError)
-    outcome(lambda: state().patched(axes, **fields), ValidationError)
-    outcome(lambda: Axes(axes), ValidationError)
-
-
-@FUZZ
-@given(
-    options=some(
-        axes=often(["warmth"]),
-        vector_size=often(24),
-        enable_history=often(True),
-        max_history_per_user=often(5),
-        history_retention_days=often(5),
-    )
-)
-def test_a_memory_configuration_of_garbage_is_refused(options: dict[str, Any]) -> None:
-    """The options of a store in memory are right, or ValidationError."""
-    outcome(lambda: MemoryStore(**options), ValidationError)
-
-
-@FUZZ
-@given(
-    options=some(
-        path=often("somewhere"),
-        url=often("http://localhost:6333"),
-        engine=often("local"),
-        durability=often("power"),
-        collection_name=often("states"),
-        lock_timeout=often(1.0),
-        cache_size=often(10),
-        api_key=often("key"),
-        connect_timeout=often(1.0),
-        request_timeout=often(1.0),
-        pool_size=often(5),
-        verify=often(False),
-        cache_ttl=often(1.0),
-        retry=often(RetryPolicy()),
-        breaker=often(BreakerPolicy()),
-    )
-)
-def test_a_configuration_of_garbage_is_refused(options: dict[str, Any]) -> None:
-    """The configuration of a store on Qdrant is right, or ValidationError; nothing is opened for it."""
-    outcome(lambda: QdrantStoreConfig(**options), ValidationError)
-
-
-@FUZZ
-@given(first=GARBAGE, second=GARBAGE)
-def test_policies_of_garbage_are_refused(first: Any, second: Any) -> None:
-    """What is no number of attempts or seconds is ValidationError."""
-    for name in ("attempts", "base_s", "cap_s", "deadline_s"):
-        outcome(lambda name=name: RetryPolicy(**{name: first}), ValidationError)
-    for name in attrs_of(BreakerPolicy):
-        outcome(lambda name=name: BreakerPolicy(**{name: second}), ValidationError)
+MEMORY_OPTIONS = {
+    "axes": often(["warmth"]),
+    "vector_size": often(24),
+    "enable_history": often(True),
+    "max_history_per_user": often(5),
+    "history_retention_days": often(5),
+}
+QDRANT_OPTIONS = {
+    **MEMORY_OPTIONS,
+    "path": often("somewhere"),
+    "url": often("http://localhost:6333"),
+    "engine": often("local"),
+    "durability": often("power"),
+    "collection_name": often("states"),
+    "lock_timeout": often(1.0),
+    "cache_size": often(10),
+    "slow_operation_ms": often(10.0),
+    "api_key": often("key"),
+    "connect_timeout": often(1.0),
+    "request_timeout": often(1.0),
+    "snapshot_timeout": often(1.0),
+    "pool_size": often(5),
+    "verify": often(False),
+    "cache_ttl": often(1.0),
+    "shard_number": often(1),
+    "replication_factor": often(1),
+    "write_consistency_factor": often(1),
+    "read_consistency": often("quorum"),
+    "write_ordering": often("strong"),
+    "retry": often(RetryPolicy()),
+    "breaker": often(BreakerPolicy()),
+}
+BAD_URL = "http://localhost:0"
+NO_URL = {name: values for name, values in QDRANT_OPTIONS.items() if name != "url"}
 
 
 def attrs_of(kind: Any) -> list[str]:
@@ -198,27 +242,121 @@ def attrs_of(kind: Any) -> list[str]:
 
 
 VARIABLES = ["ATTUNED_STORE_" + name.upper() for name in attrs_of(QdrantStoreConfig)]
-
-
-@FUZZ
-@given(variables=st.dictionaries(st.sampled_from(VARIABLES), ODD_TEXT))
-def test_an_environment_of_garbage_is_refused(variables: dict[str, str]) -> None:
-    """Variables that cannot be read are ValidationError."""
-    outcome(lambda: MemoryStoreConfig.from_env(variables), ValidationError)
-    outcome(lambda: QdrantStoreConfig.from_env(variables), ValidationError)
-
-
-@FUZZ
-@given(
-    target=GARBAGE.filter(lambda target: not isinstance(target, str | os.PathLike))
-    | st.builds("{}://{}".format, ODD_TEXT, ODD_TEXT).filter(lambda target: not target.startswith("file:"))
+ENVIRONMENTS = often(st.dictionaries(st.sampled_from(VARIABLES), ODD_TEXT | GARBAGE))
+NO_PLACES = GARBAGE.filter(
+    lambda target: target is not None and not isinstance(target, str | os.PathLike)
+) | st.sampled_from(["ftp://host", "", "ann\0", "a" * 300, "\ud800", "good.attuned", b"ann"])
+TARGETS = NO_PLACES | st.builds("{}://{}".format, ODD_TEXT, ODD_TEXT).filter(
+    lambda target: not target.lower().startswith("file:")
 )
-def test_a_target_of_garbage_is_refused(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is no path and no address is ValidationError, and no directory is made."""
-    if target is None:
-        target = "ftp://host"
-    outcome(lambda: attuned_store.open_store(target), ValidationError)
-    outcome(lambda: attuned_store.open_async_store(target), ValidationError)
+
+
+def calls(function: Callable[..., Any], *arguments: Any, **options: Any) -> st.SearchStrategy[Any]:
+    """Calls of a function with these arguments and some of these options."""
+    return st.builds(
+        lambda given, fields: lambda: function(*given, **fields), st.tuples(*arguments), some(**options)
+    )
+
+
+def fields_of(user_id: Any, axes: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    return {"user_id": user_id, "axes": axes, **fields}
+
+
+FUNCTIONS: dict[str, st.SearchStrategy[Callable[[], Any]]] = {
+    "StateSnapshot": st.builds(
+        lambda *given: lambda: StateSnapshot(**fields_of(*given)), USER_IDS, AXES, FIELDS
+    ),
+    "StateSnapshot.from_dict": calls(
+        StateSnapshot.from_dict, often(st.builds(fields_of, USER_IDS, AXES, FIELDS))
+    ),
+    "StateSnapshot.patched": st.builds(
+        lambda axes, fields: lambda: state().patched(axes, **fields), AXES, FIELDS
+    ),
+    "StateSnapshot.axis": calls(state().axis, GARBAGE),
+    "Axes": calls(Axes, AXES),
+    "RetryPolicy": calls(RetryPolicy, **{name: often(1.0) for name in attrs_of(RetryPolicy)}),
+    "BreakerPolicy": calls(BreakerPolicy, **{name: often(1.0) for name in attrs_of(BreakerPolicy)}),
+    "MemoryStoreConfig": calls(MemoryStoreConfig, **MEMORY_OPTIONS),
+    "MemoryStoreConfig.from_env": calls(MemoryStoreConfig.from_env, ENVIRONMENTS),
+    "QdrantStoreConfig": calls(QdrantStoreConfig, **QDRANT_OPTIONS),
+    "QdrantStoreConfig.from_env": calls(QdrantStoreConfig.from_env, ENVIRONMENTS),
+    "MemoryStore": calls(MemoryStore, often(MemoryStoreConfig()), **MEMORY_OPTIONS),
+    "AsyncMemoryStore": calls(AsyncMemoryStore, often(MemoryStoreConfig()), **MEMORY_OPTIONS),
+    # With a url that no store is made with, whatever else is right.
+    "QdrantStore": calls(partial(QdrantStore, url=BAD_URL), often(QdrantStoreConfig()), **NO_URL),
+    "AsyncQdrantStore": calls(partial(AsyncQdrantStore, url=BAD_URL), often(QdrantStoreConfig()), **NO_URL),
+    "open_store": calls(attuned_store.open_store, TARGETS, **MEMORY_OPTIONS),
+    "open_async_store": calls(attuned_store.open_async_store, TARGETS, **MEMORY_OPTIONS),
+    "verify_snapshot": calls(attuned_store.verify_snapshot, FILES_OF_SNAPSHOTS, progress=PROGRESS),
+    "averify_snapshot": calls(attuned_store.averify_snapshot, FILES_OF_SNAPSHOTS, progress=PROGRESS),
+    "list_snapshots": calls(attuned_store.list_snapshots, DIRECTORIES),
+    "alist_snapshots": calls(attuned_store.alist_snapshots, DIRECTORIES),
+}
+# Beyond ValidationError; opening raises what the store does, such as for a path that no directory can have.
+ERRORS: dict[str, tuple[type[Exception], ...]] = {
+    "open_store": (StoreError,),
+    "verify_snapshot": (SnapshotError,),
+    "averify_snapshot": (SnapshotError,),
+    "list_snapshots": (SnapshotError,),
+    "alist_snapshots": (SnapshotError,),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_garbage_is_refused(portal: BlockingPortal, name: str) -> None:
+    """Whatever is called with garbage raises a documented error and leaves no file, or it was right."""
+    before = files()
+
+    @FUZZ
+    @given(call=FUNCTIONS[name])
+    def check(call: Callable[[], Any]) -> None:
+        outcome(portal, call, (ValidationError, *ERRORS.get(name, ())))
+        assert files() == before
+
+    check()
+
+
+def files() -> set[Path]:
+    return set(Path().rglob("*"))
+
+
+GIVEN_OUT = {"Health", "History", "Match", "SnapshotReport"}  # made by a store, not by who calls it
+
+
+def callable_names() -> Iterator[str]:
+    """The functions, classes and methods of classes that a caller calls, the methods of stores left out."""
+    for name in attuned_store.__all__:
+        thing = getattr(attuned_store, name)
+        if inspect.isfunction(thing):
+            yield name
+        elif inspect.isclass(thing) and not (
+            name in GIVEN_OUT
+            or inspect.isabstract(thing)
+            or issubclass(thing, Exception | enum.Enum)
+            or typing.is_typeddict(thing)
+        ):
+            yield name
+            if not issubclass(thing, StateStore | AsyncStateStore):
+                yield from (f"{name}.{method}" for method in public_methods(thing, methods_of(thing)))
+
+
+def methods_of(kind: type) -> dict[str, Any]:
+    """What this library's classes have, without what Python's own ones gave them."""
+    return {
+        name: member
+        for each in kind.__mro__
+        if each.__module__ == attuned_store.__name__
+        for name, member in vars(each).items()
+        if not name.startswith("__")
+    }
+
+
+def test_no_public_function_is_missing() -> None:
+    """Each public function and class is called with garbage, and each method that takes something."""
+    on_a_store = {"a" * asynchronous + name for name in STORE_FUNCTIONS for asynchronous in (0, 1)}
+    assert {*callable_names()} - FUNCTIONS.keys() - on_a_store == set()
+    for kind in (StateStore, MemoryStore, QdrantStore, AsyncStateStore, AsyncMemoryStore, AsyncQdrantStore):
+        assert public_methods(kind, dict.fromkeys(dir(kind))) - ARGUMENTS.keys() == set()
 
 
 # ------------------------------------------------------------------------------
@@ -236,93 +374,128 @@ FILTERS = some(
     until=TIMES,
     history=often(st.booleans()),
 )
-Call = Callable[[StateStore], Any]
+Call = Callable[[Any], Any]
+ANSWERS = st.builds(lambda answer: lambda latest: answer, often(SNAPSHOTS))
+
+
+def method(name: str, *arguments: Any, **options: Any) -> st.SearchStrategy[Call]:
+    """Calls of a method of a store, with some of these options."""
+    return st.builds(
+        lambda given, fields: lambda store: getattr(store, name)(*given, **fields),
+        st.tuples(*arguments),
+        some(**options),
+    )
+
+
+# Ends of a copy: this store, another one, a place where a store may be opened, or garbage.
+def this_store(store: Any) -> Any:
+    return store
+
+
+def other_store(store: Any) -> Any:
+    other = AsyncMemoryStore() if isinstance(store, AsyncStateStore) else MemoryStore()
+    getattr(other, "_store", other).upsert_many(SAVED)
+    return other
+
+
+def ends(garbage: st.SearchStrategy[Any]) -> st.SearchStrategy[Call]:
+    fixed = (garbage | st.just("memory://")).map(lambda thing: lambda store: thing)
+    return st.sampled_from([this_store, other_store]) | fixed
+
+
+def on_store(name: str, *places: st.SearchStrategy[Call], **options: Any) -> st.SearchStrategy[Call]:
+    """Calls of the function that works on stores of this form, with some of these options."""
+
+    def call(places: tuple[Call, ...], fields: dict[str, Any]) -> Call:
+        def called(store: Any) -> Any:
+            attuned_store._STARTED.clear()
+            attuned_store._STARTED_STORES.clear()
+            has_twin = isinstance(store, AsyncStateStore) and name != "snapshot_app"
+            function = getattr(attuned_store, f"a{name}" if has_twin else name)
+            return function(*(place(store) for place in places), **fields)
+
+        return called
+
+    return st.builds(call, st.tuples(*places), some(**options))
+
+
+STORE_FUNCTIONS: dict[str, st.SearchStrategy[Call]] = {
+    "copy": on_store(
+        "copy",
+        ends(GARBAGE.filter(is_inside)),
+        ends(NO_PLACES),
+        replace=often(st.booleans()),
+        progress=PROGRESS,
+    ),
+    "snapshot_on_start": on_store(
+        "snapshot_on_start", ends(GARBAGE), timeout=often(1.0), keep=often(st.integers(1, 3))
+    ),
+    "snapshot_app": on_store(
+        "snapshot_app",
+        ends(GARBAGE),
+        authorize=often(st.sampled_from([None, bool])),
+        directory=DIRECTORIES,
+        keep=often(st.integers(1, 3)),
+    ),
+}
 ARGUMENTS: dict[str, st.SearchStrategy[Call]] = {
-    "upsert_latest": st.builds(
-        lambda snapshot, options: lambda store: store.upsert_latest(snapshot, **options),
-        often(SNAPSHOTS),
-        some(expected=often(SNAPSHOTS)),
-    ),
-    "upsert_many": st.builds(
-        lambda snapshots: lambda store: store.upsert_many(snapshots),
-        often(st.lists(often(SNAPSHOTS), max_size=4)),
-    ),
+    "upsert_latest": method("upsert_latest", often(SNAPSHOTS), expected=often(SNAPSHOTS)),
+    "upsert_many": method("upsert_many", often(st.lists(often(SNAPSHOTS), max_size=4)), progress=PROGRESS),
     "patch": st.builds(
         lambda user_id, axes, fields: lambda store: store.patch(user_id, axes, **fields),
         USER_IDS,
         AXES,
         FIELDS,
     ),
-    "update": st.builds(
-        lambda user_id, answer, attempts: (
-            lambda store: store.update(user_id, lambda _: answer, attempts=attempts)
-        ),
-        USER_IDS,
-        often(SNAPSHOTS),
-        often(3),
-    ),
-    "get_latest": st.builds(lambda user_id: lambda store: store.get_latest(user_id), USER_IDS),
-    "get_many": st.builds(
-        lambda user_ids: lambda store: store.get_many(user_ids), often(st.lists(USER_IDS, max_size=4))
-    ),
-    "get_history": st.builds(
-        lambda user_id, limit, bounds: lambda store: store.get_history(user_id, limit, **bounds),
-        USER_IDS,
-        LIMITS,
-        some(since=TIMES, until=TIMES),
-    ),
+    "update": method("update", USER_IDS, ANSWERS | NOT_CALLABLE, attempts=often(3)),
+    "get_latest": method("get_latest", USER_IDS),
+    "get_many": method("get_many", often(st.lists(USER_IDS, max_size=4))),
+    "get_history": method("get_history", USER_IDS, LIMITS, since=TIMES, until=TIMES),
+    "plot_history": method("plot_history", USER_IDS, often(st.lists(often("warmth"), max_size=2))),
     "search_similar": st.builds(
         lambda query, filters: lambda store: store.search_similar(query, **filters),
         often(GOOD_AXES) | SNAPSHOTS | USER_IDS,
         FILTERS,
     ),
-    "delete": st.builds(lambda user_id: lambda store: store.delete(user_id), USER_IDS),
-    "contains": st.builds(lambda user_id: lambda store: user_id in store, USER_IDS),
-    "getitem": st.builds(lambda user_id: lambda store: store[user_id], USER_IDS),
+    "count": method("count", history=often(st.booleans())),
+    "delete": method("delete", USER_IDS),
+    "create_snapshot": method(
+        "create_snapshot",
+        DIRECTORIES,
+        kind=often(st.sampled_from(["auto", "native", "portable"])),
+        reason=often("manual"),
+        keep=often(st.integers(1, 3)),
+        keep_remote=often(st.booleans()),
+        progress=PROGRESS,
+    ),
+    "restore_snapshot": method(
+        "restore_snapshot",
+        FILES_OF_SNAPSHOTS,
+        mode=often(st.sampled_from(["replace", "merge", "skip"])),
+        progress=PROGRESS,
+    ),
+    "wait_until_ready": method("wait_until_ready", often(1.0)),
+    "__contains__": method("__contains__", USER_IDS),
+    "__getitem__": method("__getitem__", USER_IDS),
 }
-READS = {"get_latest", "get_many", "get_history", "search_similar", "contains", "getitem"}
+CHANGING = {"upsert_latest", "upsert_many", "patch", "update", "delete", "restore_snapshot", "copy"}
+DOCUMENTED: dict[str, tuple[type[Exception], ...]] = {
+    "create_snapshot": (SnapshotError,),
+    "restore_snapshot": (SnapshotError,),
+    "copy": (StoreError,),  # no store at the source, or none to be opened at the target
+    "snapshot_on_start": (SnapshotError,),
+    "wait_until_ready": (BackendError,),  # the time may be short
+}
 BEGINNING = [*(state("ann", at) for at in (1, 2, 3)), state("bob", 1, source="inferred", confidence=0.4)]
 
 
 def content(store: StateStore) -> Any:
-    return {user_id: (store.get_latest(user_id), store.get_history(user_id)) for user_id in store}
-
-
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, StateStore]]:
-    """One store of each kind that there is, opened once."""
-    with contextlib.ExitStack() as stack:
-        yield {
-            name: stack.enter_context(BACKENDS[name].sync(tmp_path_factory.mktemp("fuzz") / name))
-            for name in ("memory", "edge", "local", "server")
-            if not needs(BACKENDS[name].library).args[0]
-        }
-
-
-@pytest.mark.parametrize(
-    "backend",
-    [
-        pytest.param(name, marks=needs(BACKENDS[name].library))
-        for name in ("memory", "edge", "local", "server")
-    ],
-)
-@pytest.mark.parametrize("operation", ARGUMENTS)
-def test_garbage_changes_nothing(stores: dict[str, StateStore], backend: str, operation: str) -> None:
-    """An operation with garbage raises a documented error and has changed nothing, or it was valid."""
-    store = stores[backend]
-    begin(store)
-    before = content(store)
-
-    @settings(FUZZ, max_examples=1_000 if LONG else 60)
-    @given(call=ARGUMENTS[operation])
-    def check(call: Call) -> None:
-        ended = outcome(lambda: call(store), ValidationError, UserNotFoundError, attuned_store.ConflictError)
-        if ended == "answer" and operation not in READS:
-            begin(store)
-        else:
-            assert content(store) == before
-
-    check()
+    """What a store holds, as it is read, and page by page past what it remembers."""
+    pages = [state for page in attuned_store._pages(store._page_of_states) for state in page]
+    return (
+        {user_id: (store.get_latest(user_id), store.get_history(user_id)) for user_id in store},
+        sorted(pages, key=lambda state: (state.user_id, state.updated_at_unix_ms)),
+    )
 
 
 def begin(store: StateStore) -> None:
@@ -330,6 +503,100 @@ def begin(store: StateStore) -> None:
     for user_id in list(store):
         store.delete(user_id)
     store.upsert_many(BEGINNING)
+
+
+class Pair(NamedTuple):
+    """A store, and another one on the same place that sees what became of it."""
+
+    store: StateStore | AsyncStateStore
+    witness: StateStore
+
+
+Pairs = Callable[[str, str], Pair]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory, portal: BlockingPortal) -> Iterator[Pairs]:
+    """A function that gives the stores of a backend and form; each is opened once."""
+    opened: dict[tuple[str, str], Pair] = {}
+    root = tmp_path_factory.mktemp("fuzz")
+    with contextlib.ExitStack() as stack:
+
+        def pair(backend: str, form: str) -> Pair:
+            if (backend, form) not in opened:
+                opened[backend, form] = open_pair(backend, form)
+            return opened[backend, form]
+
+        def open_pair(backend: str, form: str) -> Pair:
+            if form == "sync":
+                store: Any = stack.enter_context(BACKENDS[backend].sync(root / backend))
+            else:
+                store = BACKENDS[backend].asynchronous(root / backend)
+                stack.enter_context(portal.wrap_async_context_manager(store))
+            if backend == "memory":
+                return Pair(store, getattr(store, "_store", store))
+            return Pair(store, stack.enter_context(BACKENDS[backend].sync(root / backend)))
+
+        yield pair
+
+
+@pytest.fixture(autouse=True)
+def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Plots are thrown away in the end."""
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
+
+
+OPERATIONS = {**ARGUMENTS, **STORE_FUNCTIONS}
+FORMS = ("sync", "async")
+
+
+def examples(backend: str, form: str) -> int:
+    """How many: both forms share what checks arguments, and every look at a server takes ten requests."""
+    if LONG:
+        return 1_000
+    return (30 if backend == "server" else 60) // (1 if form == "sync" else 3)
+
+
+@pytest.mark.filterwarnings("ignore:More than 20 figures:RuntimeWarning")  # they are thrown away in the end
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(name, marks=needs(BACKENDS[name].library))
+        for name in ("memory", "edge", "local", "server")
+    ],
+)
+@pytest.mark.parametrize(
+    ("operation", "form"),
+    [
+        (operation, form)
+        for form in FORMS
+        for operation in OPERATIONS
+        if form == "sync" or not operation.startswith("__")
+    ],
+)
+def test_garbage_changes_nothing(
+    pairs: Pairs, portal: BlockingPortal, backend: str, operation: str, form: str
+) -> None:
+    """An operation with garbage raises a documented error and has changed nothing, or it was valid."""
+    store, witness = pairs(backend, form)
+    begin(witness)
+    before = content(witness)
+    errors = (ValidationError, UserNotFoundError, ConflictError, *DOCUMENTED.get(operation, ()))
+
+    @settings(FUZZ, max_examples=examples(backend, form))
+    @given(call=OPERATIONS[operation])
+    def check(call: Call) -> None:
+        ended = outcome(portal, lambda: call(store), errors)
+        assert not list(Path().rglob(".attuned-*"))
+        if ended == "answer" and operation in CHANGING:
+            begin(witness)
+        else:
+            assert content(witness) == before
+
+    check()
 
 
 # ------------------------------------------------------------------------------
@@ -349,6 +616,12 @@ WORDS = [
     "health",
     "import",
     "export",
+    "snapshot",
+    "restore",
+    "verify",
+    "snapshots",
+    "copy",
+    "serve",
     "--store",
     "--json",
     "--limit",
@@ -363,6 +636,14 @@ WORDS = [
     "--axis",
     "--source",
     "--confidence",
+    "--kind",
+    "--keep",
+    "--keep-remote",
+    "--mode",
+    "--replace",
+    "--directory",
+    "--host",
+    "--port",
     "--help",
     "--version",
     "-",
@@ -380,8 +661,37 @@ WORDS = [
     "1768000000000",
     "memory://",
     "ftp://x",
+    "portable",
+    "native",
+    "merge",
+    "skip",
+    "good.attuned",
+    "damaged.attuned",
+    "store.snap",
+    "backups",
+    "store",
+    "127.0.0.1",
+    "::",
 ]
-ARGUMENT_LISTS = st.lists(st.sampled_from(WORDS) | ODD_TEXT.filter(lambda text: "/" not in text), max_size=7)
+NAMED = st.sampled_from(WORDS)
+# What begins like a command of snapshots gets far enough to do something more often.
+LED = st.sampled_from(
+    [
+        ["snapshot", "backups"],
+        ["restore", "good.attuned"],
+        ["restore", "damaged.attuned", "--yes"],
+        ["restore", "--mode", "merge"],
+        ["verify", "good.attuned"],
+        ["snapshots", "backups"],
+        ["copy", "store"],
+        ["copy", "memory://", "store"],
+        ["serve", "--port", "0"],
+    ]
+)
+ANY_WORDS = st.lists(NAMED | ODD_TEXT.filter(is_inside), max_size=7)
+ARGUMENT_LISTS = ANY_WORDS | st.builds(
+    list.__add__, LED, st.lists(NAMED | ODD_TEXT.filter(is_inside), max_size=3)
+)
 FILES = st.binary(max_size=200) | st.builds(
     lambda heading, rows: (heading + "\n" + "\n".join(rows)).encode("utf-8", "surrogatepass"),
     st.sampled_from(
@@ -411,20 +721,21 @@ def run_command(arguments: list[str], stdin: bytes) -> tuple[int, str]:
 )
 def test_the_command_survives_garbage(tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the command is called with, it ends with a status and without a traceback."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ATTUNED_STORE", str(tmp_path / "store"))
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)  # it would serve until it is told to end
     path = tmp_path / "store"
     with BACKENDS[engine].sync(path) as store:
         store.upsert_many(BEGINNING)
         before = content(store)
 
-    @settings(FUZZ, max_examples=2_000 if LONG else 40)
+    @settings(FUZZ, max_examples=2_000 if LONG else 80)
     @given(arguments=ARGUMENT_LISTS, stdin=FILES)
     def check(arguments: list[str], stdin: bytes) -> None:
         status, complaints = run_command(arguments, stdin)
         note(complaints[:500])
         assert status in range(4)
         assert "Traceback" not in complaints
+        assert not list(tmp_path.rglob(".attuned-*"))
         with BACKENDS[engine].sync(path) as store:
             if status == 0:
                 begin(store)

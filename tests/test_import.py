@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import pytest
 from conformance import QUERY, random_states, run_python
 
 from attuned_store import MemoryStore
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 OPTIONAL = [
     "qdrant_client",
@@ -64,6 +68,37 @@ async def main():
         )
         assert await store.prune() == 0
         print(json.dumps({match.snapshot.user_id: match.score for match in found}))
+asyncio.run(main())
+"""
+
+CANCELLED = """
+import asyncio, threading
+from pathlib import Path
+from tempfile import mkdtemp
+import attuned_store
+from attuned_store import AsyncMemoryStore
+reached, go = threading.Event(), threading.Event()
+real = attuned_store._NewFile.commit
+def held_up(new, names):
+    reached.set()
+    assert go.wait(60)
+    return real(new, names)
+attuned_store._NewFile.commit = held_up
+async def main():
+    async with AsyncMemoryStore() as store:
+        await store.patch("ann", {"warmth": 0.5})
+        directory = Path(mkdtemp())
+        task = asyncio.create_task(store.create_snapshot(directory))
+        while not reached.is_set():
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.sleep(0)
+        assert not task.done()  # its thread still writes to the file
+        go.set()
+        await asyncio.wait([task])
+        assert task.cancelled()
+        written, = directory.iterdir()
+        print((await attuned_store.averify_snapshot(written)).points)
 asyncio.run(main())
 """
 
@@ -124,3 +159,26 @@ def test_opening_memory_loads_no_engine() -> None:
     )
 
     assert answer.stdout == "[]\n", answer.stderr
+
+
+def test_a_snapshot_that_is_cancelled_without_anyio_waits_for_its_thread() -> None:
+    """The worker thread of asyncio alone is not left behind with a file that is closed under it."""
+    answer = run_python(BLOCK + CANCELLED, ",".join(OPTIONAL))
+
+    assert (answer.returncode, answer.stdout) == (0, "1\n"), answer.stderr
+
+
+@pytest.mark.parametrize("engine", ["edge", "local"])
+def test_an_asynchronous_store_on_disk_says_that_it_needs_anyio(engine: str, tmp_path: Path) -> None:
+    """It says so when it is opened, before it has made anything."""
+    code = (
+        "import asyncio, attuned_store, sys\n"
+        "try:\n"
+        "    asyncio.run(attuned_store.AsyncQdrantStore(path=sys.argv[2], engine=sys.argv[3]).count())\n"
+        "except attuned_store.MissingDependencyError as error:\n"
+        "    print(error)\n"
+    )
+    answer = run_python(BLOCK + code, "anyio", tmp_path / "states", engine)
+
+    assert answer.stdout == "an asynchronous store on disk needs anyio: pip install anyio\n", answer.stderr
+    assert not (tmp_path / "states").exists()

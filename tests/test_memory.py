@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from conformance import NOW, AsyncStoreTests, MappingTests, StoreTests, cosine, random_states, run, state
@@ -22,8 +24,7 @@ from attuned_store import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
     from conformance import Clock
 
@@ -156,22 +157,76 @@ def test_an_unknown_scheme_is_an_error_that_lists_the_known_ones(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        "localhost:6333",
+        "127.0.0.1:6333/",
+        "qdrant.example:6333",
+        ":memory:",
+        "memory:",
+        "memory:/",
+        "file:/x",
+    ],
+)
+def test_an_address_without_its_scheme_is_no_directory(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was meant for a server or for memory does not silently become a directory of that name."""
+    monkeypatch.chdir(tmp_path)
+    for opening in (attuned_store.open_store, attuned_store.open_async_store):
+        with pytest.raises(ValidationError, match=r"^target: .*http://<host>:6333"):
+            opening(target)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        ("./localhost:6333", "./localhost:6333"),
+        (Path("localhost:6333"), "localhost:6333"),
+        ("C:/mood", "C:/mood"),
+        ("mood: today", "mood: today"),
+        ("localhost", "localhost"),
+    ],
+)
+def test_other_names_with_a_colon_are_directories(target: Any, path: str) -> None:
+    """A colon alone makes no address: a path, a drive and words are directories."""
+    assert attuned_store._target_options(target) == (False, {"path": path, "url": None})
+
+
+@pytest.mark.parametrize("kind", ["MemoryStore", "AsyncMemoryStore", "QdrantStore", "AsyncQdrantStore"])
+def test_a_place_where_the_configuration_should_be(kind: str, tmp_path: Path) -> None:
+    """QdrantStore("./mood") says how to name a directory, instead of an error of another library."""
+    with pytest.raises(ValidationError, match=r"^config: a \w+StoreConfig is needed, got str; .*path="):
+        getattr(attuned_store, kind)(str(tmp_path / "mood"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("moment", [datetime(2026, 1, 17), datetime(2026, 1, 17, tzinfo=UTC)])  # noqa: DTZ001
+def test_a_datetime_is_told_how_to_become_milliseconds(moment: datetime) -> None:
+    """A datetime is no time in milliseconds; the error says how to make them of it."""
+    with pytest.raises(ValidationError, match=r"^updated_at_unix_ms: .* int\(moment.timestamp\(\) \* 1000\)"):
+        attuned_store.StateSnapshot("ann", {}, cast("Any", moment))
+    with pytest.raises(ValidationError, match=r"^since: .* int\(moment.timestamp\(\) \* 1000\)"):
+        MemoryStore().get_history("ann", since=cast("Any", moment))
+
+
 def test_single_operations_of_an_async_store_in_memory_never_suspend() -> None:
     """A single operation of AsyncMemoryStore is done at once: it needs no event loop at all."""
     store = AsyncMemoryStore()
-    operations: list[Coroutine[Any, Any, object]] = [
-        store.upsert_latest(state()),
-        store.get_latest("ann"),
-        store.patch("ann", {"warmth": 0.1}),
-        store.get_history("ann"),
-        store.get_many(["ann"]),
-        store.delete("ann"),
-        store.health(),
-        store.aclose(),
-    ]
+    beneath = store._store  # what it keeps, past its coroutines
 
-    for operation in operations:
-        run(operation)
+    run(store.upsert_latest(state()))
+    assert beneath.get_latest("ann") == run(store.get_latest("ann")) == state()
+    patched = run(store.patch("ann", {"warmth": 0.1}))
+    assert beneath.get_history("ann") == run(store.get_history("ann")) == [patched, state()]
+    assert run(store.get_many(["ann", "bob"])) == {"ann": patched}
+    assert run(store.health()).users == 1
+    assert run(store.delete("ann"))
+    assert list(beneath.users()) == []
+    run(store.aclose())
+    assert beneath.is_closed
 
 
 def test_ten_thousand_users_are_searched_alike_before_and_after_a_write() -> None:

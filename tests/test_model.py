@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -351,7 +350,4 @@ TestLocalAgainstModel = machine("model", "local")
 TestMemoryAgainstEdge = machine("memory", "edge")
 TestMemoryAgainstLocal = machine("memory", "local")
 TestEdgeAgainstLocal = machine("edge", "local")
-TestMemoryAgainstServer = pytest.mark.skipif(
-    tuple(map(int, version("qdrant-client").split(".")[:2])) < (1, 20),
-    reason="the local engine of an older qdrant-client differs from the server",
-)(machine("memory", "server"))
+TestMemoryAgainstServer = machine("memory", "server")

@@ -9,16 +9,11 @@ import json
 import logging
 import os
 import tarfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import pytest
-
-if tuple(map(int, version("qdrant-client").split(".")[:2])) < (1, 20):
-    pytest.skip("the local engine of an older qdrant-client differs from the server", allow_module_level=True)
-
 import httpx
+import pytest
 from conformance import NOW, PEOPLE, Awaited, Clock, content, run_python, snapshot_of, state
 from qdrant_server import (
     Action,
@@ -42,7 +37,6 @@ from qdrant_server import (
 
 import attuned_store
 from attuned_store import (
-    AsyncQdrantStore,
     AsyncStateStore,
     BackendError,
     BackendRejectedError,
@@ -62,7 +56,7 @@ from attuned_store import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import Iterator
 
 pytestmark = [pytest.mark.once, pytest.mark.anyio, pytest.mark.timeout(120)]
 
@@ -81,20 +75,9 @@ OPTIONS: dict[str, Any] = {
 
 
 @pytest.fixture
-async def connect(face: str, server: QdrantServer) -> AsyncIterator[Any]:
-    """A function that makes a store of the face."""
-    stores: list[AsyncStateStore] = []
-
-    def connect(**options: Any) -> AsyncStateStore:
-        options = {"url": server.url, **OPTIONS, **options}
-        store = Awaited(QdrantStore(**options)) if face == "sync" else AsyncQdrantStore(**options)
-        stores.append(cast("AsyncStateStore", store))
-        return stores[-1]
-
-    yield connect
-    server.calm()
-    for store in stores:
-        await store.aclose()
+def server_options() -> dict[str, Any]:
+    """What the stores of this file are made with."""
+    return OPTIONS
 
 
 @pytest.fixture
@@ -169,6 +152,37 @@ async def test_a_snapshot_of_the_server_is_downloaded_whole(
     assert (server.counts[MAKE], server.counts[DOWNLOAD], server.counts[REMOVE]) == (1, 1, 1)
 
 
+SPREAD = {
+    "other shards elsewhere": ([(1, 2), (2, 3)], "Active"),
+    "its own is not ready": ([(0, 2)], "Partial"),
+}
+
+
+@pytest.mark.parametrize("spread", SPREAD)
+async def test_a_node_that_has_not_all_makes_no_native_snapshot(
+    spread: str, store: AsyncStateStore, server: QdrantServer, tmp_path: Path
+) -> None:
+    """A native snapshot holds what one node has: of a spread collection the default is a portable one."""
+    server.other_shards, server.shard_state = SPREAD[spread]
+
+    report = await store.create_snapshot(tmp_path)
+    assert (report.status, report.kind, report.points) == ("completed", "portable", 7)
+    assert list(tmp_path.iterdir()) == [report.path]
+
+    (tmp_path / "native").mkdir()
+    error = await failing(store, tmp_path / "native", kind="native")
+    assert 'take a "portable" one' in str(error)
+    assert server.counts[MAKE] == 0
+
+
+async def test_a_node_that_has_replicas_of_all_makes_native_snapshots(
+    store: AsyncStateStore, server: QdrantServer, tmp_path: Path
+) -> None:
+    """Where every shard has a replica on the node, a native snapshot holds all."""
+    server.other_shards = [(0, 2), (0, 3)]
+    assert (await store.create_snapshot(tmp_path)).kind == "native"
+
+
 async def test_the_servers_copy_may_be_kept(
     store: AsyncStateStore, server: QdrantServer, tmp_path: Path
 ) -> None:
@@ -217,6 +231,8 @@ async def test_the_name_behind_an_alias_is_no_path(
     server.on(edit_result(aliases=aliases), route="GET /aliases")
     server.on(reply(200, {"result": description}), path="evil/snapshots$")
     server.on(reply(200, {"result": {"count": 0}}), path="evil/points/count$")
+    shards = {"peer_id": 1, "shard_count": 1, "local_shards": [], "remote_shards": [], "shard_transfers": []}
+    server.on(reply(200, {"result": shards}), path="evil/cluster$")
     server.on(reply(200, b"hello"), path="evil/snapshots/x$")
 
     report = await store.create_snapshot(tmp_path / "deep" / "down")

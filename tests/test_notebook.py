@@ -285,7 +285,7 @@ def test_plotting_without_matplotlib_says_what_to_install() -> None:
 
     assert (answer.returncode, answer.stdout) == (
         0,
-        'plotting needs matplotlib: pip install matplotlib, or "attuned-store[notebook]"\n',
+        "plotting needs matplotlib: pip install matplotlib\n",
     ), answer.stderr
 
 

@@ -7,15 +7,14 @@ import json
 import logging
 import sys
 import weakref
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from conformance import Awaited, Case, needs, run_python, state
+from conformance import Case, needs, run_python, state
 from test_import import BLOCK
 
 import attuned_store
 from attuned_store import (
-    AsyncQdrantStore,
     AsyncStateStore,
     BackendError,
     BreakerPolicy,
@@ -39,7 +38,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
     from pathlib import Path
 
     from conformance import Open
@@ -289,19 +288,9 @@ class TestRequests:
 
 
 @pytest.fixture
-async def connect(face: str, server: QdrantServer) -> AsyncIterator[Callable[..., AsyncStateStore]]:
-    """A function that makes a store on a server that this test alone misuses."""
-    stores: list[AsyncStateStore] = []
-
-    def connect(**options: Any) -> AsyncStateStore:
-        options = {"url": server.url, "verify": False, **options}
-        store = Awaited(QdrantStore(**options)) if face == "sync" else AsyncQdrantStore(**options)
-        stores.append(cast("AsyncStateStore", store))
-        return stores[-1]
-
-    yield connect
-    for store in stores:
-        await store.aclose()
+def server_options() -> dict[str, Any]:
+    """The stores retry as they do by default."""
+    return {"verify": False}
 
 
 @pytest.mark.once

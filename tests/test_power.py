@@ -17,6 +17,7 @@ import anyio.to_thread
 import pytest
 from conformance import BACKENDS, environment, needs, script, state
 
+import attuned_store
 from attuned_store import AsyncQdrantStore, BackendError, QdrantStore, StoreClosedError
 
 if TYPE_CHECKING:
@@ -123,6 +124,56 @@ def test_the_other_durability_does_not_wait_for_a_flush(path: Path, engine: Engi
     assert flushing.writes == []
 
 
+@needs("qdrant_edge")
+@pytest.mark.parametrize("loop", LOOPS)
+def test_the_flush_now_and_then_leaves_the_loop_free(
+    path: Path, monkeypatch: pytest.MonkeyPatch, loop: str
+) -> None:
+    """The flush that is due after so many changes is no part of the write: others go on meanwhile."""
+    monkeypatch.setattr(attuned_store._EdgeEngine, "_FLUSH_EVERY", 200)
+
+    async def main() -> None:
+        async with AsyncQdrantStore(path=path, engine="edge") as store:
+            await store.upsert_latest(state("ann", 1))
+            flushing = Flushing(store, held=1)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(store.upsert_many, [state(f"user-{number}", 1) for number in range(240)])
+                assert await anyio.to_thread.run_sync(partial(flushing.reached.wait, LONG))
+                assert await store.get_latest("user-100") == state("user-100", 1)
+                assert await store.get_latest("user-200") is None
+                flushing.go.set()
+            assert flushing.writes == [3, 5]  # two points a snapshot, 64 snapshots a step
+            assert await store.count() == 241
+
+    anyio.run(main, backend=loop)
+
+
+@needs("qdrant_edge")
+def test_only_a_collection_that_was_written_to_is_flushed(path: Path) -> None:
+    """A flush leaves the shards alone that have nothing to be flushed, and reads make no work for it."""
+    options: Any = {"path": path, "engine": "edge", "durability": "power"}
+    with QdrantStore(**options) as store, QdrantStore(**options, collection_name="other") as other:
+        shards, flushed = cast("Any", store)._held.engine._shards, list[str]()
+
+        class Watched:
+            def __init__(self, name: str) -> None:
+                self._name, self._shard = name, shards[name]
+
+            def __getattr__(self, name: str) -> Any:
+                if name == "flush":
+                    flushed.append(self._name)
+                return getattr(self._shard, name)
+
+        shards.update({name: Watched(name) for name in shards})
+        store.upsert_latest(state("ann", 1))
+        assert flushed == ["attuned_state"]
+        other.upsert_latest(state("bob", 1))
+        assert flushed == ["attuned_state", "other"]
+        store.delete("ann")
+        assert flushed == ["attuned_state", "other", "attuned_state"]
+        shards.update({name: shard._shard for name, shard in shards.items()})
+
+
 def test_a_flush_that_fails_fails_for_all_that_waited_for_it(path: Path, engine: Engine) -> None:
     """Writes that shared a failing flush all raise; the next write gets a flush of its own."""
     error = BackendError("no", backend=engine, operation="flush")
@@ -171,6 +222,15 @@ def test_closing_flushes_for_those_that_wait(path: Path, engine: Engine) -> None
         assert again.count() == 16
 
 
+async def waiting_for_a_flush(tasks: Any, store: AsyncQdrantStore, flushing: Flushing, number: int) -> None:
+    """Start a write whose flush is held up, then so many others, and wait until all of these have written."""
+    tasks.start_soon(store.upsert_latest, state("first", 1))
+    await anyio.to_thread.run_sync(partial(flushing.reached.wait, LONG))
+    for user in range(number):
+        tasks.start_soon(store.upsert_latest, state(f"user-{user}", 1))
+    await anyio.to_thread.run_sync(partial(flushing.wait_for, number))
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 def test_tasks_share_a_flush_and_the_loop_goes_on(path: Path, engine: Engine, loop: str) -> None:
     """While a flush runs the event loop is free, and the tasks that write meanwhile share the next one."""
@@ -179,11 +239,7 @@ def test_tasks_share_a_flush_and_the_loop_goes_on(path: Path, engine: Engine, lo
         async with AsyncQdrantStore(path=path, engine=engine, durability="power") as store:
             flushing = Flushing(store, held=1)
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(store.upsert_latest, state("first", 1))
-                await anyio.to_thread.run_sync(partial(flushing.reached.wait, LONG))
-                for number in range(63):
-                    tasks.start_soon(store.upsert_latest, state(f"user-{number}", 1))
-                await anyio.to_thread.run_sync(partial(flushing.wait_for, 63))
+                await waiting_for_a_flush(tasks, store, flushing, 63)
                 assert await store.get_latest("user-62") == state("user-62", 1)
                 flushing.go.set()
             assert flushing.writes == [1, 64]
@@ -202,11 +258,7 @@ def test_tasks_cancelled_while_they_wait_for_a_flush_lose_nothing(
         async with AsyncQdrantStore(path=path, engine=engine, durability="power") as store:
             flushing = Flushing(store, held=1)
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(store.upsert_latest, state("first", 1))
-                await anyio.to_thread.run_sync(partial(flushing.reached.wait, LONG))
-                for number in range(8):
-                    tasks.start_soon(store.upsert_latest, state(f"user-{number}", 1))
-                await anyio.to_thread.run_sync(partial(flushing.wait_for, 8))
+                await waiting_for_a_flush(tasks, store, flushing, 8)
                 tasks.cancel_scope.cancel()
                 flushing.go.set()
             await store.upsert_latest(state("next", 1))

@@ -7,17 +7,17 @@ import io
 import itertools
 import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conformance import Awaited, needs, state
+from conformance import Awaited, content, needs, state
 
 import attuned_store
-from attuned_store import MemoryStore
+from attuned_store import AsyncStateStore, MemoryStore, ValidationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from conformance import Open
 
@@ -149,3 +149,39 @@ def test_an_error_of_the_callable_is_the_callers(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         store.create_snapshot(tmp_path, progress=fail)
     assert list(tmp_path.iterdir()) == []
+
+
+TAKING_PROGRESS: dict[str, Callable[[Any, Any], Any]] = {
+    "upsert_many": lambda store, name: store.upsert_many(STATES, progress=5),
+    "create_snapshot": lambda store, name: store.create_snapshot("taken", kind="portable", progress=5),
+    "replace": lambda store, name: store.restore_snapshot(name, progress=5),
+    "merge": lambda store, name: store.restore_snapshot(name, mode="merge", progress=5),
+    "skip": lambda store, name: store.restore_snapshot(name, mode="skip", progress=5),
+    "verify": lambda store, name: attuned_store.verify_snapshot(name, progress=5),
+    "averify": lambda store, name: attuned_store.averify_snapshot(name, progress=5),
+    "copy": lambda store, name: twin_of_copy(store)("memory://", store, replace=True, progress=5),
+}
+
+
+def twin_of_copy(store: Any) -> Callable[..., Any]:
+    return attuned_store.acopy if isinstance(store, AsyncStateStore) else attuned_store.copy
+
+
+@pytest.mark.anyio
+async def test_what_is_no_function_is_refused_before_anything_is_written(
+    open_store: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A progress that cannot be called is an error at once, not after the first batch."""
+    monkeypatch.chdir(tmp_path)
+    store = await open_store()
+    await store.upsert_latest(state("ann", 1))
+    with MemoryStore() as other:
+        other.upsert_many(STATES)
+        name = other.create_snapshot("given").path
+
+    for operation in TAKING_PROGRESS.values():
+        with pytest.raises(ValidationError, match="progress: a function is needed, got int"):
+            await awaited(operation(getattr(store, "store", store), name))
+
+    assert await content(store) == {"ann": (state("ann", 1), [state("ann", 1)])}
+    assert not Path("taken").exists()

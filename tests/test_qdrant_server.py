@@ -17,13 +17,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import httpx
 import pytest
-
-if tuple(map(int, version("qdrant-client").split(".")[:2])) < (1, 20):
-    pytest.skip("the local engine of an older qdrant-client differs from the server", allow_module_level=True)
-
-import anyio
 from qdrant_client import AsyncQdrantClient, QdrantClient, models
 from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse

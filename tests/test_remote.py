@@ -19,18 +19,13 @@ import time
 import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
-
-import httpx
-import pytest
-
-if tuple(map(int, version("qdrant-client").split(".")[:2])) < (1, 20):
-    pytest.skip("the local engine of an older qdrant-client differs from the server", allow_module_level=True)
 
 import anyio
 import anyio.lowlevel
 import attrs
+import httpx
+import pytest
 from conformance import (
     DAY,
     HOUR,
@@ -120,23 +115,6 @@ def plain(server: QdrantServer | str, **options: Any) -> QdrantStore:
     """A synchronous store on a server, without loading certificates and without waiting to retry."""
     url = server if isinstance(server, str) else server.url
     return QdrantStore(**{"url": url, "verify": False, "retry": RetryPolicy(base_s=0), **options})
-
-
-@pytest.fixture
-async def connect(face: str, server: QdrantServer) -> Any:
-    """A function that makes a store of the face, which has not sent anything yet."""
-    stores: list[AsyncStateStore] = []
-
-    def connect(**options: Any) -> AsyncStateStore:
-        options = {"url": server.url, "verify": False, "retry": RetryPolicy(base_s=0), **options}
-        store = Awaited(QdrantStore(**options)) if face == "sync" else AsyncQdrantStore(**options)
-        stores.append(cast("AsyncStateStore", store))
-        return stores[-1]
-
-    yield connect
-    server.calm()
-    for store in stores:
-        await store.aclose()
 
 
 @pytest.fixture
@@ -362,6 +340,23 @@ LOOPS = [
 ]
 
 
+@pytest.mark.parametrize("loop", LOOPS)
+def test_an_application_starts_before_its_server(loop: str, closed_port: int) -> None:
+    """Entering an asynchronous store connects to nothing; the first operation does."""
+    store = AsyncQdrantStore(url=f"http://127.0.0.1:{closed_port}", retry=RetryPolicy(attempts=1))
+
+    async def start() -> None:
+        async with store as entered:
+            assert entered is store
+            assert (await store.health()).status == "unhealthy"
+            with pytest.raises(BackendUnavailableError):
+                await store.get_latest("ann")
+        with pytest.raises(StoreClosedError):
+            await store.__aenter__()
+
+    anyio.run(start, backend=loop)
+
+
 @pytest.mark.parametrize("second", LOOPS)
 @pytest.mark.parametrize("first", LOOPS)
 def test_a_store_outlives_its_event_loop(first: str, second: str, server: QdrantServer) -> None:
@@ -402,6 +397,8 @@ def test_closing_a_store_closes_the_connections_of_its_loop(server: QdrantServer
 
     asyncio.run(use_and_close())
     asyncio.run(wanted(server).aclose())
+    assert server.open_connections == 0
+    assert len(times_kept(server)) == 1  # what it wrote is there
 
 
 def test_a_store_that_is_dropped_closes_its_connections(server: QdrantServer) -> None:
@@ -413,6 +410,8 @@ def test_a_store_that_is_dropped_closes_its_connections(server: QdrantServer) ->
         await ended(server)
 
     asyncio.run(use_and_drop())
+    assert server.open_connections == 0
+    assert len(times_kept(server)) == 1  # what it wrote is there
 
 
 # ------------------------------------------------------------------------------
@@ -642,9 +641,14 @@ async def test_a_collection_that_vanishes_while_it_is_opened_is_an_error(
     connect: Any, server: QdrantServer
 ) -> None:
     """A collection that somebody deletes right after its creation is a StoreError, not a crash."""
-    server.on(reply(404), route=DESCRIBE)
+    store, gone = connect(), server.on(reply(404), route=DESCRIBE)
+    await caught(store.get_latest("ann"))
+    assert gone.hits
 
-    await caught(connect().get_latest("ann"))
+    server.calm()
+
+    assert await store.get_latest("ann") is None
+    assert described(server)["payload_schema"].keys() == INDEXES.keys()
 
 
 async def test_a_collection_that_was_dropped_is_made_again(

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
-
-import pytest
-
-if tuple(map(int, version("qdrant-client").split(".")[:2])) < (1, 20):
-    pytest.skip("the local engine of an older qdrant-client differs from the server", allow_module_level=True)
 
 import anyio
 import anyio.lowlevel
+import pytest
 from conformance import NOW, Awaited, run, state, together
 from qdrant_server import (
     Action,
@@ -57,7 +51,7 @@ from attuned_store import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Callable
 
 pytestmark = [
     pytest.mark.once,  # the same on every Python
@@ -124,28 +118,26 @@ def resilience(store: AsyncStateStore) -> Any:
 
 
 @pytest.fixture
-async def connect(face: str, server: QdrantServer, fake: Time) -> Any:
+def server_options() -> dict[str, Any]:
+    """The stores retry as they do by default."""
+    return {"verify": False}
+
+
+@pytest.fixture
+def connect(server: QdrantServer, fake: Time, connect: Callable[..., AsyncStateStore]) -> Any:
     """A function that opens a store of the face, whose waits are recorded and whose clock is the fake one."""
-    stores: list[AsyncStateStore] = []
 
-    async def connect(*, opened: bool = True, real: bool = False, **options: Any) -> AsyncStateStore:
-        options = {"url": server.url, "verify": False, **options}
-        store = Awaited(QdrantStore(**options)) if face == "sync" else AsyncQdrantStore(**options)
-        stores.append(cast("AsyncStateStore", store))
+    async def opening(*, opened: bool = True, real: bool = False, **options: Any) -> AsyncStateStore:
+        store = connect(**options)
         if not real:
-            engine = itself(stores[-1])._held.engine
-            engine.resilience = attuned_store._Resilience(itself(stores[-1]).config, fake.sleep, fake.clock)
+            engine = itself(store)._held.engine
+            engine.resilience = attuned_store._Resilience(itself(store).config, fake.sleep, fake.clock)
         if opened:
-            await stores[-1].count()
+            await store.count()
             server.clear()
-        return stores[-1]
+        return store
 
-    yield connect
-    server.calm()
-    for store in stores:
-        await store.aclose()
-    if face == "trio":
-        gc.collect(1)  # what warns in the course of it belongs to this test
+    return opening
 
 
 async def caught(operation: Awaitable[object]) -> StoreError:

@@ -1388,6 +1388,43 @@ def test_without_the_switch_nothing_is_done_on_start(
     assert not on_start.exists()
 
 
+@pytest.mark.parametrize(
+    ("word", "said", "warnings"),
+    [
+        ("", "is not set", 0),
+        ("off", "is 'off', not true", 0),
+        ("ja", "is 'ja', not true, 1, yes, y or on", 1),
+    ],
+)
+def test_a_switch_that_is_not_understood_is_said(
+    word: str,
+    said: str,
+    warnings: int,
+    on_start: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A value that is neither yes nor no takes no snapshot, but is a warning: somebody meant something."""
+    monkeypatch.setenv("QDRANT_SNAPSHOT_ON_START", word)
+
+    report = snapshot_on_start(filled())
+
+    assert (report.status, on_start.exists()) == ("skipped", False)
+    assert said in report.message
+    assert [said in record.getMessage() for record in caplog.records] == [True] * warnings
+
+
+def test_a_start_with_the_other_form_of_store_is_refused(on_start: Path) -> None:
+    """The two functions do not take each other's stores, nor places."""
+    with pytest.raises(ValidationError, match=r"^store: a synchronous store .* got AsyncMemoryStore"):
+        snapshot_on_start(cast("Any", attuned_store.AsyncMemoryStore()))
+    with pytest.raises(ValidationError, match=r"^store: a synchronous store .* got str"):
+        snapshot_on_start(cast("Any", "./mood"))
+    with pytest.raises(ValidationError, match=r"^store: an asynchronous store .* got MemoryStore"):
+        anyio.run(attuned_store.asnapshot_on_start, filled())
+    assert not on_start.exists()
+
+
 def test_the_default_directory_of_snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without QDRANT_SNAPSHOT_DIR it is ./data/qdrant/snapshots, made absolute."""
     monkeypatch.chdir(tmp_path)
@@ -1499,7 +1536,7 @@ def test_a_copy_from_nothing_is_refused(source: Any) -> None:
     """An end of a copy that is neither a store nor a place is refused, whatever the target holds."""
     target = MemoryStore()
     target.upsert_latest(state("ann"))
-    with pytest.raises(ValidationError, match="source: a StateStore, a path or a url"):
+    with pytest.raises(ValidationError, match="source: a synchronous store"):
         attuned_store.copy(source, target, replace=True)
     assert list(target.users()) == ["ann"]
 

@@ -34,7 +34,7 @@ SCRIPT = """
 import asyncio
 import sys
 
-from attuned_store import StateSnapshot, open_async_store, open_store
+from attuned_store import StateSnapshot, averify_snapshot, open_async_store, open_store
 
 early = StateSnapshot("ann", {"warmth": 0.25}, 1_000)
 late = StateSnapshot("ann", {"warmth": 0.75}, 2_000, "inferred", 0.5)
@@ -47,6 +47,10 @@ async def main(target):
         await store.upsert_latest(late)
         print(await store.get_latest("ann"))
         print(await store.delete("bob"), await store.count())
+        report = await store.create_snapshot(sys.argv[2])
+        await store.upsert_latest(other)
+        await store.restore_snapshot((await averify_snapshot(report.path)).path)
+        print(await store.count(), report.points)
 
 
 asyncio.run(main(sys.argv[1]))
@@ -65,6 +69,7 @@ with open_store(sys.argv[1]) as store:
 PRINTS = """
 StateSnapshot('ann', 1 axes, updated_at_unix_ms=2000, source='inferred', confidence=0.5, schema_version=1)
 True 1
+1 2
 [({'warmth': 0.75}, 2000, 'inferred', 0.5), ({'warmth': 0.25}, 1000, 'self_report', 1.0)]
 [('bob', 1.0)]
 Axes({'warmth': 0.75, 'formality': 0.5})
@@ -85,7 +90,7 @@ MISSING = {
     },
     "local": {"a.QdrantStore(path='other', engine='edge')": "pip install qdrant-edge-py"},
 }
-EVERYWHERE = {"a.snapshot_app(a.MemoryStore())": 'pip install "attuned-store[http]"'}
+EVERYWHERE = {"a.snapshot_app(a.MemoryStore())": "pip install starlette"}
 ASK = """
 import sys
 import attuned_store as a
