@@ -1072,7 +1072,7 @@ _Config = TypeVar("_Config", bound=MemoryStoreConfig)
 
 def _configured(kind: type[_Config], config: _Config | None, options: Mapping[str, Any]) -> _Config:
     """The configuration with these options instead of its own."""
-    if config is not None and not isinstance(config, kind):
+    if not isinstance(config, kind | None):
         raise ValidationError(
             f"config: a {kind.__name__} is needed, got {_kind(config)}; a place is given by name, "
             "as in path='./mood', or to open_store"
