@@ -4086,16 +4086,15 @@ class MemoryStore(_InMemory, StateStore):
     def get_latest(self, user_id: str) -> StateSnapshot | None:
         """See StateStore.get_latest."""
         try:
-            timeline = self._timelines[user_id]
+            return self._timelines[user_id][-1]
         except (KeyError, TypeError):
             self._ensure_open()
             _user_id(user_id)
             return None
-        try:
-            return timeline[-1]
         except IndexError:  # free threading: it got shorter between the looks at its length and at its end
             with self._lock:
-                return timeline[-1]
+                timeline = self._timelines.get(user_id)
+                return timeline[-1] if timeline else None
 
     def delete(self, user_id: str) -> bool:
         """See StateStore.delete."""
