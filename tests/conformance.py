@@ -1559,7 +1559,8 @@ class StoreTests:
     # Axes
 
     async def test_a_store_has_the_canonical_axes(self, store: AsyncStateStore) -> None:
-        """Without configuration a store has the 23 canonical axes, in their order."""
+        """Without configuration a store has the 23 canonical axes, in their order, once it is open."""
+        assert await store.count() == 0
         assert store.axes == CANONICAL_AXES
         assert len(CANONICAL_AXES) == 23
 
