@@ -1161,23 +1161,26 @@ class _Schema:
         if axes._shape not in self._positions:
             self._add(axes._shape)
 
-    def _add(self, shape: _Shape) -> None:
+    def _add(self, shape: _Shape) -> tuple[int, ...]:
         own = {name: position for position, name in enumerate(self.axes)}
         for name in shape.names:
             if name not in own:
                 raise ValidationError(f"axes: the store has no axis {name!r}; it has {', '.join(self.axes)}")
         if len(self._positions) >= _MAX_SHAPES:
             self._positions.clear()
-        self._positions[shape] = tuple(own[name] for name in shape.names)
+        positions = self._positions[shape] = tuple(own[name] for name in shape.names)
+        return positions
 
     def vector(self, axes: Axes) -> list[float]:
         """Axis values around neutral, 0 for absent axes and spare dimensions, brought to length 1.
 
         Engines would do that too, but take a short vector for a zero one. The zero vector stays as it is.
         """
-        self.check(axes)
+        positions = self._positions.get(axes._shape)  # once: another thread may drop them after any look
+        if positions is None:
+            positions = self._add(axes._shape)
         vector = [0.0] * self.vector_size
-        for position, value in zip(self._positions[axes._shape], axes._values, strict=True):
+        for position, value in zip(positions, axes._values, strict=True):
             vector[position] = value - _NEUTRAL
         length = math.hypot(*vector)
         return [value / length for value in vector] if length else vector
@@ -4038,8 +4041,8 @@ class _InMemory(_StoreBase):
 class MemoryStore(_InMemory, StateStore):
     """A store in this process's memory: nothing survives it, and nothing is faster.
 
-    Reads take no lock. Options are the fields of MemoryStoreConfig. It needs attrs and cachetools alone;
-    searching is faster with numpy.
+    Reads take no lock, unless on a free-threaded Python a write comes between. Options are the fields of
+    MemoryStoreConfig. It needs attrs and cachetools alone; searching is faster with numpy.
 
     >>> store = MemoryStore(axes=["warmth"], max_history_per_user=10)
     >>> store.upsert_latest(StateSnapshot("ada", {"warmth": 1}))
@@ -4083,11 +4086,16 @@ class MemoryStore(_InMemory, StateStore):
     def get_latest(self, user_id: str) -> StateSnapshot | None:
         """See StateStore.get_latest."""
         try:
-            return self._timelines[user_id][-1]
+            timeline = self._timelines[user_id]
         except (KeyError, TypeError):
             self._ensure_open()
             _user_id(user_id)
             return None
+        try:
+            return timeline[-1]
+        except IndexError:  # free threading: it got shorter between the looks at its length and at its end
+            with self._lock:
+                return timeline[-1]
 
     def delete(self, user_id: str) -> bool:
         """See StateStore.delete."""
@@ -4141,6 +4149,17 @@ class MemoryStore(_InMemory, StateStore):
         others = [entry for entry in timeline if entry.updated_at_unix_ms != snapshot.updated_at_unix_ms]
         return deque(sorted([*others, snapshot], key=_time_of), self._capacity)
 
+    def _moment(self, user_id: str) -> list[StateSnapshot]:
+        """All that is kept of a user, oldest first, as it is at one moment."""
+        timeline = self._timelines.get(user_id)
+        if timeline is None:
+            return []
+        try:
+            return list(timeline.copy())
+        except RuntimeError:  # free threading: a write came between two entries
+            with self._lock:
+                return list(timeline)
+
     def _trim(self, timeline: deque[StateSnapshot]) -> int:
         removable = self._retention.removable([entry.updated_at_unix_ms for entry in timeline])
         removable = min(removable, len(timeline) - 1)  # the newest is the latest snapshot, which stays
@@ -4150,10 +4169,7 @@ class MemoryStore(_InMemory, StateStore):
 
     def _entries(self, user_id: str) -> list[StateSnapshot]:
         """What history shows of a user, oldest first."""
-        timeline = self._timelines.get(user_id)
-        if timeline is None:
-            return []
-        entries = list(timeline.copy())  # a copy is made at one moment, an iteration is not
+        entries = self._moment(user_id)
         return entries[self._retention.hidden([entry.updated_at_unix_ms for entry in entries]) :]
 
     def _write_batch(self, snapshots: Sequence[StateSnapshot]) -> None:
@@ -4243,10 +4259,7 @@ class MemoryStore(_InMemory, StateStore):
 
     def _states(self, user_id: str) -> list[StateSnapshot]:
         """What history shows of a user, and the latest."""
-        timeline = self._timelines.get(user_id)
-        if timeline is None:
-            return []
-        entries = list(timeline.copy())
+        entries = self._moment(user_id)
         hidden = self._retention.hidden([entry.updated_at_unix_ms for entry in entries])
         return entries[min(hidden, len(entries) - 1) :]
 

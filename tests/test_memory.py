@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
-from conformance import AsyncStoreTests, MappingTests, StoreTests, cosine, random_states, run, state
+from conformance import NOW, AsyncStoreTests, MappingTests, StoreTests, cosine, random_states, run, state
 
 import attuned_store
 from attuned_store import (
@@ -19,6 +22,11 @@ from attuned_store import (
     StoreError,
     ValidationError,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from conformance import Clock
 
 
 class TestMemory(StoreTests):
@@ -242,3 +250,89 @@ def test_ten_thousand_users_are_searched_alike_before_and_after_a_write() -> Non
         assert "user-77" not in {
             match.snapshot.user_id for match in store.search_similar(states[77], limit=10_000)
         }
+
+
+# ------------------------------------------------------------------------------
+# Threads
+# ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def often() -> Iterator[None]:
+    """Threads take turns as often as they can; without the global lock they all run at once anyhow."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def check_reads_during(write: Callable[[], object], *reads: Callable[[], object]) -> None:
+    """Let each read be done by a thread of its own, again and again, until the write is done."""
+    written = threading.Event()
+
+    def keep_reading(read: Callable[[], object]) -> None:
+        read()
+        while not written.is_set():
+            read()
+
+    with ThreadPoolExecutor(len(reads)) as pool:
+        reading = [pool.submit(keep_reading, read) for read in reads]
+        try:
+            write()
+        finally:
+            written.set()
+        for answer in reading:
+            answer.result()
+
+
+BOUNDS: dict[str, dict[str, Any]] = {
+    "no history": {"enable_history": False},
+    "one entry": {"max_history_per_user": 1},
+    "full": {"max_history_per_user": 3},
+    "long": {"max_history_per_user": 100},
+    "aged": {"history_retention_days": 1},
+}
+
+
+@pytest.mark.parametrize("bounds", BOUNDS)
+def test_readers_see_a_user_at_one_moment_while_others_write(bounds: str, often: None, clock: Clock) -> None:
+    """Without waiting for writers, a reader sees a latest snapshot always, newer ones only, and no gaps."""
+    store = MemoryStore(**BOUNDS[bounds])
+    store.upsert_latest(state("ann", 0))
+    seen = [NOW]  # by the one that reads the latest
+
+    def write() -> None:
+        for at in range(1, 5_000):
+            clock.now = NOW + at * 10_000_000  # some three hours: what is aged is trimmed in most writes
+            store.upsert_latest(state("ann", at * 10_000_000))
+
+    def read_latest() -> None:
+        latest = store.get_latest("ann")
+        assert latest is not None
+        assert latest.updated_at_unix_ms >= seen[0]
+        seen[0] = latest.updated_at_unix_ms
+
+    def read_history() -> None:
+        before = store["ann"].updated_at_unix_ms
+        times = [entry.updated_at_unix_ms for entry in store.get_history("ann")]
+        assert len(times) <= store.config.max_history_per_user * store.config.enable_history
+        assert times == [times[0] - number * 10_000_000 for number in range(len(times))]
+        assert not times or times[0] >= before
+
+    check_reads_during(write, read_latest, read_history)
+
+
+def test_searches_with_many_sets_of_axes_do_not_disturb_each_other(
+    often: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a store has noted of a set of axes may be dropped by another thread at any moment."""
+    monkeypatch.setattr(attuned_store, "_MAX_SHAPES", 1)
+    store = MemoryStore()
+    store.upsert_many(random_states(10, seed=3))
+
+    def search(axis: str) -> None:
+        for _ in range(3_000):
+            assert len(store.search_similar({axis: 1.0}, limit=10, score_threshold=-1.0)) == 10
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(search, store.axes[:4]))
