@@ -501,7 +501,7 @@ def test_every_operation_on_snapshots_can_be_cancelled_at_every_await(
 ) -> None:
     """A snapshot is whole or not there, a store old or new, on a server marked until the next try."""
     on_server = backend == "server"
-    step = 5 if on_server and not ALL else 1
+    step = 9 if on_server and not ALL else 1
 
     async def main() -> None:
         async with BACKENDS[backend].asynchronous(place / "store", **OPTIONS, **options) as store:
@@ -561,7 +561,7 @@ def check_interrupt_of_snapshot(store: StateStore, name: str, at: int) -> bool:
 )
 def test_every_operation_on_snapshots_can_be_interrupted_at_every_line(place: Path, backend: str) -> None:
     """After Ctrl-C a snapshot is whole or not there, a store old or new, on a server marked."""
-    few, many = {"memory": (31, 1), "edge": (113, 5), "local": (151, 5)}.get(backend, (307, 11))
+    few, many = {"memory": (31, 1), "edge": (211, 5), "local": (211, 5)}.get(backend, (701, 11))
     step = many if ALL else few
     with BACKENDS[backend].sync(place / "store", **OPTIONS) as store:
         store.upsert_many(BEGINNING)

@@ -557,7 +557,7 @@ def examples(backend: str, form: str) -> int:
     """How many: both forms share what checks arguments, and every look at a server takes ten requests."""
     if LONG:
         return 1_000
-    return (30 if backend == "server" else 60) // (1 if form == "sync" else 3)
+    return {"memory": 60, "server": 20}.get(backend, 40) // (1 if form == "sync" else 3)
 
 
 @pytest.mark.filterwarnings("ignore:More than 20 figures:RuntimeWarning")  # they are thrown away in the end
