@@ -284,7 +284,7 @@ def _server() -> contextlib.AbstractContextManager[str]:
 
 ROUNDS = 15
 _TURN_S = 0.01  # how long a turn should take, so that a clock's grain and a call's overhead do not show
-_MOST_CALLS = 4_096
+_MOST_CALLS = 16_384
 
 
 class Race:

@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 START_MS = 1_700_000_000_000
 HISTORY = 10
 DEEP_USERS = 200  # have a history of so many entries; the others one
-HOT_USERS = 500  # are asked for again and again where the question is about what is at hand
+# Divided by eight threads and by 64 tasks, so that the writes of a user stay in one of them, and in order.
+HOT_USERS = 512  # are asked for again and again where the question is about what is at hand
 
 # The record: 24 axes, of which none is neutral.
 AXES = (*CANONICAL_AXES, "energetic_arousal")
