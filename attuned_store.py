@@ -4717,7 +4717,8 @@ class _EdgeEngine(_CountsEach):
         self._shards: dict[str, Any] = {}
         self._directories: dict[str, Path] = {}  # of the shards
         self._sizes: dict[str, int] = {}
-        self._unflushed: dict[str, int] = {}
+        self._done: dict[str, int] = {}  # changes, ever
+        self._flushed: dict[str, int] = {}  # of these
         self._changes: dict[str, int] = {}
 
     async def open_collection(self, collection: _Collection) -> Mapping[str, Any]:
@@ -4765,7 +4766,9 @@ class _EdgeEngine(_CountsEach):
 
     def _use(self, name: str, directory: Path, shard: Any) -> None:
         self._shards[name], self._directories[name] = shard, directory
-        self._unflushed[name] = self._changes[name] = 0
+        self._done.setdefault(name, 0)  # a flush may be running that reads the one and sets the other
+        self._flushed.setdefault(name, 0)
+        self._changes[name] = 0
 
     def _remove_strays(self, name: str, metadata: Mapping[str, Any]) -> None:
         """Remove what a process left that was killed."""
@@ -4811,30 +4814,34 @@ class _EdgeEngine(_CountsEach):
         api, shard, changes = self._api, self._shards[collection], len(points) + len(deleted)
         with _translated(self.name, "write"):
             _check_sizes(points, self._sizes[collection])
-            self._unflushed[collection] += changes  # first: what fails may have been done in part
-            if points:
-                shard.update(api.UpdateOperation.upsert_points([api.Point(*point) for point in points]))
-            if deleted:
-                shard.update(api.UpdateOperation.delete_points(list(deleted)))
+            try:
+                if points:
+                    shard.update(api.UpdateOperation.upsert_points([api.Point(*point) for point in points]))
+                if deleted:
+                    shard.update(api.UpdateOperation.delete_points(list(deleted)))
+            finally:  # what failed may have been done in part; not before, as a flush may run meanwhile
+                self._done[collection] += changes
             self._tidy(collection, changes)
         self.writes += 1
 
     @property
     def flush_due(self) -> bool:
         """See _EmbeddedEngine.flush_due."""
-        return any(self._unflushed[name] >= self._FLUSH_EVERY for name in self._shards)
+        return any(self._done[name] - self._flushed[name] >= self._FLUSH_EVERY for name in self._shards)
 
     def flush(self) -> None:
         """See _EmbeddedEngine.flush; a shard that has not been written to since the last one needs none."""
         with _translated(self.name, "flush"):
             for name, shard in list(self._shards.items()):
-                if unflushed := self._unflushed[name]:
-                    try:
-                        shard.flush()
-                    except Exception:
-                        if self._shards.get(name) is shard:  # else it was closed meanwhile, which flushes
-                            raise
-                    self._unflushed[name] -= unflushed
+                done = self._done[name]
+                if done == self._flushed[name]:
+                    continue
+                try:
+                    shard.flush()
+                except Exception:
+                    if self._shards.get(name) is shard:  # else it was closed meanwhile, which flushes
+                        raise
+                self._flushed[name] = done
 
     async def drop(self, collection: str) -> None:
         with _translated(self.name, "drop"):

@@ -222,6 +222,40 @@ def test_closing_flushes_for_those_that_wait(path: Path, engine: Engine) -> None
         assert again.count() == 16
 
 
+class Shard:
+    """A shard of Edge, which another writer flushes just before this one's points come."""
+
+    def __init__(self, engine: Any, name: str) -> None:
+        self._engine, self._shard = engine, engine._shards[name]
+        self.calls: list[str] = []
+        engine._shards[name] = self
+
+    def update(self, operation: Any) -> None:
+        self._engine.flush()
+        self.calls.append("update")
+        self._shard.update(operation)
+
+    def flush(self) -> None:
+        self.calls.append("flush")
+        self._shard.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._shard, name)
+
+
+@needs("qdrant_edge")
+def test_a_flush_while_a_write_is_under_way_is_not_taken_for_its_own(tmp_path: Path) -> None:
+    """What a write is about to change does not count as flushed by the flush of another one."""
+    with QdrantStore(path=tmp_path / "store", engine="edge", durability="power") as store:
+        store.upsert_latest(state("ann", 1))
+        shard = Shard(store._held.engine, "attuned_state")
+        for at in range(2, 5):
+            store.upsert_latest(state("ann", at))
+            assert shard.calls[-2:] == ["update", "flush"]
+        store.delete("ann")
+        assert shard.calls[-2:] == ["update", "flush"]
+
+
 async def waiting_for_a_flush(tasks: Any, store: AsyncQdrantStore, flushing: Flushing, number: int) -> None:
     """Start a write whose flush is held up, then so many others, and wait until all of these have written."""
     tasks.start_soon(store.upsert_latest, state("first", 1))
