@@ -160,6 +160,23 @@ class TestEveryStore:
         assert [patch.name, update.name] == ["attuned.store.patch", "attuned.store.update"]
         assert [span.name for span in spans.within(update)] == ["attuned.store.get", "attuned.store.upsert"]
 
+    async def test_reading_or_searching_many_is_one_operation(
+        self, case: Case, open_store: Open, spans: Spans, counted: Callable[..., float]
+    ) -> None:
+        """What get_many and search_similar look at of each user is no operation of its own."""
+        store = await open_store()
+        await store.upsert_many([state("ann"), state("bob"), state("cleo")])
+        spans.clear()
+
+        await store.get_many(["ann", "bob", "cleo"])
+        await store.search_similar({"warmth": 0.5})
+        await store.search_similar({"warmth": 0.5}, user_id="bob")
+
+        names = ["attuned.store.get_many", "attuned.store.search", "attuned.store.search"]
+        assert [span.name for span in spans.operations] == names
+        backend = "server" if case.backend == "real" else case.backend
+        assert counted("attuned_store_operations_total", backend=backend, operation="get", status="ok") == 0
+
     async def test_a_failed_operation_has_an_error_status(
         self, case: Case, open_store: Open, spans: Spans, counted: Callable[..., float]
     ) -> None:
