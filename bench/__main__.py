@@ -54,9 +54,10 @@ def measure(users: str, options: list[str]) -> report.Results | None:
     return {"date": date, "machine": machine, **found, "versions": versions(found["versions"])}
 
 
-def record(results: report.Results) -> None:
-    text = json.dumps(results, indent=1, sort_keys=True) + "\n"
+def record(found: report.Results) -> None:
+    text = json.dumps(found, indent=1, sort_keys=True) + "\n"
     report.RESULTS.write_text(text, "utf-8")
+    results: report.Results = json.loads(text)  # the tables are made of what was recorded, in its order
     report.TABLE.write_text(report.table(results), "utf-8")
     report.draw(results)
     readme = report.README.read_text("utf-8")
