@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
@@ -314,12 +315,18 @@ def test_every_history_has_an_order(setting: Setting, often: None, tmp_path: Pat
 # ------------------------------------------------------------------------------
 
 
+def hesitate() -> None:
+    """Let another thread run at the very place of a defect, which else it would seldom do there."""
+    time.sleep(0)
+
+
 class Unguarded(MemoryStore):
     """Updates without looking whether the state is still the one that was read."""
 
     def upsert_latest(self, snapshot: StateSnapshot, *, expected: Any = attuned_store.ANY) -> None:
         if expected is not attuned_store.ANY and self.get_latest(snapshot.user_id) != expected:
             raise attuned_store.ConflictError("changed")
+        hesitate()
         super().upsert_latest(snapshot)
 
 
@@ -337,6 +344,7 @@ class Forgetful(MemoryStore):
 
     def upsert_latest(self, snapshot: StateSnapshot, *, expected: Any = attuned_store.ANY) -> None:
         self._cache.pop(snapshot.user_id, None)
+        hesitate()
         super().upsert_latest(snapshot, expected=expected)
 
     def delete(self, user_id: str) -> bool:
@@ -354,6 +362,7 @@ class Torn(MemoryStore):
 
     def _with_older(self, timeline: Any, snapshot: StateSnapshot) -> Any:
         self._timelines.pop(snapshot.user_id)
+        hesitate()
         return super()._with_older(timeline, snapshot)
 
 
