@@ -32,7 +32,6 @@ import functools
 import hashlib
 import heapq
 import html
-import importlib
 import inspect
 import io
 import itertools
@@ -7890,7 +7889,7 @@ def _limiter(directory: _Directory, purpose: str) -> Any:
 async def _acquire_in_thread(config: QdrantStoreConfig) -> tuple[_Directory, _OwnedCore]:
     """Open in a worker thread; what it opens for a task that was cancelled meanwhile is released."""
     try:
-        importlib.import_module("anyio")
+        import_module("anyio")
     except ImportError as error:
         message = "an asynchronous store on disk needs anyio: pip install anyio"
         raise MissingDependencyError(message) from error

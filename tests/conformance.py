@@ -204,6 +204,26 @@ Open = Callable[..., Awaitable[AsyncStateStore]]
 Content = dict[str, tuple[StateSnapshot | None, list[StateSnapshot]]]
 T = TypeVar("T")
 
+COMMANDS = (  # of attuned-store
+    "import",
+    "export",
+    "put",
+    "patch",
+    "get",
+    "history",
+    "users",
+    "search",
+    "delete",
+    "prune",
+    "health",
+    "count",
+    "snapshot",
+    "restore",
+    "verify",
+    "snapshots",
+    "copy",
+    "serve",
+)
 NOW = 1_768_000_000_000
 HOUR = 3_600_000
 DAY = 24 * HOUR

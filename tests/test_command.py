@@ -24,32 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conformance import COMMANDS
 
 import attuned_store
 from attuned_store import StateSnapshot, main, open_store
 
 SAMPLE = Path(__file__).parent / "data" / "film_mood.csv"
 MOODS = ("energetic_arousal", "tense_arousal", "positive_affect", "negative_affect")
-COMMANDS = (
-    "import",
-    "export",
-    "put",
-    "patch",
-    "get",
-    "history",
-    "users",
-    "search",
-    "delete",
-    "prune",
-    "health",
-    "count",
-    "snapshot",
-    "restore",
-    "verify",
-    "snapshots",
-    "copy",
-    "serve",
-)
 DEADLINE = 120.0  # seconds: for a machine that is busy, not for the command
 
 ENGINES = [

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, cast
 import hypothesis.strategies as st
 import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
-from conformance import BACKENDS, NOW, needs, state
+from conformance import BACKENDS, COMMANDS, NOW, needs, state
 from hypothesis import HealthCheck, given, note, settings
 
 import attuned_store
@@ -604,24 +604,7 @@ def test_garbage_changes_nothing(
 # ------------------------------------------------------------------------------
 
 WORDS = [
-    "put",
-    "patch",
-    "get",
-    "history",
-    "users",
-    "search",
-    "delete",
-    "count",
-    "prune",
-    "health",
-    "import",
-    "export",
-    "snapshot",
-    "restore",
-    "verify",
-    "snapshots",
-    "copy",
-    "serve",
+    *COMMANDS,
     "--store",
     "--json",
     "--limit",
