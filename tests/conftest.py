@@ -139,7 +139,7 @@ def sync_store(case: Case, tmp_path: Path) -> Iterator[StateStore]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The wall clock, which stands at NOW until the test moves it."""
     clock = Clock()
-    monkeypatch.setattr(attuned_store, "_now_ms", clock)
+    monkeypatch.setattr(attuned_store.wall_clock, "now_ms", clock)
     return clock
 
 

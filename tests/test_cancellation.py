@@ -45,7 +45,7 @@ pytestmark = [pytest.mark.once, pytest.mark.usefixtures("clock")]
 @pytest.fixture(autouse=True)
 def turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stores on Edge let other tasks run before every step, not only every 5 ms."""
-    monkeypatch.setattr(attuned_store, "_TURN_S", -1.0)
+    monkeypatch.setattr(attuned_store, "TURN_S", -1.0)
 
 
 # ------------------------------------------------------------------------------
@@ -364,8 +364,8 @@ def twin(name: str, store: Any) -> Any:
 
 
 def start(store: Any) -> Any:
-    attuned_store._STARTED.clear()
-    attuned_store._STARTED_STORES.clear()
+    attuned_store.STARTED.clear()
+    attuned_store.STARTED_STORES.clear()
     return twin("snapshot_on_start", store)(store)
 
 
@@ -396,8 +396,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QDRANT_SNAPSHOT_ON_START", "1")
     monkeypatch.setenv("QDRANT_SNAPSHOT_DIR", str(TAKEN))
-    monkeypatch.setattr(attuned_store, "_BATCH", STEP)
-    for core in (attuned_store._Core, attuned_store._SharedCore, attuned_store._UnopenedCore):
+    monkeypatch.setattr(attuned_store, "BATCH_SIZE", STEP)
+    for core in (attuned_store.PointsBackend, attuned_store.SharedBackend, attuned_store.UnopenedBackend):
         monkeypatch.setattr(core, "batch", STEP)
     with MemoryStore(**OPTIONS) as store:
         store.upsert_many(HELD)

@@ -458,7 +458,7 @@ def test_a_row_without_a_time_gets_the_time_of_the_import(
     path: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows that name no time all get one and the same."""
-    monkeypatch.setattr(attuned_store, "_now_ms", lambda: 1_700_000_000_000)
+    monkeypatch.setattr(attuned_store.wall_clock, "now_ms", lambda: 1_700_000_000_000)
     file = tmp_path / "untimed.csv"
     file.write_text("user_id,calm\na,0.5\nb,0.25\n")
     assert run("--store", path, "import", file).status == 0

@@ -152,7 +152,7 @@ def close_and_check(store: StateStore, path: Path, engine: Engine, **options: An
 
 
 def is_open(path: Path) -> bool:
-    return str(path.resolve()) in attuned_store._DIRECTORIES
+    return str(path.resolve()) in attuned_store.OPEN.directories
 
 
 def engine_of(store: StateStore | AsyncStateStore) -> Any:
@@ -185,7 +185,7 @@ def join_workers() -> None:
 def is_locked(path: Path) -> bool:
     """Whether the operating system's lock of a directory is held, by this process or another."""
     try:
-        attuned_store._LockFile(path / ".attuned_store.lock").release()
+        attuned_store.LockFile(path / ".attuned_store.lock").release()
     except BlockingIOError:
         return True
     return False
@@ -204,7 +204,7 @@ EVERY_INDEX: dict[str, Any] = {
     "day": "datetime",
     "text": "text",
 }
-DOCUMENTS = attuned_store._Collection("documents", 2, EVERY_INDEX, {"made_by": "a test", "parts": [1, 2]})
+DOCUMENTS = attuned_store.CollectionSpec("documents", 2, EVERY_INDEX, {"made_by": "a test", "parts": [1, 2]})
 TEXTS = ("the quick brown fox", "A lazy dog, asleep", "Quick: thinking!", "nothing")
 
 
@@ -212,7 +212,7 @@ def key_of(number: int) -> str:
     return str(uuid.UUID(int=number + 1))
 
 
-def document(number: int) -> attuned_store._Point:
+def document(number: int) -> attuned_store.Point:
     """A point with a value for every index; every third has no note, or an empty one."""
     angle = number / 10
     payload: dict[str, Any] = {
@@ -227,23 +227,23 @@ def document(number: int) -> attuned_store._Point:
     }
     if number % 3:
         payload["note"] = "a note" if number % 3 == 1 else []
-    return attuned_store._Point(key_of(number), [math.cos(angle), math.sin(angle)], payload)
+    return attuned_store.Point(key_of(number), [math.cos(angle), math.sin(angle)], payload)
 
 
 class Driven:
     """An engine whose methods are called, not awaited."""
 
-    def __init__(self, engine: attuned_store._EmbeddedEngine) -> None:
+    def __init__(self, engine: attuned_store.EmbeddedEngine) -> None:
         self.engine = engine
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         method = getattr(self.engine, name)
-        return lambda *arguments, **options: attuned_store._run(method(*arguments, **options))
+        return lambda *arguments, **options: attuned_store.run_blocking(method(*arguments, **options))
 
 
 def start(engine: Engine, path: Path) -> Driven:
     """An engine alone, without the store above it."""
-    kind = attuned_store._EdgeEngine if engine == "edge" else attuned_store._LocalEngine
+    kind = attuned_store.EdgeEngine if engine == "edge" else attuned_store.LocalEngine
     path.mkdir(exist_ok=True)
     return Driven(kind(path, "process"))
 
@@ -271,16 +271,16 @@ def library(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     driven.close()
 
 
-def where(*must: Any, without: tuple[Any, ...] = ()) -> attuned_store._Filter:
-    return attuned_store._Filter(must, without)
+def where(*must: Any, without: tuple[Any, ...] = ()) -> attuned_store.Filter:
+    return attuned_store.Filter(must, without)
 
 
-def numbers(records: Iterable[attuned_store._Record]) -> list[int]:
+def numbers(records: Iterable[attuned_store.Record]) -> list[int]:
     """The documents by their numbers, in the order in which they came."""
     return [uuid.UUID(str(record.id)).int - 1 for record in records]
 
 
-def walk(waist: Driven, condition: attuned_store._Filter, limit: int, **options: Any) -> list[int]:
+def walk(waist: Driven, condition: attuned_store.Filter, limit: int, **options: Any) -> list[int]:
     """All that the pages of a filter hold, one page after another, none longer than asked for."""
     found, cursor = list[int](), None
     while True:
@@ -299,7 +299,7 @@ def test_a_collection_keeps_its_metadata_and_takes_every_kind_of_index(engine: E
     driven.close()
 
     again = start(engine, path)
-    other = attuned_store._Collection("documents", 2, EVERY_INDEX, {"made_by": "another"})
+    other = attuned_store.CollectionSpec("documents", 2, EVERY_INDEX, {"made_by": "another"})
     assert again.open_collection(other) == {"made_by": "a test", "parts": [1, 2]}
     assert again.count("documents", where()) == 1
     again.close()
@@ -363,14 +363,14 @@ def test_pages_hold_every_point_once(waist: Driven) -> None:
 @pytest.mark.parametrize("limit", [1, 4, 5, 6])
 def test_pages_of_a_filter_hold_every_match_once(library: Driven, limit: int) -> None:
     """Pages of a filter hold all matches, each once."""
-    red = attuned_store._Equal("colour", "red")
+    red = attuned_store.Equal("colour", "red")
 
     assert sorted(walk(library, where(red), limit)) == [0, 4, 8, 12, 16]
 
 
-@pytest.mark.parametrize("condition", [where(), where(attuned_store._Equal("colour", "red"))])
+@pytest.mark.parametrize("condition", [where(), where(attuned_store.Equal("colour", "red"))])
 def test_pages_come_without_payloads(
-    library: Driven, condition: attuned_store._Filter, engine: Engine
+    library: Driven, condition: attuned_store.Filter, engine: Engine
 ) -> None:
     """A page without payloads holds the ids alone."""
     page = library.page("documents", condition, limit=100, payload=False)
@@ -382,7 +382,7 @@ def test_pages_come_without_payloads(
 def test_the_newest_come_first(waist: Driven) -> None:
     """In descending order of a key the first come first, of all points and of those that match."""
     waist.write("documents", [document(40)._replace(payload={"colour": "red"})])  # has no such key
-    red = attuned_store._Equal("colour", "red")
+    red = attuned_store.Equal("colour", "red")
 
     for key in ("number", "weight"):
         assert numbers(waist.page("documents", where(), limit=3, newest_by=key).records) == [19, 18, 17]
@@ -394,7 +394,7 @@ def test_the_newest_come_first(waist: Driven) -> None:
 @pytest.mark.parametrize("key", ["number", "weight"])
 def test_the_newest_come_without_payloads_but_for_the_key(library: Driven, key: str) -> None:
     """Without payloads each record still holds the key that it was ordered by, with its type."""
-    red = attuned_store._Equal("colour", "red")
+    red = attuned_store.Equal("colour", "red")
     page = library.page("documents", where(red), limit=100, newest_by=key, payload=False)
 
     expected = [{key: document(number).payload[key]} for number in (16, 12, 8, 4, 0)]
@@ -409,14 +409,14 @@ def test_a_search_gives_the_nearest_first(library: Driven) -> None:
     assert numbers(found) == [0, 1, 2, 3]
     assert [record.score for record in found] == pytest.approx([math.cos(n / 10) for n in range(4)], abs=1e-5)
     assert found[3].payload == document(3).payload
-    red = attuned_store._Equal("colour", "red")
+    red = attuned_store.Equal("colour", "red")
     assert numbers(library.search("documents", [1.0, 0.0], where(without=(red,)), 4)) == [1, 2, 3, 5]
     assert len(library.search("documents", [1.0, 0.0], where(), 1_000_000)) == 20
 
 
 def test_points_are_counted_by_a_keyword(library: Driven) -> None:
     """Points are counted for each of the values asked for."""
-    light = attuned_store._Range("weight", most=2.0)  # the first nine
+    light = attuned_store.Range("weight", most=2.0)  # the first nine
     counts = library.count_by("documents", "owner", ["owner-0", "owner-2", "nobody"], where(light))
 
     assert {value: count for value, count in counts.items() if count} == {"owner-0": 3, "owner-2": 3}
@@ -424,29 +424,29 @@ def test_points_are_counted_by_a_keyword(library: Driven) -> None:
 
 
 CONDITIONS: dict[str, tuple[Any, Callable[[dict[str, Any]], bool]]] = {
-    "a tenant": (attuned_store._Equal("owner", "owner-1"), lambda found: found["owner"] == "owner-1"),
-    "a keyword": (attuned_store._Equal("colour", "blue"), lambda found: found["colour"] == "blue"),
-    "a keyword of nobody": (attuned_store._Equal("colour", "pink"), lambda found: False),
-    "an integer": (attuned_store._Equal("number", 1), lambda found: found["number"] == 1),
+    "a tenant": (attuned_store.Equal("owner", "owner-1"), lambda found: found["owner"] == "owner-1"),
+    "a keyword": (attuned_store.Equal("colour", "blue"), lambda found: found["colour"] == "blue"),
+    "a keyword of nobody": (attuned_store.Equal("colour", "pink"), lambda found: False),
+    "an integer": (attuned_store.Equal("number", 1), lambda found: found["number"] == 1),
     "some keywords": (
-        attuned_store._AnyOf("colour", ["red", "grey", "pink"]),
+        attuned_store.AnyOf("colour", ["red", "grey", "pink"]),
         lambda found: found["colour"] in {"red", "grey"},
     ),
-    "some integers": (attuned_store._AnyOf("number", (3, 5, 70)), lambda found: found["number"] in {3, 5}),
-    "one of nothing": (attuned_store._AnyOf("colour", []), lambda found: False),
-    "at least": (attuned_store._Range("number", 7), lambda found: found["number"] >= 7),
-    "at most": (attuned_store._Range("weight", most=1.25), lambda found: found["weight"] <= 1.25),
-    "between": (attuned_store._Range("weight", 1.25, 2.5), lambda found: 1.25 <= found["weight"] <= 2.5),
-    "between nothing": (attuned_store._Range("number", 5, 4), lambda found: False),
-    "a word": (attuned_store._Text("text", "quick"), lambda found: "uick" in found["text"]),
+    "some integers": (attuned_store.AnyOf("number", (3, 5, 70)), lambda found: found["number"] in {3, 5}),
+    "one of nothing": (attuned_store.AnyOf("colour", []), lambda found: False),
+    "at least": (attuned_store.Range("number", 7), lambda found: found["number"] >= 7),
+    "at most": (attuned_store.Range("weight", most=1.25), lambda found: found["weight"] <= 1.25),
+    "between": (attuned_store.Range("weight", 1.25, 2.5), lambda found: 1.25 <= found["weight"] <= 2.5),
+    "between nothing": (attuned_store.Range("number", 5, 4), lambda found: False),
+    "a word": (attuned_store.Text("text", "quick"), lambda found: "uick" in found["text"]),
     "two words, in any order": (
-        attuned_store._Text("text", "fox quick"),
+        attuned_store.Text("text", "fox quick"),
         lambda found: found["text"] == TEXTS[0],
     ),
-    "a part of a word": (attuned_store._Text("text", "think"), lambda found: False),
-    "absent or empty": (attuned_store._Absent("note"), lambda found: not found.get("note")),
-    "absent everywhere": (attuned_store._Absent("unheard_of"), lambda found: True),
-    "absent nowhere": (attuned_store._Absent("number"), lambda found: False),
+    "a part of a word": (attuned_store.Text("text", "think"), lambda found: False),
+    "absent or empty": (attuned_store.Absent("note"), lambda found: not found.get("note")),
+    "absent everywhere": (attuned_store.Absent("unheard_of"), lambda found: True),
+    "absent nowhere": (attuned_store.Absent("number"), lambda found: False),
 }
 
 
@@ -466,7 +466,7 @@ def test_every_filter_means_the_same(library: Driven, engine: Engine, name: str)
 
 def test_conditions_hold_together(library: Driven) -> None:
     """What must hold all holds, and nothing holds of what must not."""
-    equal, at_least = attuned_store._Equal, attuned_store._Range
+    equal, at_least = attuned_store.Equal, attuned_store.Range
     asked = where(equal("owner", "owner-0"), at_least("number", 6), without=(equal("colour", "red"),))
 
     assert sorted(walk(library, asked, 2)) == [6, 9, 15, 18]
@@ -476,8 +476,8 @@ def test_collections_of_one_directory_know_nothing_of_each_other(
     waist: Driven, engine: Engine, path: Path
 ) -> None:
     """Two collections of one directory hold points of their own, with the same ids."""
-    waist.open_collection(attuned_store._Collection("others", 3, {}, {"of": "others"}))
-    other = attuned_store._Point(key_of(0), [0.0, 1.0, 0.0], {"owner": "somebody"})
+    waist.open_collection(attuned_store.CollectionSpec("others", 3, {}, {"of": "others"}))
+    other = attuned_store.Point(key_of(0), [0.0, 1.0, 0.0], {"owner": "somebody"})
     waist.write("others", [other])
     waist.write("documents", [], [key_of(1)])
 
@@ -486,7 +486,7 @@ def test_collections_of_one_directory_know_nothing_of_each_other(
     waist.close()
     again = start(engine, path)
     assert again.open_collection(DOCUMENTS)["made_by"] == "a test"
-    assert again.open_collection(attuned_store._Collection("others", 3, {}, {})) == {"of": "others"}
+    assert again.open_collection(attuned_store.CollectionSpec("others", 3, {}, {})) == {"of": "others"}
     (record,) = again.retrieve("others", [key_of(0)])
     assert record.payload == {"owner": "somebody"}
     assert again.retrieve("documents", [key_of(0)])[0].payload == document(0).payload
@@ -601,7 +601,7 @@ def stumble(error: BaseException, *, applied: bool, call: int = 1) -> Break:
 @contextmanager
 def no_flush(store: StateStore, patch: pytest.MonkeyPatch) -> Iterator[None]:
     """Edge cannot flush, which is tried at every write."""
-    patch.setattr(attuned_store._EdgeEngine, "_FLUSH_EVERY", 1)
+    patch.setattr(attuned_store.EdgeEngine, "_FLUSH_EVERY", 1)
     shards = engine_of(store)._shards
 
     class Unflushed(Stumbling):
@@ -656,7 +656,7 @@ def failing_commit(error: BaseException, *, done: bool) -> Break:
 
     @contextmanager
     def broken(store: StateStore, patch: pytest.MonkeyPatch) -> Iterator[None]:
-        class Failing(attuned_store._GroupedConnection):
+        class Failing(attuned_store.GroupedConnection):
             def commit(self) -> None:
                 if done:
                     super().commit()
@@ -665,7 +665,7 @@ def failing_commit(error: BaseException, *, done: bool) -> Break:
         connection = connection_of(store)
         connection.__class__ = Failing
         yield
-        connection.__class__ = attuned_store._GroupedConnection
+        connection.__class__ = attuned_store.GroupedConnection
 
     return broken
 
@@ -804,7 +804,7 @@ def test_a_full_disk_is_an_error_of_the_call_that_met_it(path: Path) -> None:
 @needs("qdrant_client")
 def test_a_rebuild_that_fails_leaves_a_store_that_works(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When a collection could not be loaded anew for once, the store goes on with the next call."""
-    monkeypatch.setattr(attuned_store._LocalEngine, "_REBUILD_EVERY", 1)
+    monkeypatch.setattr(attuned_store.LocalEngine, "_REBUILD_EVERY", 1)
     store = QdrantStore(path=path, engine="local")
     store.upsert_many([state("ann", 1), state("bob", 1)])
 
@@ -812,7 +812,7 @@ def test_a_rebuild_that_fails_leaves_a_store_that_works(path: Path, monkeypatch:
         raise OSError("too many open files")
 
     with monkeypatch.context() as patch, suppress(BackendError, OSError):
-        patch.setattr(attuned_store._LocalEngine, "_connect", fail)
+        patch.setattr(attuned_store.LocalEngine, "_connect", fail)
         store.delete("ann")
 
     store.upsert_latest(state("cyd"))
@@ -931,13 +931,13 @@ def test_many_threads_open_one_path_at_once(
 ) -> None:
     """However many threads open a path at once, it is opened once, and every store can write to it."""
     made = list[object]()
-    original = attuned_store._Directory.__init__
+    original = attuned_store.Directory.__init__
 
     def counted(self: Any, *arguments: Any) -> None:
         made.append(self)
         original(self, *arguments)
 
-    monkeypatch.setattr(attuned_store._Directory, "__init__", counted)
+    monkeypatch.setattr(attuned_store.Directory, "__init__", counted)
     stores = list[QdrantStore]()
 
     def open_and_write(number: int) -> None:
@@ -1058,7 +1058,7 @@ def used(path: Path) -> int:
 @needs("qdrant_client")
 def test_the_garbage_of_local_mode_is_collected(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However often states are overwritten and deleted, local mode holds little more than what there is."""
-    monkeypatch.setattr(attuned_store._LocalEngine, "_REBUILD_EVERY", 50)
+    monkeypatch.setattr(attuned_store.LocalEngine, "_REBUILD_EVERY", 50)
     store, twin = QdrantStore(path=path, engine="local", **SHORT), MemoryStore(**SHORT)
     source = random.Random(11)
 
@@ -1081,8 +1081,8 @@ def test_the_garbage_of_edge_is_collected(
     directory = tempfile.TemporaryDirectory()  # on a disk, where a sparse file takes what it holds
     request.addfinalizer(directory.cleanup)
     path = Path(directory.name)
-    monkeypatch.setattr(attuned_store._EdgeEngine, "_FLUSH_EVERY", 300)
-    monkeypatch.setattr(attuned_store._EdgeEngine, "_REBUILD_EVERY", 600)
+    monkeypatch.setattr(attuned_store.EdgeEngine, "_FLUSH_EVERY", 300)
+    monkeypatch.setattr(attuned_store.EdgeEngine, "_REBUILD_EVERY", 600)
     store, twin = QdrantStore(path=path, engine="edge", **SHORT), MemoryStore(**SHORT)
     source = random.Random(12)
     sizes = list[int]()
@@ -1105,7 +1105,7 @@ def test_the_garbage_of_edge_is_collected(
 FORKS = f"""
 import os, subprocess, sys, warnings
 warnings.simplefilter("ignore", DeprecationWarning)
-from attuned_store import QdrantStore, StateSnapshot, StoreError, StoreLockedError, _LockFile
+from attuned_store import QdrantStore, StateSnapshot, StoreError, StoreLockedError, LockFile
 
 path, engine = sys.argv[1:]
 store = QdrantStore(path=path, engine=engine)
@@ -1142,7 +1142,7 @@ for number, how in enumerate(["os._exit", "sys.exit", "error", "end"]):
     _, status = os.waitpid(child, 0)
     for name in (".attuned_store.lock", ".lock") if engine == "local" else (".attuned_store.lock",):
         try:
-            _LockFile(os.path.join(path, name))
+            LockFile(os.path.join(path, name))
             print(name, "is not locked", flush=True)
         except BlockingIOError:
             pass
@@ -1656,14 +1656,14 @@ def test_an_opening_that_is_cancelled_leaves_nothing_open(
     if how == "trio":
         pytest.importorskip("trio")
     reached, go = threading.Event(), threading.Event()
-    acquire = attuned_store._acquire
+    acquire = attuned_store.open_directory
 
     def slowly(config: Any) -> Any:
         reached.set()
         assert go.wait(LONG)
         return acquire(config)
 
-    monkeypatch.setattr(attuned_store, "_acquire", slowly)
+    monkeypatch.setattr(attuned_store, "open_directory", slowly)
 
     async def main() -> None:
         store = AsyncQdrantStore(path=path, engine=engine)
@@ -1798,7 +1798,7 @@ def test_waiting_for_another_process_does_not_hold_up_the_event_loop(
     path: Path, engine: Engine, loop: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An asynchronous store waits for a locked directory while other tasks go on, then opens."""
-    acquire = attuned_store._acquire
+    acquire = attuned_store.open_directory
     refused = list[threading.Thread]()
     gaps = list[float]()
 
@@ -1809,7 +1809,7 @@ def test_waiting_for_another_process_does_not_hold_up_the_event_loop(
             refused.append(threading.current_thread())
             raise
 
-    monkeypatch.setattr(attuned_store, "_acquire", counted)
+    monkeypatch.setattr(attuned_store, "open_directory", counted)
 
     async def tick(release: Callable[[], object]) -> None:
         """Measure how long the loop is held up, and let the other process go after ten tries."""

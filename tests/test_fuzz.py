@@ -408,8 +408,8 @@ def on_store(name: str, *places: st.SearchStrategy[Call], **options: Any) -> st.
 
     def call(places: tuple[Call, ...], fields: dict[str, Any]) -> Call:
         def called(store: Any) -> Any:
-            attuned_store._STARTED.clear()
-            attuned_store._STARTED_STORES.clear()
+            attuned_store.STARTED.clear()
+            attuned_store.STARTED_STORES.clear()
             has_twin = isinstance(store, AsyncStateStore) and name != "snapshot_app"
             function = getattr(attuned_store, f"a{name}" if has_twin else name)
             return function(*(place(store) for place in places), **fields)
@@ -491,7 +491,7 @@ BEGINNING = [*(state("ann", at) for at in (1, 2, 3)), state("bob", 1, source="in
 
 def content(store: StateStore) -> Any:
     """What a store holds, as it is read, and page by page past what it remembers."""
-    pages = [state for page in attuned_store._pages(store._page_of_states) for state in page]
+    pages = [state for page in attuned_store.iterate_pages(store._page_of_states) for state in page]
     return (
         {user_id: (store.get_latest(user_id), store.get_history(user_id)) for user_id in store},
         sorted(pages, key=lambda state: (state.user_id, state.updated_at_unix_ms)),

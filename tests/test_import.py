@@ -78,12 +78,12 @@ from tempfile import mkdtemp
 import attuned_store
 from attuned_store import AsyncMemoryStore
 reached, go = threading.Event(), threading.Event()
-real = attuned_store._NewFile.commit
+real = attuned_store.NewFile.commit
 def held_up(new, names):
     reached.set()
     assert go.wait(60)
     return real(new, names)
-attuned_store._NewFile.commit = held_up
+attuned_store.NewFile.commit = held_up
 async def main():
     async with AsyncMemoryStore() as store:
         await store.patch("ann", {"warmth": 0.5})

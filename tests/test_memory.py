@@ -192,7 +192,7 @@ def test_an_address_without_its_scheme_is_no_directory(
 )
 def test_other_names_with_a_colon_are_directories(target: Any, path: str) -> None:
     """A colon alone makes no address: a path, a drive and words are directories."""
-    assert attuned_store._target_options(target) == (False, {"path": path, "url": None})
+    assert attuned_store.target_options(target) == (False, {"path": path, "url": None})
 
 
 @pytest.mark.parametrize("kind", ["MemoryStore", "AsyncMemoryStore", "QdrantStore", "AsyncQdrantStore"])
@@ -326,7 +326,7 @@ def test_searches_with_many_sets_of_axes_do_not_disturb_each_other(
     often: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a store has noted of a set of axes may be dropped by another thread at any moment."""
-    monkeypatch.setattr(attuned_store, "_MAX_SHAPES", 1)
+    monkeypatch.setattr(attuned_store, "MAX_SHAPES", 1)
     store = MemoryStore()
     store.upsert_many(random_states(10, seed=3))
 

@@ -95,7 +95,7 @@ class Model:
     ) -> list[StateSnapshot]:
         mine = self.written.get(user_id, {})
         newest = sorted(mine, reverse=True)[: self.maximum]
-        oldest = 0 if self.days is None else attuned_store._now_ms() - self.days * DAY
+        oldest = 0 if self.days is None else attuned_store.wall_clock.now_ms() - self.days * DAY
         return [
             mine[at]
             for at in newest
@@ -163,7 +163,7 @@ class Twins(RuleBasedStateMachine):
         super().__init__()
         self.directory = Path(tempfile.mkdtemp(prefix="attuned-model-"))
         self.clock = Clock()
-        self.real_now, attuned_store._now_ms = attuned_store._now_ms, self.clock
+        self.real_now, attuned_store.wall_clock.now_ms = attuned_store.wall_clock.now_ms, self.clock
         self.sides: list[Model | StateStore] = []
 
     def teardown(self) -> None:
@@ -171,7 +171,7 @@ class Twins(RuleBasedStateMachine):
             for side in self.sides:
                 side.close()
         finally:
-            attuned_store._now_ms = self.real_now
+            attuned_store.wall_clock.now_ms = self.real_now
             shutil.rmtree(self.directory)
 
     @initialize(

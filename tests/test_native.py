@@ -814,7 +814,7 @@ def on_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The directory of snapshots on start, which are switched on; nothing was taken in this process yet."""
     monkeypatch.setenv("QDRANT_SNAPSHOT_ON_START", "yes")
     monkeypatch.setenv("QDRANT_SNAPSHOT_DIR", str(tmp_path / "start"))
-    monkeypatch.setattr(attuned_store, "_STARTED", set())
+    monkeypatch.setattr(attuned_store, "STARTED", set())
     return tmp_path / "start"
 
 

@@ -85,13 +85,13 @@ def attributes(span: ReadableSpan) -> dict[str, Any]:
 def spans(monkeypatch: pytest.MonkeyPatch) -> Spans:
     """What is traced in this test, by a provider of its own: a process has one for good."""
     spans = Spans()
-    found = attuned_store._find_telemetry()
+    found = attuned_store.find_telemetry()
     assert found is not None
     with monkeypatch.context() as patch:
         patch.setattr(trace, "get_tracer", spans.provider.get_tracer)
-        telemetry = attuned_store._Telemetry(trace, found._metrics)
-    monkeypatch.setattr(attuned_store, "_find_telemetry", lambda: telemetry)
-    monkeypatch.setattr(attuned_store, "_telemetry", telemetry)
+        telemetry = attuned_store.Telemetry(trace, found._metrics)
+    monkeypatch.setattr(attuned_store, "find_telemetry", lambda: telemetry)
+    monkeypatch.setattr(attuned_store.REPORTING, "telemetry", telemetry)
     return spans
 
 
@@ -353,7 +353,7 @@ class TestServerRequests:
         """The state of the breakers is 0 closed, 1 half-open, 2 open; a closed store counts no more."""
         from qdrant_server import reply
 
-        monkeypatch.setattr(attuned_store, "_BREAKERS", weakref.WeakSet())
+        monkeypatch.setattr(attuned_store, "BREAKERS", weakref.WeakSet())
         once = RetryPolicy(attempts=1)
         opening = connect(retry=once, breaker=BreakerPolicy(failures=1, open_s=1000.0))
         probing = connect(retry=once, breaker=BreakerPolicy(failures=1, open_s=0.0))
@@ -399,7 +399,7 @@ def test_what_an_engine_raises_is_reported_as_what_the_caller_gets(
     spans: Spans, counted: Callable[..., float]
 ) -> None:
     """A request that an engine fails is reported under the error that the caller gets."""
-    with pytest.raises(BackendError), attuned_store._translated("edge", "retrieve"):
+    with pytest.raises(BackendError), attuned_store.backend_errors("edge", "retrieve"):
         raise OSError(LONG_ID)
 
     [span] = spans.all
@@ -424,7 +424,7 @@ def test_what_a_function_of_the_caller_raises_keeps_its_name(spans: Spans) -> No
 def test_metrics_have_the_names_and_labels_that_are_documented() -> None:
     """A scrape returns the documented metrics with the documented labels."""
     MemoryStore().upsert_latest(state("ann"))
-    telemetry = attuned_store._find_telemetry()
+    telemetry = attuned_store.find_telemetry()
     assert telemetry
     with pytest.raises(ZeroDivisionError), telemetry.request("edge", "retrieve", 2):
         raise ZeroDivisionError
@@ -491,7 +491,7 @@ assert type(a.MemoryStore()) is a.MemoryStore and type(a.AsyncMemoryStore()) is 
 with tempfile.TemporaryDirectory() as folder, a.QdrantStore(path=folder) as store:
     assert type(store) is a.QdrantStore
     store.patch("ann", {"warmth": 0.5})
-assert a._telemetry is None
+assert a.REPORTING.telemetry is None
 assert a._reported("server", "get") is a._reported("server", "upsert") is a._UNREPORTED
 print(sorted({name.partition(".")[0] for name in sys.modules} & {"opentelemetry", "prometheus_client"}))
 """
@@ -512,7 +512,7 @@ def test_either_library_will_do(blocked: str) -> None:
         "import attuned_store as a\n"
         "store = a.MemoryStore()\nstore.patch('ann', {'warmth': 0.5})\n"
         "try:\n    store['bob']\nexcept a.UserNotFoundError:\n    pass\n"
-        "print(len(store), a._telemetry._tracer is not None, a._telemetry._metrics is not None)"
+        "print(len(store), a.REPORTING.telemetry._tracer is not None, a.REPORTING.telemetry._metrics is not None)"
     )
     answer = run_python(BLOCK + code, blocked)
 
@@ -527,7 +527,7 @@ def test_a_second_copy_of_the_file_works_too(monkeypatch: pytest.MonkeyPatch) ->
     assert spec.loader
     copy = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "attuned_copy", copy)
-    attuned_store._find_telemetry()
+    attuned_store.find_telemetry()
     spec.loader.exec_module(copy)
 
     with copy.MemoryStore() as store:

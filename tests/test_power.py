@@ -130,7 +130,7 @@ def test_the_flush_now_and_then_leaves_the_loop_free(
     path: Path, monkeypatch: pytest.MonkeyPatch, loop: str
 ) -> None:
     """The flush that is due after so many changes is no part of the write: others go on meanwhile."""
-    monkeypatch.setattr(attuned_store._EdgeEngine, "_FLUSH_EVERY", 200)
+    monkeypatch.setattr(attuned_store.EdgeEngine, "_FLUSH_EVERY", 200)
 
     async def main() -> None:
         async with AsyncQdrantStore(path=path, engine="edge") as store:

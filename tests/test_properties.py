@@ -469,7 +469,7 @@ def test_a_patched_snapshot_is_newer_and_merged(
     """`patched` merges the axes in, keeps all else, and is of now, or of a millisecond later than before."""
     before = snapshot.to_dict()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attuned_store, "_now_ms", lambda: now)
+        patch.setattr(attuned_store.wall_clock, "now_ms", lambda: now)
         patched = snapshot.patched(axes)
 
     assert patched.to_dict() == {
@@ -578,4 +578,4 @@ def test_point_ids_are_version_5_uuids(user_id: str, suffix: str | int) -> None:
         name.encode()
     except UnicodeEncodeError:
         return
-    assert attuned_store._point_id(user_id, suffix) == str(uuid.uuid5(namespace, name))
+    assert attuned_store.make_point_id(user_id, suffix) == str(uuid.uuid5(namespace, name))

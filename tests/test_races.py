@@ -26,18 +26,18 @@ from attuned_store import (
     AsyncQdrantStore,
     QdrantStoreConfig,
     StateSnapshot,
-    _AnyOf,
-    _Collection,
-    _Core,
-    _Equal,
-    _Filter,
-    _OwnedCore,
-    _Page,
-    _Point,
-    _Put,
-    _Range,
-    _Record,
-    _SharedCore,
+    AnyOf,
+    CollectionSpec,
+    PointsBackend,
+    Equal,
+    Filter,
+    OwnedBackend,
+    Page,
+    Point,
+    Put,
+    Range,
+    Record,
+    SharedBackend,
 )
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Turns:
 # ------------------------------------------------------------------------------
 
 
-def matches(payload: Mapping[str, Any], where: _Filter) -> bool:
+def matches(payload: Mapping[str, Any], where: Filter) -> bool:
     return all(holds(payload, each) for each in where.must) and not any(
         holds(payload, each) for each in where.must_not
     )
@@ -111,11 +111,11 @@ def matches(payload: Mapping[str, Any], where: _Filter) -> bool:
 def holds(payload: Mapping[str, Any], condition: Any) -> bool:
     value = payload.get(condition.key)
     match condition:
-        case _Equal(_, wanted):
+        case Equal(_, wanted):
             return bool(value == wanted)
-        case _AnyOf(_, values):
+        case AnyOf(_, values):
             return value in values
-        case _Range(_, least, most):
+        case Range(_, least, most):
             return value is not None and bool(
                 (-math.inf if least is None else least) <= value <= (math.inf if most is None else most)
             )
@@ -132,7 +132,7 @@ class Points:
 
     def __init__(self, *, indexed: bool = True) -> None:
         self.indexed = indexed
-        self.points: dict[str, _Point] = {}
+        self.points: dict[str, Point] = {}
         self.writes = 0
 
     @contextlib.asynccontextmanager
@@ -141,37 +141,37 @@ class Points:
         yield
         await turn()
 
-    async def open_collection(self, collection: _Collection) -> Mapping[str, Any]:
+    async def open_collection(self, collection: CollectionSpec) -> Mapping[str, Any]:
         return collection.metadata
 
-    def _found(self, where: _Filter) -> Iterator[_Record]:
+    def _found(self, where: Filter) -> Iterator[Record]:
         return (
-            _Record(point.id, point.payload)
+            Record(point.id, point.payload)
             for point in self.points.values()
             if matches(point.payload, where)
         )
 
-    async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[_Record]:
+    async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[Record]:
         async with self.call():
-            return [_Record(each, self.points[each].payload) for each in ids if each in self.points]
+            return [Record(each, self.points[each].payload) for each in ids if each in self.points]
 
     async def page(
         self,
         collection: str,
-        where: _Filter,
+        where: Filter,
         *,
         limit: int,
         cursor: Any = None,
         newest_by: str | None = None,
         payload: bool = True,
-    ) -> _Page:
+    ) -> Page:
         async with self.call():
             records = list(self._found(where))
         if newest_by is not None:
             records.sort(key=lambda record: cast("int", record.payload[newest_by]), reverse=True)
-        return _Page(records[:limit], None)
+        return Page(records[:limit], None)
 
-    async def count(self, collection: str, where: _Filter) -> int:
+    async def count(self, collection: str, where: Filter) -> int:
         async with self.call():
             return len(list(self._found(where)))
 
@@ -181,7 +181,7 @@ class Points:
         """Nothing to do: there is only the collection that is used, which is never dropped."""
         assert collection.endswith(".restoring")
 
-    async def write(self, collection: str, points: Sequence[_Point], deleted: Sequence[str] = ()) -> None:
+    async def write(self, collection: str, points: Sequence[Point], deleted: Sequence[str] = ()) -> None:
         async with self.call():
             self.points.update({point.id: point for point in points})
             for each in deleted:
@@ -190,21 +190,21 @@ class Points:
 
     # What a server has
 
-    async def put(self, collection: str, puts: Sequence[_Put]) -> None:
+    async def put(self, collection: str, puts: Sequence[Put]) -> None:
         async with self.call():
             for each in puts:
                 for point in each.points:
                     if self.allows(each, self.points.get(point.id)):
                         self.points[point.id] = point
 
-    def allows(self, put: _Put, there: _Point | None) -> bool:
+    def allows(self, put: Put, there: Point | None) -> bool:
         if there is None:
             return put.mode != "update"
         return put.mode != "insert" and (put.over is None or matches(there.payload, put.over))
 
-    async def delete(self, collection: str, where: _Filter | Sequence[str]) -> None:
+    async def delete(self, collection: str, where: Filter | Sequence[str]) -> None:
         async with self.call():
-            gone = [each.id for each in self._found(where)] if isinstance(where, _Filter) else where
+            gone = [each.id for each in self._found(where)] if isinstance(where, Filter) else where
             for each in gone:
                 self.points.pop(each, None)
 
@@ -217,7 +217,7 @@ class Points:
 class Owned(AsyncQdrantStore):
     """The asynchronous store over a core of its own, whose operations hold a lock, as in a directory."""
 
-    core_class: type[_OwnedCore | _SharedCore] = _OwnedCore
+    core_class: type[OwnedBackend | SharedBackend] = OwnedBackend
     engine_class: type[Points] = Points
     indexed = True
 
@@ -229,7 +229,7 @@ class Owned(AsyncQdrantStore):
         self._held = cast("Any", object())
 
     async def _drive(
-        self, operation: str, start: Callable[[_Core], Coroutine[Any, Any, T]], about: object = None
+        self, operation: str, start: Callable[[PointsBackend], Coroutine[Any, Any, T]], about: object = None
     ) -> T:
         async with self.lock():
             return await self._core.begin(start)
@@ -244,10 +244,10 @@ class Unindexed(Owned):
 class Shared(Owned):
     """The store of a server: no lock, and an engine that others use as well."""
 
-    core_class = _SharedCore
+    core_class = SharedBackend
 
     async def _drive(
-        self, operation: str, start: Callable[[_Core], Coroutine[Any, Any, T]], about: object = None
+        self, operation: str, start: Callable[[PointsBackend], Coroutine[Any, Any, T]], about: object = None
     ) -> T:
         return await self._core.begin(start)
 
@@ -261,7 +261,7 @@ class Unlocked(Owned):
     """No lock at all."""
 
     async def _drive(
-        self, operation: str, start: Callable[[_Core], Coroutine[Any, Any, T]], about: object = None
+        self, operation: str, start: Callable[[PointsBackend], Coroutine[Any, Any, T]], about: object = None
     ) -> T:
         return await self._core.begin(start)
 
@@ -283,7 +283,7 @@ class CheckedOutside(Owned):
 
     async def upsert_latest(self, snapshot: StateSnapshot, *, expected: Any = ANY) -> None:
         if expected is not ANY and await self.get_latest(snapshot.user_id) != expected:
-            raise attuned_store._conflict(snapshot.user_id, expected, None)
+            raise attuned_store.conflict_error(snapshot.user_id, expected, None)
         await super().upsert_latest(snapshot)
 
 
@@ -295,7 +295,7 @@ class FilledLate(Owned):
         if cached is not None:
             return cached
 
-        async def read(core: _Core) -> StateSnapshot | None:
+        async def read(core: PointsBackend) -> StateSnapshot | None:
             found = await core.get_latest(user_id)
             self.core._latest.pop(user_id, None)
             return found
@@ -324,15 +324,15 @@ class WrittenInTwo(Owned):
     """The latest point and the history are written under two locks."""
 
     async def upsert_latest(self, snapshot: StateSnapshot, *, expected: Any = ANY) -> None:
-        later = list[Sequence[_Point]]()
+        later = list[Sequence[Point]]()
         write = self.engine.write
 
-        async def first_half(collection: str, points: Sequence[_Point], deleted: Sequence[str] = ()) -> None:
+        async def first_half(collection: str, points: Sequence[Point], deleted: Sequence[str] = ()) -> None:
             self.engine.write = write  # type: ignore[method-assign]
             await write(collection, points[:1])
             later.append(points[1:])
 
-        async def start(core: _Core) -> None:
+        async def start(core: PointsBackend) -> None:
             self.engine.write = first_half  # type: ignore[method-assign]
             try:
                 await core.upsert_latest(snapshot, expected)
@@ -349,7 +349,7 @@ class WrittenInTwo(Owned):
 class Ungoverned(Points):
     """A server that puts points whatever their guard says."""
 
-    def allows(self, put: _Put, there: _Point | None) -> bool:
+    def allows(self, put: Put, there: Point | None) -> bool:
         return True
 
 
@@ -357,7 +357,7 @@ class SharedWithoutGuards(Shared):
     engine_class = Ungoverned
 
 
-class Hopeful(_SharedCore):
+class Hopeful(SharedBackend):
     """Takes every conditional write for a success."""
 
     async def _replace(self, snapshot: StateSnapshot, before: Mapping[str, Any] | None) -> None:
@@ -369,12 +369,12 @@ class SharedAndHopeful(Shared):
     core_class = Hopeful
 
 
-class Unconditional(_SharedCore):
+class Unconditional(SharedBackend):
     """Looks at the condition, then puts without a guard."""
 
     async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None:
         if await self.get_latest(snapshot.user_id) != expected:
-            raise attuned_store._conflict(snapshot.user_id, expected, None)
+            raise attuned_store.conflict_error(snapshot.user_id, expected, None)
         await self.write([snapshot])
 
 
@@ -382,10 +382,10 @@ class SharedAndUnconditional(Shared):
     core_class = Unconditional
 
 
-class AlwaysNewest(_SharedCore):
+class AlwaysNewest(SharedBackend):
     """Puts the latest point without looking whether it is the newest."""
 
-    def _puts(self, newest: Any, history: list[_Point]) -> list[_Put]:
+    def _puts(self, newest: Any, history: list[Point]) -> list[Put]:
         return [put._replace(over=None) for put in super()._puts(newest, history)]
 
 
@@ -411,8 +411,8 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     async def sleep(seconds: float) -> None:
         await turn()
 
-    monkeypatch.setattr(attuned_store, "_sleep", sleep)
-    monkeypatch.setattr(attuned_store, "_now_ms", lambda: NOW)
+    monkeypatch.setattr(attuned_store, "async_sleep", sleep)
+    monkeypatch.setattr(attuned_store.wall_clock, "now_ms", lambda: NOW)
 
 
 def play(kind: type[Owned], seed: int, schedule: Sequence[int], **options: Any) -> str:

@@ -174,7 +174,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def noon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the clock stand at the time that the sessions show."""
-    monkeypatch.setattr(attuned_store, "_now_ms", lambda: NOON)
+    monkeypatch.setattr(attuned_store.wall_clock, "now_ms", lambda: NOON)
 
 
 def run_doctest(block: Block) -> None:
@@ -414,7 +414,7 @@ def test_every_span_and_metric_is_listed() -> None:
         for line in listed[:3]
         for name in line[0].split("`")[1::2]
     }
-    assert set(attuned_store._SPANS.values()) <= spans
+    assert set(attuned_store.SPANS.values()) <= spans
     attuned_store.MemoryStore()
     ours = [each for each in prometheus.REGISTRY._collector_to_names if hasattr(each, "_labelnames")]
     found = {each._name: set(each._labelnames) for each in ours if each._name.startswith("attuned_")}
@@ -434,7 +434,7 @@ def test_files_that_are_named_are_there() -> None:
 def test_figures_of_the_limits_are_those_of_the_file() -> None:
     """The numbers that the limits name are the ones that the file works with."""
     limits = " ".join(section("Limits").split())
-    assert f"a flush after every {attuned_store._EdgeEngine._FLUSH_EVERY:,} changes" in limits
-    assert f"after at least {attuned_store._EdgeEngine._REBUILD_EVERY:,} changes" in limits
-    assert f"a user id is at most {attuned_store._MAX_USER_ID_BYTES} bytes" in limits
-    assert f"a store has at most {attuned_store._MAX_AXES:,} axes" in limits
+    assert f"a flush after every {attuned_store.EdgeEngine._FLUSH_EVERY:,} changes" in limits
+    assert f"after at least {attuned_store.EdgeEngine._REBUILD_EVERY:,} changes" in limits
+    assert f"a user id is at most {attuned_store.MAX_USER_ID_BYTES} bytes" in limits
+    assert f"a store has at most {attuned_store.MAX_AXES:,} axes" in limits

@@ -131,7 +131,7 @@ def connect(server: QdrantServer, fake: Time, connect: Callable[..., AsyncStateS
         store = connect(**options)
         if not real:
             engine = itself(store)._held.engine
-            engine.resilience = attuned_store._Resilience(itself(store).config, fake.sleep, fake.clock)
+            engine.resilience = attuned_store.Resilience(itself(store).config, fake.sleep, fake.clock)
         if opened:
             await store.count()
             server.clear()
@@ -553,11 +553,11 @@ async def test_stores_have_breakers_of_their_own(connect: Any, server: QdrantSer
     assert await two.count() == 0
 
 
-def breaker(fake: Time, **policy: Any) -> attuned_store._Breaker:
-    return attuned_store._Breaker(BreakerPolicy(**policy), fake.clock)
+def breaker(fake: Time, **policy: Any) -> attuned_store.CircuitBreaker:
+    return attuned_store.CircuitBreaker(BreakerPolicy(**policy), fake.clock)
 
 
-def enter(breaker: attuned_store._Breaker) -> bool:
+def enter(breaker: attuned_store.CircuitBreaker) -> bool:
     """Whether a request is let through."""
     try:
         breaker.enter("server", "test")
@@ -638,7 +638,7 @@ def test_the_default_policies() -> None:
 
 def test_a_request_of_any_kind_is_sent_by_the_same_rules(fake: Time, longest: None) -> None:
     """Retry and breaker know no Qdrant: any coroutine that raises BackendError is treated alike."""
-    sender = attuned_store._Resilience(QdrantStoreConfig(), fake.sleep, fake.clock)
+    sender = attuned_store.Resilience(QdrantStoreConfig(), fake.sleep, fake.clock)
     where: Any = {"backend": "server", "operation": "test"}
     failures = [BackendUnavailableError("no", retryable=True, **where) for _ in range(3)]
 

@@ -412,7 +412,7 @@ def test_the_good_archive_of_these_tests_is_good(tmp_path: Path) -> None:
 def small() -> bytes:
     """A small snapshot of two parts, as a store writes it."""
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attuned_store, "_PART_BYTES", 400)
+        patch.setattr(attuned_store, "PART_BYTES", 400)
         path = snapshot_of(PEOPLE, Path(directory))
         assert len(read_archive(path)[0]["collections"][0]["parts"]) > 1
         return path.read_bytes()
@@ -436,7 +436,7 @@ def test_verifying_and_listing_have_asynchronous_forms(tmp_path: Path) -> None:
 @pytest.fixture
 def holder(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
     """A store that holds something, for which small parts will do."""
-    monkeypatch.setattr(attuned_store, "_PART_BYTES", 400)
+    monkeypatch.setattr(attuned_store, "PART_BYTES", 400)
     store = MemoryStore()
     store.upsert_many([state("zoe", 1), state("ann", 99)])
     return store
@@ -513,7 +513,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pyte
         patch.setattr(Path, "open", fail)
         check_refused(path, "cannot be read: Input/output error")
     with monkeypatch.context() as patch:
-        patch.setattr(attuned_store._Unpacked, "_read", fail)
+        patch.setattr(attuned_store.GzipReader, "_read", fail)
         check_refused(path, "cannot be read: Input/output error")
 
 
@@ -534,13 +534,13 @@ def test_a_file_that_changes_while_it_is_restored_is_noticed(
     path, other = snapshot_of(PEOPLE, tmp_path / "a"), snapshot_of(PEOPLE[:3], tmp_path / "b")
     store = MemoryStore()
 
-    verify = attuned_store._SavedSnapshot.verify
+    verify = attuned_store.SnapshotFile.verify
 
     def verify_and_change(saved: Any, *arguments: Any) -> None:
         verify(saved, *arguments)
         other.replace(path)
 
-    monkeypatch.setattr(attuned_store._SavedSnapshot, "verify", verify_and_change)
+    monkeypatch.setattr(attuned_store.SnapshotFile, "verify", verify_and_change)
 
     with pytest.raises(SnapshotError, match="changed while it was read"):
         store.restore_snapshot(path, mode="merge")
@@ -703,7 +703,7 @@ snapshots = st.builds(
 def test_any_content_comes_back_from_a_snapshot(states: list[StateSnapshot], part_bytes: int) -> None:
     """Whatever a store holds, its snapshot gives the same back, to the last bit."""
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attuned_store, "_PART_BYTES", part_bytes)
+        patch.setattr(attuned_store, "PART_BYTES", part_bytes)
         store, other = MemoryStore(max_history_per_user=99), MemoryStore(max_history_per_user=99)
         store.upsert_many(states)
         path = store.create_snapshot(directory).path
@@ -771,7 +771,7 @@ def test_a_directory_that_cannot_be_synced_has_no_new_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the new name may not survive a power cut, it is taken back."""
-    monkeypatch.setattr(attuned_store, "_sync", fail_with(errno.EIO))
+    monkeypatch.setattr(attuned_store, "fsync", fail_with(errno.EIO))
 
     with pytest.raises(SnapshotError, match="cannot be written"):
         filled().create_snapshot(tmp_path)
@@ -781,7 +781,7 @@ def test_a_directory_that_cannot_be_synced_has_no_new_file(
 def test_a_file_system_without_links_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are no links the file is renamed, and overwrites nothing."""
     monkeypatch.setattr(os, "link", fail_with(errno.EPERM))
-    monkeypatch.setattr(attuned_store, "_now_ms", lambda: NOW)
+    monkeypatch.setattr(attuned_store.wall_clock, "now_ms", lambda: NOW)
 
     paths = [filled().create_snapshot(tmp_path).path for _ in range(3)]
 
@@ -792,7 +792,7 @@ def test_a_file_system_without_links_will_do(tmp_path: Path, monkeypatch: pytest
 def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are no locks snapshots are taken all the same, and nothing is taken for abandoned."""
     (tmp_path / ".attuned-0123456789abcdef.tmp").write_text("whose?")
-    monkeypatch.setattr(attuned_store, "_lock_descriptor", fail_with(errno.ENOLCK))
+    monkeypatch.setattr(attuned_store, "lock_descriptor", fail_with(errno.ENOLCK))
 
     report = filled().create_snapshot(tmp_path)
 
@@ -881,16 +881,16 @@ def test_nothing_is_removed_before_the_new_file_is_read_back(
     store = filled()
     kept = [store.create_snapshot(tmp_path).path for _ in range(3)]
 
-    class Rotten(attuned_store._Unpacked):
+    class Rotten(attuned_store.GzipReader):
         def _read(self) -> bytes:
             return super()._read().replace(b"\x00\x00", b"\x00\x01")
 
     with monkeypatch.context() as patch:
-        patch.setattr(attuned_store, "_Unpacked", Rotten)
+        patch.setattr(attuned_store, "GzipReader", Rotten)
         with pytest.raises(SnapshotError, match=tmp_path.name):
             store.create_snapshot(tmp_path, keep=1)
     with monkeypatch.context() as patch:
-        patch.setattr(attuned_store._Unpacked, "finish", lambda self: "0" * 64)
+        patch.setattr(attuned_store.GzipReader, "finish", lambda self: "0" * 64)
         with pytest.raises(SnapshotError, match="read back"):
             store.create_snapshot(tmp_path, keep=1)
     assert sorted(tmp_path.iterdir()) == kept
@@ -907,7 +907,7 @@ def test_an_older_snapshot_that_cannot_be_removed_is_no_failure(
     store.create_snapshot(tmp_path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(attuned_store, "_snapshots_in", fail_with(errno.EACCES))
+        patch.setattr(attuned_store, "snapshots_in", fail_with(errno.EACCES))
         assert store.create_snapshot(tmp_path, keep=1).status == "completed"
 
     assert "removing older snapshots" in caplog.text
@@ -945,7 +945,7 @@ def test_a_file_that_another_process_took_for_abandoned_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file that another process locks, or removes, before its maker has locked it, is made again."""
-    lock = attuned_store._lock_descriptor
+    lock = attuned_store.lock_descriptor
     made: list[int] = []
 
     def be_late(descriptor: int) -> None:
@@ -958,7 +958,7 @@ def test_a_file_that_another_process_took_for_abandoned_is_made_anew(
             raise BlockingIOError
         lock(descriptor)
 
-    monkeypatch.setattr(attuned_store, "_lock_descriptor", be_late)
+    monkeypatch.setattr(attuned_store, "lock_descriptor", be_late)
 
     report = filled().create_snapshot(tmp_path)
 
@@ -999,7 +999,7 @@ def test_a_snapshot_that_goes_while_it_is_listed_is_left_out(
     """A snapshot that another process removes meanwhile is no error."""
     path = filled().create_snapshot(tmp_path).path
     gone = tmp_path / "20200101T000000.000Z-a.attuned"
-    monkeypatch.setattr(attuned_store, "_snapshots_in", lambda directory: [path, gone])
+    monkeypatch.setattr(attuned_store, "snapshots_in", lambda directory: [path, gone])
 
     assert [report.path for report in list_snapshots(tmp_path)] == [path]
 
@@ -1170,7 +1170,7 @@ def check_kept(store: QdrantStore, before: object, file: Path) -> None:
 @contextmanager
 def switching(do: Callable[[pytest.MonkeyPatch], None]) -> Iterator[None]:
     """While the block lasts, something is done right before what was restored takes the place of the old."""
-    adopt = attuned_store._OwnedCore.adopt
+    adopt = attuned_store.OwnedBackend.adopt
 
     async def adopt_so(core: Any, staged: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -1178,7 +1178,7 @@ def switching(do: Callable[[pytest.MonkeyPatch], None]) -> Iterator[None]:
             await adopt(core, staged)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attuned_store._OwnedCore, "adopt", adopt_so)
+        patch.setattr(attuned_store.OwnedBackend, "adopt", adopt_so)
         yield
 
 
@@ -1193,10 +1193,10 @@ FAULTS: dict[str, list[tuple[Any, str]]] = {
         (Path, "replace"),
         (os, "fsync"),
         (attuned_store, "_write_file"),
-        (attuned_store._EdgeEngine, "_move"),
+        (attuned_store.EdgeEngine, "_move"),
         (EdgeShard, "load"),
     ],
-    "local": [(Path, "replace"), (attuned_store._LocalEngine, "_disconnect")],
+    "local": [(Path, "replace"), (attuned_store.LocalEngine, "_disconnect")],
 }
 
 
@@ -1219,14 +1219,14 @@ def test_a_replacement_that_fails_changes_nothing(kept: QdrantStore, tmp_path: P
 def test_a_name_that_may_not_be_durable_is_no_failure(kept: QdrantStore, tmp_path: Path) -> None:
     """Where the directory cannot be synced after the switch, the new content is there: nothing is lost."""
     file = snapshot_of(random_states(150, 5), tmp_path / "snapshots")
-    sync = attuned_store._sync
+    sync = attuned_store.fsync
 
     def fail_on_directories(*paths: Path) -> None:
         if len(paths) == 1 and paths[0].is_dir():
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         sync(*paths)
 
-    with switching(lambda patch: patch.setattr(attuned_store, "_sync", fail_on_directories)):
+    with switching(lambda patch: patch.setattr(attuned_store, "fsync", fail_on_directories)):
         kept.restore_snapshot(file)
 
     assert kept.count() == 150
@@ -1243,7 +1243,7 @@ def test_an_interrupted_switch_leaves_the_one_or_the_other(
     """Ctrl-C at the last step leaves a store that goes on with what is on disk."""
     file = snapshot_of(random_states(150, 5), tmp_path / "snapshots")
     before, local = content_of(kept), kept.health().backend == "local"
-    write_file = attuned_store._write_file
+    write_file = attuned_store.write_atomically
 
     def interrupt(*arguments: Any) -> None:
         if moment == "after" and not local:
@@ -1255,11 +1255,11 @@ def test_an_interrupted_switch_leaves_the_one_or_the_other(
 
     def interrupting(patch: pytest.MonkeyPatch) -> None:
         if not local:
-            patch.setattr(attuned_store, "_write_file", interrupt)
+            patch.setattr(attuned_store, "write_atomically", interrupt)
         elif moment == "before":
-            patch.setattr(attuned_store._LocalEngine, "_disconnect", interrupt)
+            patch.setattr(attuned_store.LocalEngine, "_disconnect", interrupt)
         else:
-            patch.setattr(attuned_store._LocalEngine, "drop", interrupt_drop)
+            patch.setattr(attuned_store.LocalEngine, "drop", interrupt_drop)
 
     with switching(interrupting), pytest.raises(KeyboardInterrupt):
         kept.restore_snapshot(file)

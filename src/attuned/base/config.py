@@ -1,0 +1,371 @@
+"""How stores are configured: options, their checks, and the environment."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Self, TypedDict, TypeVar
+from urllib.parse import urlsplit
+
+import attrs
+
+from attuned.base.errors import ValidationError, brief, type_name
+from attuned.base.values import MAX_INTEGER, MAX_VECTOR_SIZE, check_integer, check_number, shape_of
+
+TRUE_WORDS = frozenset({"true", "1", "yes", "y", "on"})
+
+
+_LOOPBACK = re.compile(r"127(?:\.\d+){3}|::1")
+
+
+HEADER_TEXT = re.compile(r"[!-~]+")
+
+
+_HOST = re.compile(r"(?:[\w.-]+|\[[0-9a-fA-F:.]+\])(?::\d+)?")  # with its port
+
+
+_MAX_FACTOR = 2**31 - 1
+
+
+_COLLECTION_NAME = re.compile(r"[^\W.-][\w.-]{0,199}")  # it names files on disk
+
+
+FALSE_WORDS = frozenset({"false", "0", "no", "n", "off"})
+
+
+DEFAULT_COLLECTION = "attuned_state"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, a name or an address, is this machine and can be reached from no other."""
+    return host == "localhost" or _LOOPBACK.fullmatch(host) is not None
+
+
+def check_axis_names(value: Iterable[str] | None) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ValidationError(f"axes: names are needed, such as a tuple of strings; got {brief(value)}")
+    try:
+        names = shape_of(tuple(value)).names
+    except TypeError:
+        raise ValidationError(f"axes: strings are needed as names, got {brief(value)}") from None
+    if len(set(names)) != len(names):
+        raise ValidationError(f"axes: each name once, got {brief(names)}")
+    if not names:
+        raise ValidationError("axes: at least one name, or None for those of the store")
+    return names
+
+
+def check_path(value: str | os.PathLike[str]) -> str:
+    try:
+        path = os.fspath(value)
+        encoded = os.fsencode(path)
+    except (TypeError, UnicodeEncodeError):  # a lone surrogate is in no path
+        path, encoded = None, b""
+    if isinstance(path, str) and encoded and b"\0" not in encoded:
+        return path
+    raise ValidationError(f"path: a directory is needed, got {brief(value)}")
+
+
+def _check_url(url: object) -> None:
+    if not isinstance(url, str):
+        raise ValidationError(f"url: a string is needed, got {type_name(url)}")
+    if "@" in url:  # whatever stands before it may be a secret
+        raise ValidationError(
+            "url: must not hold a user or password, got one with @; give the key as api_key"
+        )
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ValidationError(f"url: {error}, got {brief(url)}") from None
+    usual = parts.scheme in ("http", "https") and not parts.query and not parts.fragment and port != 0
+    if not usual or not parts.hostname or not _HOST.fullmatch(parts.netloc) or url.strip() != url:
+        raise ValidationError(f"url: http://<host>:6333 or https://<host>:6333 is needed, got {brief(url)}")
+
+
+def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValidationError(f"{field}: one of {', '.join(choices)} is needed, got {brief(value)}")
+
+
+def check_flag(field: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise ValidationError(f"{field}: True or False is needed, got {brief(value)}")
+
+
+def check_callable(field: str, value: object) -> None:
+    if not callable(value):
+        raise ValidationError(f"{field}: a function is needed, got {type_name(value)}")
+
+
+def check_positive(field: str, value: object, *, zero: bool = False) -> None:
+    number = check_number(field, value)
+    if not (0 <= number < math.inf) or (number == 0 and not zero):
+        raise ValidationError(
+            f"{field}: a finite number {'from' if zero else 'above'} 0 is needed, got {brief(value)}"
+        )
+
+
+class MemoryOptions(TypedDict, total=False):
+    """The fields of MemoryStoreConfig, as options of the memory stores."""
+
+    axes: Iterable[str] | None
+    vector_size: int | None
+    enable_history: bool
+    max_history_per_user: int
+    history_retention_days: float | None
+
+
+@attrs.frozen(kw_only=True)
+class RetryPolicy:
+    """How often and how patiently a request to a server is repeated.
+
+    ``attempts`` in all; between them a random wait from 0 to ``base_s`` doubled each time, at most ``cap_s``
+    (full jitter; see Marc Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015), or
+    what the server asks for with 429; none that would end later than ``deadline_s`` after the first began.
+    All in seconds. Raises ValidationError.
+    """
+
+    attempts: int = 4
+    base_s: float = 0.1
+    cap_s: float = 5.0
+    deadline_s: float = 60.0
+
+    def __attrs_post_init__(self) -> None:
+        check_integer("attempts", self.attempts, 1, 1_000)
+        for field in ("base_s", "cap_s", "deadline_s"):
+            check_positive(field, getattr(self, field), zero=True)
+
+
+@attrs.frozen(kw_only=True)
+class BreakerPolicy:
+    """When a store stops asking a server that fails: after ``failures`` in a row, for ``open_s`` seconds.
+
+    Then one request is let through; it closes the breaker or opens it again. Raises ValidationError.
+    """
+
+    failures: int = 5
+    open_s: float = 30.0
+
+    def __attrs_post_init__(self) -> None:
+        check_integer("failures", self.failures, 1, MAX_INTEGER)
+        check_positive("open_s", self.open_s, zero=True)
+
+
+class QdrantOptions(MemoryOptions, total=False):
+    """The fields of QdrantStoreConfig, as options of the Qdrant stores."""
+
+    path: str | os.PathLike[str] | None
+    url: str | None
+    api_key: str | None
+    collection_name: str
+    engine: Literal["auto", "edge", "local"]
+    durability: Literal["process", "power"]
+    lock_timeout: float
+    cache_size: int
+    slow_operation_ms: float | None
+    connect_timeout: float
+    request_timeout: float
+    pool_size: int
+    verify: bool | str
+    cache_ttl: float
+    snapshot_timeout: float
+    shard_number: int | None
+    replication_factor: int | None
+    write_consistency_factor: int | None
+    read_consistency: int | Literal["majority", "quorum", "all"] | None
+    write_ordering: Literal["weak", "medium", "strong"] | None
+    retry: RetryPolicy
+    breaker: BreakerPolicy
+
+
+@attrs.frozen(kw_only=True)
+class MemoryStoreConfig:
+    """How a memory store keeps its snapshots; every field is also an option of the store.
+
+    ``axes`` names the schema (None: the canonical ones); ``vector_size`` the dimensions of its vectors (None:
+    one per axis, and a spare one with the canonical axes). History keeps the newest ``max_history_per_user``
+    of each user, and shows none older than ``history_retention_days``. Raises ValidationError.
+    """
+
+    axes: tuple[str, ...] | None = attrs.field(default=None, converter=check_axis_names)
+    vector_size: int | None = None
+    enable_history: bool = True
+    max_history_per_user: int = 100
+    history_retention_days: float | None = None
+
+    def __attrs_post_init__(self) -> None:
+        least = len(self.axes or ()) or 1
+        if self.vector_size is not None:
+            check_integer("vector_size", self.vector_size, least, MAX_VECTOR_SIZE)
+        check_flag("enable_history", self.enable_history)
+        check_integer("max_history_per_user", self.max_history_per_user, 0, MAX_INTEGER)
+        if self.history_retention_days is not None:
+            check_positive("history_retention_days", self.history_retention_days)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
+        """The configuration that the variables ATTUNED_STORE_<FIELD> describe, in capitals.
+
+        Lists are separated by commas. Raises ValidationError, which names the variable.
+        """
+        if not isinstance(environ, Mapping):
+            raise ValidationError(f"environ: a mapping is needed, got {type_name(environ)}")
+        found: dict[str, Any] = {}
+        for field in attrs.fields(cls):
+            if field.name in ("retry", "breaker"):
+                continue  # more than one variable can say
+            variable = _variable(field.name)
+            text = environ.get(variable, "")
+            if not isinstance(text, str):
+                raise ValidationError(f"{variable}: a string is needed, got {type_name(text)}")
+            if text.strip():
+                found[field.name] = _parsed(variable, text.strip(), str(field.type))
+        try:
+            return cls(**found)
+        except ValidationError as error:
+            field_name, _, rule = str(error).partition(":")
+            raise ValidationError(f"{_variable(field_name)}:{rule}") from None
+
+
+@attrs.frozen(kw_only=True)
+class QdrantStoreConfig(MemoryStoreConfig):
+    """Where and how a Qdrant store keeps its snapshots; every field is also an option of the store.
+
+    ``path`` is a directory (made where absent) for embedded Qdrant, ``url`` a server; ``engine`` which
+    embedded form a new directory gets (auto: edge where qdrant-edge-py is installed, else local).
+    ``durability`` "process" survives the death of the process, "power" a power cut too, at the cost of a
+    flush, which those who write at the same time share. ``lock_timeout`` is how many seconds to wait for a
+    directory that another process has open; ``cache_size`` how many snapshots the read cache holds (0: none).
+    A step that takes longer than ``slow_operation_ms`` is logged as a warning (0 or None: none is).
+
+    For a server: ``api_key``; ``connect_timeout`` and ``request_timeout`` in seconds, ``snapshot_timeout``
+    for making or restoring a native snapshot; ``pool_size``, the number of connections kept; ``verify``,
+    False or the path of a CA certificate; ``cache_ttl``, the seconds for which a read may be answered from
+    memory though other processes write (0: never). A collection is made with ``shard_number``,
+    ``replication_factor`` and ``write_consistency_factor``; requests carry ``read_consistency`` and
+    ``write_ordering``; ``retry`` and ``breaker`` say what follows a failure. Raises ValidationError.
+    """
+
+    path: str | None = attrs.field(default=None, converter=attrs.converters.optional(check_path))
+    url: str | None = None
+    api_key: str | None = attrs.field(default=None, repr=False)
+    collection_name: str = DEFAULT_COLLECTION
+    engine: Literal["auto", "edge", "local"] = "auto"
+    durability: Literal["process", "power"] = "process"
+    lock_timeout: float = 0.0
+    cache_size: int = 10_000
+    slow_operation_ms: float | None = 100.0
+    connect_timeout: float = 10.0
+    request_timeout: float = 30.0
+    pool_size: int = 64
+    verify: bool | str = True
+    cache_ttl: float = 0.0
+    snapshot_timeout: float = 600.0
+    shard_number: int | None = None
+    replication_factor: int | None = None
+    write_consistency_factor: int | None = None
+    read_consistency: int | Literal["majority", "quorum", "all"] | None = None
+    write_ordering: Literal["weak", "medium", "strong"] | None = None
+    retry: RetryPolicy = attrs.field(factory=RetryPolicy)
+    breaker: BreakerPolicy = attrs.field(factory=BreakerPolicy)
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        name = self.collection_name
+        if not (isinstance(name, str) and _COLLECTION_NAME.fullmatch(name)):
+            raise ValidationError(
+                "collection_name: 1 to 200 of letters, digits and _ - . (not in front) are needed, "
+                f"got {brief(self.collection_name)}"
+            )
+        check_choice("engine", self.engine, ("auto", "edge", "local"))
+        check_choice("durability", self.durability, ("process", "power"))
+        check_positive("lock_timeout", self.lock_timeout, zero=True)
+        check_integer("cache_size", self.cache_size, 0, MAX_INTEGER)
+        if self.slow_operation_ms is not None:
+            check_positive("slow_operation_ms", self.slow_operation_ms, zero=True)
+        self._check_server_fields()
+
+    def _check_server_fields(self) -> None:
+        if self.url is not None:
+            _check_url(self.url)
+        key = self.api_key
+        if key is not None and not (isinstance(key, str) and HEADER_TEXT.fullmatch(key)):
+            raise ValidationError(
+                "api_key: printable ASCII characters are needed"
+            )  # the value is never shown
+        if not isinstance(self.verify, bool | str):
+            raise ValidationError(f"verify: True, False or a path is needed, got {brief(self.verify)}")
+        for field in ("connect_timeout", "request_timeout", "snapshot_timeout"):
+            check_positive(field, getattr(self, field))
+        check_positive("cache_ttl", self.cache_ttl, zero=True)
+        check_integer("pool_size", self.pool_size, 1, 65_535)
+        for field in ("shard_number", "replication_factor", "write_consistency_factor"):
+            if getattr(self, field) is not None:
+                check_integer(field, getattr(self, field), 1, _MAX_FACTOR)
+        self._check_policies()
+
+    def _check_policies(self) -> None:
+        if isinstance(self.read_consistency, int):
+            check_integer("read_consistency", self.read_consistency, 1, _MAX_FACTOR)
+        elif self.read_consistency is not None:
+            check_choice("read_consistency", self.read_consistency, ("majority", "quorum", "all"))
+        if self.write_ordering is not None:
+            check_choice("write_ordering", self.write_ordering, ("weak", "medium", "strong"))
+        for field, kind in (("retry", RetryPolicy), ("breaker", BreakerPolicy)):
+            value = getattr(self, field)
+            if not isinstance(value, kind):
+                raise ValidationError(f"{field}: a {kind.__name__} is needed, got {brief(value)}")
+
+
+def _variable(field: str) -> str:
+    shared = {"url": "QDRANT_URL", "api_key": "QDRANT_API_KEY", "collection_name": "QDRANT_COLLECTION"}
+    return shared.get(field) or f"ATTUNED_STORE_{field.upper()}"
+
+
+def _parsed(variable: str, text: str, kind: str) -> object:
+    try:
+        if kind.startswith("bool"):
+            return {**dict.fromkeys(TRUE_WORDS, True), **dict.fromkeys(FALSE_WORDS, False)}[text.lower()]
+        if kind.startswith("int"):
+            return int(text)
+        if kind.startswith("float"):
+            return float(text)
+    except (ValueError, KeyError):
+        if "str" in kind or "Literal" in kind:
+            return text  # the field says whether the text will do
+        raise ValidationError(f"{variable}: {kind.partition(' ')[0]} is needed, got {brief(text)}") from None
+    return tuple(name.strip() for name in text.split(",")) if kind.startswith("tuple") else text
+
+
+_Config = TypeVar("_Config", bound=MemoryStoreConfig)
+
+
+def make_config(kind: type[_Config], config: _Config | None, options: Mapping[str, Any]) -> _Config:
+    """The configuration with these options instead of its own."""
+    if not isinstance(config, kind | None):
+        raise ValidationError(
+            f"config: a {kind.__name__} is needed, got {type_name(config)}; a place is given by name, "
+            "as in path='./mood', or to open_store"
+        )
+    known = [field.name for field in attrs.fields(kind)]
+    for option in options:
+        if option not in known:
+            raise ValidationError(f"{option}: not an option here; there are {', '.join(known)}")
+    return attrs.evolve(config if config is not None else kind(), **options)
+
+
+def make_qdrant_config(config: QdrantStoreConfig | None, options: Mapping[str, Any]) -> QdrantStoreConfig:
+    if options.get("path") is not None:
+        options = {"url": None, **options}  # what is asked for here counts, whatever the configuration says
+    elif options.get("url") is not None:
+        options = {"path": None, **options}
+    config = make_config(QdrantStoreConfig, config, options)
+    if (config.path is None) == (config.url is None):
+        raise ValidationError("path, url: one of them is needed, a directory or a server")
+    return config

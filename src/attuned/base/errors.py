@@ -1,0 +1,182 @@
+"""The errors that stores raise, and how their messages show values."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+T = TypeVar("T")
+
+
+LOGGER = logging.getLogger("attuned_store")
+
+
+# For what is slow, which nobody wants on the stderr of a program that has not set up logging.
+SLOW_LOGGER = logging.getLogger("attuned_store.slow")
+
+
+SLOW_LOGGER.addHandler(logging.NullHandler())
+
+
+_SHOWN_CHARACTERS = 80  # of a value in an error message
+_SHOWN_ID_CHARACTERS = 4
+
+
+def brief(value: object) -> str:
+    """A value for an error message: its repr, cut to a readable length."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…"
+
+
+def one_line(text: str) -> str:
+    """Take line ends and terminal controls out of a message."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text).strip()
+
+
+def type_name(value: object) -> str:
+    """The type of a wrong argument, which may be somebody's id, for an error message."""
+    return type(value).__name__
+
+
+def short_id(user_id: str) -> str:
+    """At most the first four characters: ids are personal data and must not fill logs."""
+    return user_id if len(user_id) <= _SHOWN_ID_CHARACTERS else user_id[:_SHOWN_ID_CHARACTERS] + "…"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+class StoreError(Exception):
+    """Base of every error that a store raises.
+
+    StoreError
+    ├── ValidationError (ValueError)
+    ├── UserNotFoundError (KeyError)
+    ├── ConflictError
+    ├── SchemaMismatchError
+    ├── StoreClosedError
+    ├── StoreLockedError
+    ├── MissingDependencyError (ImportError)
+    ├── UnsupportedServerError
+    ├── SnapshotError
+    └── BackendError
+        ├── BackendUnavailableError
+        ├── BackendTimeoutError
+        ├── RateLimitedError
+        ├── BackendRejectedError
+        └── CircuitOpenError
+
+    ``written`` is how many snapshots of an ``upsert_many`` had been written when it failed, else None.
+    """
+
+    written: int | None = None
+
+
+class ValidationError(StoreError, ValueError):
+    """A value breaks a rule; nothing was written. The message names field, rule and value."""
+
+
+class UserNotFoundError(StoreError, KeyError):
+    """The store holds nothing for this user."""
+
+    __str__ = Exception.__str__  # KeyError would show the repr of the message
+
+
+class ConflictError(StoreError):
+    """The latest snapshot is not the expected one; nothing was written.
+
+    With ``ambiguous`` the write may have happened and been overwritten since: read before trying again.
+    """
+
+    def __init__(self, message: str, *, ambiguous: bool = False) -> None:
+        super().__init__(message)
+        self.ambiguous = ambiguous
+
+
+class SchemaMismatchError(StoreError):
+    """The store on disk, or the one already open in this process, has another schema or setting."""
+
+
+class StoreClosedError(StoreError):
+    """The store was used after it had been closed."""
+
+
+class StoreLockedError(StoreError):
+    """Another process has the directory open."""
+
+
+class MissingDependencyError(StoreError, ImportError):
+    """An optional library is needed; the message says what to install."""
+
+
+class UnsupportedServerError(StoreError):
+    """The Qdrant server is too old."""
+
+
+class SnapshotError(StoreError):
+    """A backup is corrupt, incomplete, too new or unsafe."""
+
+
+class BackendError(StoreError):
+    """The engine beneath the store failed; ``from`` keeps its own error.
+
+    ``backend`` and ``operation`` say where, ``retryable`` whether the same call may succeed later.
+    """
+
+    def __init__(self, message: str, *, backend: str, operation: str, retryable: bool = False) -> None:
+        super().__init__(message)
+        self.backend = backend
+        self.operation = operation
+        self.retryable = retryable
+
+
+class BackendUnavailableError(BackendError):
+    """The backend refused or dropped the connection, or answered 5xx."""
+
+
+class BackendTimeoutError(BackendError):
+    """The backend did not answer in time."""
+
+
+class BackendRejectedError(BackendError):
+    """The backend rejected the request (4xx); it is never sent again."""
+
+
+class WaitError(BackendError):
+    """A failure with a known time to wait."""
+
+    def __init__(self, message: str, *, retry_after_s: float, backend: str, operation: str) -> None:
+        super().__init__(message, backend=backend, operation=operation, retryable=True)
+        self.retry_after_s = retry_after_s
+
+
+class RateLimitedError(WaitError):
+    """The backend asks to wait for ``retry_after_s`` seconds."""
+
+
+class CircuitOpenError(WaitError):
+    """The circuit breaker is open; it lets a probe through after ``retry_after_s`` seconds."""
+
+
+def closed_error() -> StoreClosedError:
+    return StoreClosedError("the store is closed; open it again")
+
+
+def unknown_user_error(user_id: str) -> UserNotFoundError:
+    return UserNotFoundError(f"no user {short_id(user_id)!r} in the store")
+
+
+def locked_error(path: str | Path) -> StoreLockedError:
+    return StoreLockedError(
+        f"{path}: another process has this directory open; close it there, wait for it with "
+        "lock_timeout (ATTUNED_STORE_LOCK_TIMEOUT) in seconds, or let both use a Qdrant server"
+    )
+
+
+def forked_error(place: str) -> StoreError:
+    return StoreError(f"{place}: the store was opened before the fork; open it after the fork")

@@ -1,0 +1,206 @@
+"""What notebooks show: states, histories and stores as HTML, and plots."""
+
+from __future__ import annotations
+
+import html
+import itertools
+from datetime import UTC, datetime, timedelta
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from attuned.base.config import check_axis_names
+from attuned.base.errors import (
+    MissingDependencyError,
+    ValidationError,
+    brief,
+    plural,
+    short_id,
+    unknown_user_error,
+)
+from attuned.base.values import NEUTRAL, StateSnapshot, distinct_users, iso_time
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+# What Jupyter shows of a snapshot, a history and a store: HTML with inline styles alone, everything escaped,
+# of a user id the first four characters; colours that can be read on a light and on a dark page.
+
+_MOST_BARS = 64  # axes of a snapshot
+
+
+_MOST_COLUMNS = 50  # snapshots of a history
+
+
+MAX_PLOTTED = 1_000
+
+
+_ABOVE, _BELOW = (59, 125, 216), (214, 111, 33)  # blue and orange: told apart by all kinds of eyes
+
+
+FONT = "font-family:sans-serif;font-size:12px;line-height:1.3"
+
+
+_CELL = "padding:1px 6px;text-align:left;border:none;white-space:nowrap"
+
+
+_NUMBER = "font-variant-numeric:tabular-nums"
+
+
+_ROW = "background:none"
+
+
+TABLE = "border-collapse:collapse"
+
+
+def _rgba(value: float) -> str:
+    """The colour of a value in [0, 1]: none at neutral, full at the ends."""
+    red, green, blue = _ABOVE if value > NEUTRAL else _BELOW
+    return f"rgba({red},{green},{blue},{2 * abs(value - NEUTRAL):.2f})"
+
+
+def element(tag: str, style: str, *contents: str, title: str = "") -> str:
+    """An HTML element; its contents are HTML already, its title is not."""
+    hint = f' title="{html.escape(title)}"' if title else ""
+    return f'<{tag} style="{style}"{hint}>{"".join(contents)}</{tag}>'
+
+
+def table_row(*cells: str) -> str:
+    return element("tr", _ROW, *(element("td", _CELL, cell) for cell in cells))
+
+
+def _bar(value: float) -> str:
+    """A bar from neutral, which is in the middle, to the value."""
+    start, width = 100 * min(value, NEUTRAL), 100 * abs(value - NEUTRAL)
+    colour = _ABOVE if value > NEUTRAL else _BELOW
+    fill = f"position:absolute;top:0;height:100%;left:{start:.1f}%;width:{width:.1f}%;background:rgb{colour}"
+    middle = "position:absolute;top:0;height:100%;left:50%;width:1px;background:currentColor;opacity:.6"
+    box = "position:relative;width:140px;height:10px;background:rgba(128,128,128,.15)"
+    return element("div", box, element("div", fill), element("div", middle))
+
+
+def _heading(snapshot: StateSnapshot) -> str:
+    facts = (iso_time(snapshot.updated_at_unix_ms), snapshot.source, f"confidence {snapshot.confidence:g}")
+    return f"<b>{html.escape(short_id(snapshot.user_id))}</b> {html.escape(', '.join(facts))}"
+
+
+def _more(count: int, noun: str) -> str:
+    return element("div", "opacity:.7", f"and {count:,} more {noun}") if count > 0 else ""
+
+
+def snapshot_html(snapshot: StateSnapshot) -> str:
+    """A snapshot: its axes as bars around neutral."""
+    rows = [
+        table_row(html.escape(name), _bar(value), element("span", _NUMBER, f"{value:.3f}"))
+        for name, value in itertools.islice(snapshot.axes.items(), _MOST_BARS)
+    ]
+    shown = element("table", TABLE, *rows) if rows else "no axes: neutral"
+    return element("div", FONT, _heading(snapshot), shown, _more(len(snapshot.axes) - len(rows), "axes"))
+
+
+def _names_in(history: Iterable[StateSnapshot], order: Iterable[str] = ()) -> list[str]:
+    """The axes that snapshots have, in this order, then in theirs."""
+    there = dict.fromkeys(name for snapshot in history for name in snapshot.axes)
+    return list(dict.fromkeys([*(name for name in order if name in there), *there]))
+
+
+def _cell(snapshot: StateSnapshot, name: str) -> str:
+    """A value as a coloured cell, whose title tells it; without a colour where there is no value."""
+    said = f"{snapshot.axes[name]:.3f}" if name in snapshot.axes else "no value"
+    title = f"{iso_time(snapshot.updated_at_unix_ms)}, {snapshot.source}, {snapshot.confidence:g}: {said}"
+    colour = f"padding:0;border:none;min-width:12px;height:12px;background:{_rgba(snapshot.axis(name))}"
+    return element("td", colour, title=title)
+
+
+def _history_html(history: Sequence[StateSnapshot]) -> str:
+    """Snapshots as a heat map: a row for each axis, a column for each snapshot, the newest at the right."""
+    shown = history[:_MOST_COLUMNS][::-1]
+    if not shown:
+        return element("div", FONT, "<b>no history</b>")
+    names = _names_in(history)[:_MOST_BARS]
+    rows = (
+        element("tr", _ROW, element("td", _CELL, html.escape(name)), *(_cell(each, name) for each in shown))
+        for name in names
+    )
+    users = html.escape(", ".join(map(short_id, distinct_users(shown))))
+    first, last = (iso_time(shown[end].updated_at_unix_ms) for end in (0, -1))
+    facts = f"<b>{users}</b> {plural(len(shown), 'snapshot')}, from {first} at the left to {last}"
+    older = _more(len(history) - len(shown), "older snapshots")
+    return element("div", FONT, facts, element("table", TABLE, *rows), older)
+
+
+class History(list[StateSnapshot]):
+    """What get_history returns: a list, which a notebook shows as a heat map.
+
+    It equals a list of the same snapshots, and what is pickled or copied of it is a plain list.
+    """
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[type[list[StateSnapshot]], tuple[list[StateSnapshot]]]:
+        return list, (self[:],)
+
+    def _repr_html_(self) -> str:
+        return _history_html(self)
+
+
+def latest_alone(user_id: str, latest: StateSnapshot | None) -> list[StateSnapshot]:
+    """What is shown of a user without a history."""
+    if latest is None:
+        raise unknown_user_error(user_id)
+    return [latest]
+
+
+def plotted_axes(
+    history: Sequence[StateSnapshot], asked: Iterable[str] | None, order: Sequence[str]
+) -> list[str]:
+    """The axes to plot: those asked for, which the store must have, else those that there is anything of."""
+    if asked is None:
+        return _names_in(history, order) or list(order)
+    names = list(check_axis_names(asked) or ())
+    for name in names:
+        if name not in order:
+            raise ValidationError(f"axes: the store has no axis {brief(name)}; it has {', '.join(order)}")
+    return names
+
+
+def _matplotlib() -> tuple[Any, Any]:
+    try:
+        # Not an import statement, at which a type checker would want matplotlib wherever this file is copied.
+        return import_module("matplotlib.pyplot"), import_module("matplotlib.dates")
+    except ImportError as error:
+        raise MissingDependencyError("plotting needs matplotlib: pip install matplotlib") from error
+
+
+def plot_states(history: Sequence[StateSnapshot], names: Sequence[str]) -> Any:
+    """Each axis as a line of its own, one below the other: its steps through time, around neutral."""
+    pyplot, dates = _matplotlib()
+    entries = history[::-1]
+    times = [datetime.fromtimestamp(each.updated_at_unix_ms / 1000, UTC) for each in entries]
+    held = (times[-1] - times[0]) * 0.04 or timedelta(hours=1)  # what the last state is drawn for
+    height = max(0.34, 0.7 - 0.04 * len(names))  # few axes get more room each
+    _, plot = pyplot.subplots(figsize=(9, 1.0 + height * len(names)), layout="constrained")
+    for row, name in enumerate(names):
+        _plot_axis(plot, row, [*times, times[-1] + held], [each.axis(name) for each in entries])
+    plot.set_yticks(range(len(names)), names)
+    plot.set_ylim(len(names) - 0.4, -0.6)
+    plot.set_xlim(times[0], times[-1] + held)
+    plot.xaxis.set_major_formatter(dates.ConciseDateFormatter(plot.xaxis.get_major_locator(), tz=UTC))
+    title = f"{short_id(history[0].user_id)}, values from 0 to 1 around neutral 0.5, times in UTC"
+    plot.set_title(title, loc="left", fontsize="medium")
+    plot.spines[["top", "right", "left"]].set_visible(False)
+    plot.tick_params(axis="y", length=0)
+    return plot
+
+
+def _plot_axis(plot: Any, row: int, times: Sequence[datetime], values: Sequence[float]) -> None:
+    """One axis: filled above neutral in one colour and below in the other, a dot at each snapshot."""
+    heights = [0.9 * (value - NEUTRAL) for value in [*values, values[-1]]]
+    for colour, part in ((_ABOVE, max), (_BELOW, min)):
+        edge = [row - part(height, 0.0) for height in heights]  # rows are counted downwards
+        fill = [channel / 255 for channel in colour]
+        plot.fill_between(times, row, edge, step="post", color=fill, alpha=0.55, linewidth=0)
+    plot.axhline(row, color="gray", linewidth=0.6)
+    dots = [row - height for height in heights[:-1]]
+    plot.plot(times[:-1], dots, ".", color="gray", markersize=3)
+    at_the_right = plot.get_yaxis_transform()
+    plot.text(1.01, row, f"{values[-1]:.2f}", transform=at_the_right, va="center", fontsize="small")

@@ -1,0 +1,139 @@
+"""Retries and the circuit breaker of requests to a server."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import time
+from typing import TYPE_CHECKING, Literal, cast
+
+from attuned.base.errors import BackendError, CircuitOpenError, RateLimitedError, T
+from attuned.base.telemetry import BREAKERS, breakers_lock, report_request
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from attuned.base.config import BreakerPolicy, QdrantStoreConfig
+
+
+class CircuitBreaker:
+    """A circuit breaker, shared by all threads and tasks of a store."""
+
+    def __init__(self, policy: BreakerPolicy, clock: Callable[[], float] = time.monotonic) -> None:
+        self._policy = policy
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._opened_at: float | None = None
+        self._probing = False
+        with breakers_lock:
+            BREAKERS.add(self)
+
+    def retire(self) -> None:
+        """Count no longer in the state of all breakers: the store is closed."""
+        with breakers_lock:
+            BREAKERS.discard(self)
+
+    @property
+    def state(self) -> Literal["closed", "open", "half-open"]:
+        """What the next request meets."""
+        if self._opened_at is None:
+            return "closed"
+        return "open" if self._clock() < self._opened_at + self._policy.open_s else "half-open"
+
+    def is_open_in(self, seconds: float) -> bool:
+        """Whether it lets nothing through now, and will not after so many seconds."""
+        opened_at = self._opened_at
+        return opened_at is not None and self._clock() + seconds < opened_at + self._policy.open_s
+
+    def enter(self, backend: str, operation: str) -> bool:
+        """Let a request through, or raise CircuitOpenError; returns whether it is a probe."""
+        with self._lock:
+            state = self.state
+            if state == "open" or (state == "half-open" and self._probing):
+                left = max(0.0, cast("float", self._opened_at) + self._policy.open_s - self._clock())
+                raise CircuitOpenError(
+                    f"{backend}: not asked to {operation}: it failed {self._failures} times in a row; "
+                    f"try again in {left:.1f} s",
+                    retry_after_s=left,
+                    backend=backend,
+                    operation=operation,
+                )
+            probe = state == "half-open"
+            self._probing = self._probing or probe
+            return probe
+
+    def leave(self, *, failed: bool, probe: bool | None = None) -> None:
+        """Say how a request that was let through ended, by default the probe where there is one.
+
+        While the breaker is open only a probe counts: the others were sent before.
+        """
+        with self._lock:
+            if self._opened_at is not None and not (self._probing if probe is None else probe):
+                return
+            self._probing = False
+            if not failed:
+                self._failures, self._opened_at = 0, None
+                return
+            self._failures += 1
+            if self._failures >= self._policy.failures:
+                self._opened_at = self._clock()
+
+    def give_up(self, *, probe: bool = True) -> None:
+        """Say that a request was let through and cancelled: nothing was learnt."""
+        with self._lock:
+            self._probing = self._probing and not probe
+
+
+def _is_failure(error: BackendError) -> bool:
+    """Whether an error says something against the health of a server. A 4xx does not: it is an answer."""
+    status: int | None = getattr(error.__cause__, "status_code", None)
+    answered = isinstance(error, RateLimitedError) or (status is not None and 400 <= status < 500)  # noqa: PLR2004
+    return error.retryable and not answered
+
+
+class Resilience:
+    """Sends requests under a retry policy and a circuit breaker; waiting is handed in, as it differs."""
+
+    def __init__(
+        self,
+        config: QdrantStoreConfig,
+        sleep: Callable[[float], Awaitable[object]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.breaker = CircuitBreaker(config.breaker, clock)
+        self._policy = config.retry
+        self._sleep = sleep
+        self._clock = clock
+
+    async def send(self, operation: str, request: Callable[[], Awaitable[T]]) -> T:
+        """Send a request until it succeeds, or there is no sense in going on."""
+        begun = self._clock()
+        for attempt in itertools.count():
+            probe = self.breaker.enter("server", operation)
+            try:
+                with report_request("server", operation, attempt + 1):
+                    answer = await request()
+            except BackendError as error:
+                self.breaker.leave(failed=_is_failure(error), probe=probe)
+                wait = self._wait(error, attempt)
+                if wait is None or self._clock() + wait > begun + self._policy.deadline_s:
+                    raise
+                if self.breaker.is_open_in(wait):  # the next attempt would be refused: this failure says more
+                    raise
+            except BaseException:
+                self.breaker.give_up(probe=probe)
+                raise
+            else:
+                self.breaker.leave(failed=False, probe=probe)
+                return answer
+            await self._sleep(wait)
+        raise AssertionError("unreachable")  # pragma: no cover - count() does not end
+
+    def _wait(self, error: BackendError, attempt: int) -> float | None:
+        """Seconds to wait after a failed attempt, counted from 0; None where it was the last."""
+        if not error.retryable or attempt + 1 >= self._policy.attempts:
+            return None
+        jitter = random.uniform(0.0, min(self._policy.cap_s, self._policy.base_s * 2.0**attempt))
+        return max(jitter, error.retry_after_s) if isinstance(error, RateLimitedError) else jitter

@@ -1,0 +1,526 @@
+"""The engine of a Qdrant server or cluster."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import time
+import weakref
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from urllib.parse import quote as urlquote
+
+from attuned.base.errors import (
+    BackendError,
+    BackendRejectedError,
+    BackendTimeoutError,
+    SchemaMismatchError,
+    SnapshotError,
+    StoreError,
+    T,
+    UnsupportedServerError,
+    brief,
+)
+from attuned.base.telemetry import report_request
+from attuned.connections.http import (
+    MIN_SERVER_VERSION,
+    BlockingClient,
+    ErrorOrigin,
+    RemainingTime,
+    download_awaiting,
+    download_blocking,
+    http_status_of,
+    is_file_name,
+    read_awaiting,
+    read_blocking,
+    run_in_task,
+    server_error,
+    sleep_blocking,
+    snapshots_path,
+    status_error,
+)
+from attuned.connections.pools import ConnectionPools
+from attuned.connections.resilience import Resilience
+from attuned.connections.runtime import async_sleep, run_blocking, run_in_thread, shielded
+from attuned.engines.client_models import client_filter, import_qdrant_client
+from attuned.engines.waist import (
+    AnyOf,
+    CollectionSpec,
+    ExecutionMode,
+    Filter,
+    IndexKind,
+    Page,
+    Put,
+    Record,
+    backend_errors,
+)
+from attuned.snapshots.directory import NativeSnapshotWriter, RemoteSnapshot
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from attuned.base.config import QdrantStoreConfig
+
+
+class _Clients(NamedTuple):
+    """qdrant-client and, for what that does not offer, plain httpx; closing ``ending`` closes both."""
+
+    qdrant: Any
+    plain: Any
+    ending: AsyncGenerator[None, None] | None = None
+
+
+def _event_loop() -> object:
+    from anyio.lowlevel import current_token
+
+    return current_token()
+
+
+async def _until_the_end(
+    loop: object, clients: _Clients, of: weakref.ref[ServerEngine]
+) -> AsyncGenerator[None, None]:
+    """Close clients with their event loop, which at its end closes the generators that are left over.
+
+    It also closes one that is collected, as when a store goes without being closed. As the reference is weak,
+    this comes before the collection of the sockets, which would warn.
+    """
+    import anyio
+
+    try:
+        yield
+    finally:
+        if engine := of():
+            engine._clients_of.pop(loop, None)
+        with anyio.CancelScope(shield=True):
+            await clients.qdrant.close()
+            await clients.plain.aclose()
+
+
+class ServerEngine:
+    """A Qdrant server or cluster over REST: qdrant-client, blocking or asynchronous, behind one form.
+
+    One blocking client serves all threads. A connection of an asynchronous one belongs to the event loop that
+    it was made in: every loop gets clients of its own, which are closed with the store, or with the loop.
+    """
+
+    name = "server"
+    indexed = True
+    compact = False
+
+    def __init__(self, config: QdrantStoreConfig, runs: ExecutionMode) -> None:
+        self._models = import_qdrant_client().models
+        import ssl
+
+        import httpx
+
+        self.runs: ExecutionMode = runs
+        self._config = config
+        self._url = cast("str", config.url)
+        self._blocking = runs == "in place"
+        headers = {} if config.api_key is None else {"api-key": config.api_key}  # as api_key= it would warn
+        limits = httpx.Limits(max_connections=config.pool_size, max_keepalive_connections=config.pool_size)
+        verify = config.verify
+        trusted = (
+            ssl.create_default_context(cafile=verify)
+            if isinstance(verify, str)
+            else httpx.create_ssl_context(verify)
+        )
+        self._shared: dict[str, Any] = {"headers": headers, "limits": limits, "verify": trusted}
+        clients = self._make_clients()  # the first take 0.1 s, for which no event loop is to be held up
+        self._prepared = [clients]
+        self._clients_of: dict[object, _Clients] = {None: clients} if self._blocking else {}
+        self.resilience = Resilience(config, sleep_blocking if self._blocking else async_sleep)
+
+    def _make_clients(self) -> _Clients:
+        import httpx
+
+        package, config, blocking = import_qdrant_client(), self._config, self._blocking
+        kind = package.QdrantClient if blocking else package.AsyncQdrantClient
+        client = kind(url=self._url, check_compatibility=False, **self._shared)
+        http = client._client.openapi_client.client  # no public parameter tells the two timeouts apart
+        timeout = self._timeout(config.request_timeout)
+        http = http._client if blocking else http._async_client
+        http.timeout = timeout
+        http._transport = ConnectionPools(
+            self._make_pool, config.pool_size
+        )  # as transport= it would turn proxies off
+        plain = (httpx.Client if blocking else httpx.AsyncClient)(
+            base_url=client._client.rest_uri, timeout=timeout, **self._shared
+        )
+        return (
+            _Clients(BlockingClient(client), BlockingClient(plain)) if blocking else _Clients(client, plain)
+        )
+
+    def _make_pool(self, connections: int) -> Any:
+        import httpx
+
+        kind = httpx.HTTPTransport if self._blocking else httpx.AsyncHTTPTransport
+        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+        return kind(verify=self._shared["verify"], limits=limits)
+
+    def _clients(self) -> _Clients:
+        """The clients of this event loop, made when it first needs them."""
+        loop = None if self._blocking else _event_loop()
+        return self._clients_of.get(loop) or self._adopt(loop)
+
+    def _adopt(self, loop: object) -> _Clients:
+        try:
+            clients = self._prepared.pop()
+        except IndexError:
+            clients = self._make_clients()
+        ending = _until_the_end(loop, clients, weakref.ref(self))
+        run_blocking(cast("Any", anext(ending)))
+        clients = self._clients_of[loop] = clients._replace(ending=ending)
+        return clients
+
+    @property
+    def _client(self) -> Any:
+        return self._clients().qdrant
+
+    @property
+    def _raw(self) -> Any:
+        return self._clients().plain
+
+    def _timeout(self, seconds: float) -> Any:
+        import httpx
+
+        return httpx.Timeout(seconds, connect=self._config.connect_timeout)
+
+    async def _send(self, operation: str, request: Callable[[], Awaitable[Any]]) -> Any:
+        async def translated() -> Any:
+            try:
+                return await (request() if self._blocking else run_in_task(request))
+            except StoreError:
+                raise
+            except Exception as error:
+                raise server_error(error, operation, self._url) from error
+
+        return await self.resilience.send(operation, translated)
+
+    async def open_collection(self, collection: CollectionSpec) -> Mapping[str, Any]:
+        await self._check_version()
+        info = await self._describe(collection.name)
+        if info is None:
+            await self._create(collection)
+            info = await self._describe(collection.name)
+        if info is None:
+            raise BackendError(
+                f"{self._url}: collection {collection.name!r} vanished while it was being opened",
+                backend=self.name,
+                operation="open",
+                retryable=True,
+            )
+        metadata = dict(info.config.metadata or {})
+        collection.accept(metadata)
+        vectors = info.config.params.vectors
+        found = getattr(vectors, "size", None), getattr(vectors, "distance", None)
+        if found != (metadata.get("vector_size"), self._models.Distance.COSINE):
+            raise SchemaMismatchError(
+                f"{self._url}: collection {collection.name!r} has {found[0]} dimensions, {found[1]}; "
+                f"{metadata.get('vector_size')} and Cosine are needed"
+            )
+        await self._create_indexes(collection, set(info.payload_schema))
+        return metadata
+
+    async def _check_version(self) -> None:
+        version = (await self._send("info", self._client.info)).version
+        numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+        if numbers < MIN_SERVER_VERSION:
+            least = ".".join(map(str, MIN_SERVER_VERSION))
+            raise UnsupportedServerError(f"{self._url}: Qdrant {version}; {least} or newer is needed")
+
+    async def _describe(self, name: str) -> Any:
+        try:
+            return await self._send("describe", lambda: self._client.get_collection(name))
+        except BackendRejectedError as error:
+            if http_status_of(error) == HTTPStatus.NOT_FOUND:
+                return None
+            raise
+
+    async def _create(self, collection: CollectionSpec) -> None:
+        models, config = self._models, self._config
+        vectors = models.VectorParams(size=collection.vector_size, distance=models.Distance.COSINE)
+        try:
+            await self._send(
+                "create",
+                lambda: self._client.create_collection(
+                    collection.name,
+                    vectors_config=vectors,
+                    shard_number=config.shard_number,
+                    replication_factor=config.replication_factor,
+                    write_consistency_factor=config.write_consistency_factor,
+                    metadata=dict(collection.metadata),
+                ),
+            )
+        except BackendRejectedError as error:
+            if http_status_of(error) != HTTPStatus.CONFLICT:  # another one was faster
+                raise
+
+    async def _create_indexes(self, collection: CollectionSpec, there: set[str]) -> None:
+        for key, kind in collection.indexes.items():
+            if key not in there:
+                await self._create_index(collection.name, key, kind)
+
+    async def _create_index(self, name: str, key: str, kind: IndexKind) -> None:
+        models = self._models
+        schema = (
+            models.KeywordIndexParams(type="keyword", is_tenant=True)
+            if kind == "tenant"
+            else models.PayloadSchemaType(kind)
+        )
+        await self._send(
+            "index", lambda: self._client.create_payload_index(name, key, field_schema=schema, wait=True)
+        )
+
+    async def put(self, collection: str, puts: Sequence[Put]) -> None:
+        operations = [self._upsert(put) for put in puts]
+        ordering = self._config.write_ordering
+        if len(operations) == 1:
+            only = operations[0]
+            await self._send(
+                "upsert",
+                lambda: self._client.upsert(
+                    collection,
+                    points=only.points,
+                    update_filter=only.update_filter,
+                    update_mode=only.update_mode,
+                    ordering=ordering,
+                    wait=True,
+                ),
+            )
+        else:
+            batch = [self._models.UpsertOperation(upsert=operation) for operation in operations]
+            await self._send(
+                "upsert",
+                lambda: self._client.batch_update_points(collection, batch, ordering=ordering, wait=True),
+            )
+
+    def _upsert(self, put: Put) -> Any:
+        models = self._models
+        return models.PointsList(
+            points=[
+                models.PointStruct(id=point.id, vector=point.vector, payload=point.payload)
+                for point in put.points
+            ],
+            update_filter=None if put.over is None else client_filter(models, put.over),
+            update_mode=None if put.mode == "upsert" else models.UpdateMode(f"{put.mode}_only"),
+        )
+
+    async def delete(self, collection: str, where: Filter | Sequence[str]) -> None:
+        models = self._models
+        selector = (
+            models.FilterSelector(filter=client_filter(models, where))
+            if isinstance(where, Filter)
+            else models.PointIdsList(points=list(where))
+        )
+        ordering = self._config.write_ordering
+        await self._send(
+            "delete", lambda: self._client.delete(collection, selector, ordering=ordering, wait=True)
+        )
+
+    async def mark(self, collection: str, key: str, value: str | None) -> None:
+        await self._send("mark", lambda: self._client.update_collection(collection, metadata={key: value}))
+
+    async def mark_of(self, collection: str, key: str) -> str | None:
+        info = await self._describe(collection)
+        metadata: Any = info and info.config.metadata
+        return cast("str | None", metadata and metadata.get(key))
+
+    async def finish(self, last: Awaitable[object]) -> None:
+        await (last if self._blocking else shielded(last))
+
+    async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[Record]:
+        found = await self._send(
+            "retrieve",
+            lambda: self._client.retrieve(
+                collection, list(ids), with_payload=payload, consistency=self._config.read_consistency
+            ),
+        )
+        return [Record(str(record.id), record.payload or {}) for record in found]
+
+    async def page(
+        self,
+        collection: str,
+        where: Filter,
+        *,
+        limit: int,
+        cursor: Any = None,
+        newest_by: str | None = None,
+        payload: bool = True,
+    ) -> Page:
+        models = self._models
+        order = newest_by and models.OrderBy(key=newest_by, direction=models.Direction.DESC)
+        records, following = await self._send(
+            "page",
+            lambda: self._client.scroll(
+                collection,
+                scroll_filter=client_filter(models, where),
+                limit=limit,
+                offset=cursor,
+                order_by=order,
+                with_payload=payload or [newest_by],
+                consistency=self._config.read_consistency,
+            ),
+        )
+        return Page([Record(str(record.id), record.payload or {}) for record in records], following)
+
+    async def search(self, collection: str, vector: list[float], where: Filter, limit: int) -> list[Record]:
+        found = await self._send(
+            "search",
+            lambda: self._client.query_points(
+                collection,
+                query=vector,
+                query_filter=client_filter(self._models, where),
+                limit=limit,
+                consistency=self._config.read_consistency,
+            ),
+        )
+        return [Record(str(point.id), point.payload or {}, point.score) for point in found.points]
+
+    async def count(self, collection: str, where: Filter) -> int:
+        counted = await self._send(
+            "count", lambda: self._client.count(collection, client_filter(self._models, where), exact=True)
+        )
+        return cast("int", counted.count)
+
+    async def count_by(
+        self, collection: str, key: str, values: Sequence[str], where: Filter
+    ) -> Mapping[str, int]:
+        narrowed = client_filter(self._models, where._replace(must=(AnyOf(key, values), *where.must)))
+        found = await self._send(
+            "count",
+            lambda: self._client.facet(
+                collection,
+                key,
+                facet_filter=narrowed,
+                limit=len(values),
+                exact=True,
+                consistency=self._config.read_consistency,
+            ),
+        )
+        return {hit.value: hit.count for hit in found.hits}
+
+    def is_absent(self, collection: str, error: BackendError) -> bool:
+        """See SharedEngine.is_absent."""
+        cause: Any = error.__cause__  # a gateway, too, answers 404: what counts is what Qdrant says
+        absent = http_status_of(error) == HTTPStatus.NOT_FOUND
+        return absent and f"Collection `{collection}` doesn't exist".encode() in cause.content
+
+    async def status(self, collection: str, seconds: float) -> Mapping[str, Any]:
+        """Asked without retry and breaker."""
+        with report_request("server", "health"):
+            return await self._status(collection, time.monotonic() + seconds)
+
+    async def _status(self, collection: str, deadline: float) -> Mapping[str, Any]:
+        place = f"collections/{urlquote(collection, safe='')}"
+        latest = {"filter": {"must": [{"key": "kind", "match": {"value": "latest"}}]}, "exact": True}
+        try:
+            found: dict[str, Any] = {"version": (await self._ask("GET", "", deadline))["version"]}
+            described = await self._ask("GET", place, deadline, absent_ok=True)
+            if described:
+                found["collection"] = dict(described["result"])
+                counted = await self._ask("POST", f"{place}/points/count", deadline, json=latest)
+                found["users"] = int(counted["result"]["count"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise server_error(error, "health", self._url) from error
+        return found
+
+    async def _ask(
+        self, method: str, path: str, deadline: float, *, absent_ok: bool = False, **options: Any
+    ) -> dict[str, Any]:
+        """One plain request, for what may not wait."""
+        try:
+            options["extensions"] = {"timeout": RemainingTime(deadline)}
+            read = read_blocking if self._blocking else read_awaiting
+            status, content = await read(self._raw, deadline, method, f"/{path}", options)
+            if status == HTTPStatus.NOT_FOUND and absent_ok:
+                return {}
+            self._check_status("health", status, content)
+            found = json.loads(content)
+            if not isinstance(found, dict):
+                raise TypeError("it is not a JSON object")  # noqa: TRY301
+            return cast("dict[str, Any]", found)
+        except BackendError:
+            raise
+        except Exception as error:
+            raise server_error(error, "health", self._url) from error
+
+    async def resolve(self, collection: str) -> str:
+        aliases = (await self._send("aliases", self._client.get_aliases)).aliases
+        return next((each.collection_name for each in aliases if each.alias_name == collection), collection)
+
+    async def is_whole(self, collection: str) -> bool:
+        shards = await self._send("cluster", lambda: self._client.collection_cluster_info(collection))
+        here = {shard.shard_id for shard in shards.local_shards if shard.state == "Active"}
+        return here.issuperset(shard.shard_id for shard in shards.remote_shards)
+
+    async def create_snapshot(self, collection: str) -> RemoteSnapshot:
+        """Asked once where the answer does not come: the server is making one already."""
+        path = snapshots_path(collection)
+        answer = await self._send("snapshot", lambda: self._long_request("snapshot", "POST", path))
+        try:
+            offered: dict[str, Any] = answer["result"]
+            name, size, checksum = offered["name"], offered["size"], offered.get("checksum")
+        except (KeyError, TypeError, AttributeError) as error:
+            raise SnapshotError(f"{self._url}: the server does not say which snapshot it has made") from error
+        if not is_file_name(name) or not isinstance(size, int):
+            raise SnapshotError(f"{self._url}: the server names its snapshot {brief(name)}, which is no name")
+        return RemoteSnapshot(name, size, checksum.lower() if isinstance(checksum, str) else None)
+
+    async def _long_request(self, operation: str, method: str, path: str, **options: Any) -> Any:
+        """A request that is not sent again when the time is up, as what it asks for may go on."""
+        timeout = self._timeout(self._config.snapshot_timeout)
+        try:
+            answer = await self._raw.request(method, path, timeout=timeout, **options)
+        except Exception as error:
+            failure = server_error(error, operation, self._url)
+            failure.retryable = failure.retryable and not isinstance(failure, BackendTimeoutError)
+            raise failure from error
+        self._check_status(operation, answer.status_code, answer.content)
+        return answer.json()
+
+    async def download_snapshot(self, collection: str, name: str, taking: NativeSnapshotWriter) -> None:
+        path = f"{snapshots_path(collection)}/{urlquote(name, safe='')}"
+        pour = download_blocking if self._blocking else download_awaiting
+        check = functools.partial(self._check_status, "download")
+
+        async def download() -> None:
+            taking.begin()
+            await pour(self._raw, path, check, taking)
+
+        await self._send("download", download)
+
+    async def delete_snapshot(self, collection: str, name: str) -> None:
+        path = f"{snapshots_path(collection)}/{urlquote(name, safe='')}"
+        await self._send("delete", lambda: self._long_request("delete", "DELETE", path))
+
+    async def upload_snapshot(self, collection: str, path: Path, sha256: str) -> None:
+        query = {"priority": "snapshot", "wait": "true", "checksum": sha256}
+
+        async def upload() -> None:
+            with path.open("rb") as file:
+                files = {"snapshot": ("snapshot", file, "application/octet-stream")}
+                place = f"{snapshots_path(collection)}/upload"
+                await self._long_request("restore", "POST", place, params=query, files=files)
+
+        await self._send("restore", upload)
+
+    async def apart(self, call: Callable[[], T]) -> T:
+        return call() if self._blocking else await run_in_thread(call)
+
+    def _check_status(self, operation: str, status: int, body: bytes) -> None:
+        if status >= HTTPStatus.BAD_REQUEST:
+            asked = f"Qdrant at {self._url}: {operation}"
+            raise status_error(status, body, asked, ErrorOrigin(backend="server", operation=operation))
+
+    async def close(self) -> None:
+        self.resilience.breaker.retire()
+        with backend_errors(self.name, "close"):
+            clients = self._clients_of.get(None if self._blocking else _event_loop())
+            if clients is not None and clients.ending is not None:
+                await clients.ending.aclose()
+            elif clients is not None:
+                await clients.qdrant.close()
+                await clients.plain.close()

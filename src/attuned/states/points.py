@@ -1,0 +1,407 @@
+"""States as points: what backends over an engine of points share."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import attrs
+
+from attuned.base.codec import FORMAT_VERSION, Schema, make_point_id, pack_axes, unpack_axes
+from attuned.base.config import QdrantStoreConfig, check_axis_names
+from attuned.base.errors import BackendError, SchemaMismatchError, T, ValidationError
+from attuned.base.values import ANY, MAX_VECTOR_SIZE, Expected, Health, Match, StateSnapshot, check_integer
+from attuned.engines.waist import (
+    AnyOf,
+    CollectionSpec,
+    Condition,
+    Engine,
+    Equal,
+    Filter,
+    IndexKind,
+    Point,
+    Range,
+    Record,
+)
+from attuned.states.contract import (
+    BATCH_SIZE,
+    Cursor,
+    HistoryWindow,
+    Retention,
+    SearchRequest,
+    check_expected,
+    check_snapshot,
+    clamp_score,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+
+_INDEXES: Mapping[str, IndexKind] = {
+    "user_id": "tenant",
+    "kind": "keyword",
+    "updated_at_unix_ms": "integer",
+    "source": "keyword",
+}
+
+
+LATEST = Equal("kind", "latest")
+
+
+HISTORY = Equal("kind", "history")
+
+
+LAST_BITS = 1e-12  # by so much an engine may change a float
+
+
+_MOST_MATCHES = 2**31 - 1
+
+
+LINEAGE = 32  # revisions that a point on a server remembers
+
+
+MAX_COUNTED = 10_000  # users whose writes are counted on a server
+
+
+WHOLE_HISTORY = 1_000_000  # more entries than the history of one user can sensibly have
+
+
+def encode_snapshot(snapshot: StateSnapshot, kind: str, *, compact: bool) -> dict[str, Any]:
+    """The payload of a point, its axes nested or, where that is cheaper, as a text.
+
+    Qdrant Edge may change a float in its last bit; in the compact form there is a text of the confidence too.
+    """
+    axes = snapshot.axes
+    exact = {"exact_confidence": repr(snapshot.confidence)} if compact and snapshot.confidence != 1.0 else {}
+    return {
+        "user_id": snapshot.user_id,
+        "updated_at_unix_ms": snapshot.updated_at_unix_ms,
+        "source": snapshot.source.value,
+        "confidence": snapshot.confidence,
+        "schema_version": snapshot.schema_version,
+        "axes": pack_axes(axes) if compact else dict(axes),
+        "kind": kind,
+        **exact,
+    }
+
+
+def decode_snapshot(payload: Mapping[str, Any]) -> StateSnapshot:
+    """The snapshot that a payload of either form holds."""
+    try:
+        axes = payload["axes"]
+        return StateSnapshot(
+            payload["user_id"],
+            unpack_axes(axes) if isinstance(axes, str) else axes,
+            payload["updated_at_unix_ms"],
+            payload["source"],
+            float(payload.get("exact_confidence", payload["confidence"])),
+            payload["schema_version"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise BackendError(
+            f"a point does not hold a state snapshot: {error}", backend="qdrant", operation="decode"
+        ) from error
+
+
+def payload_field(record: Record, field: str) -> Any:
+    """A field of a payload that need not hold a snapshot."""
+    try:
+        return record.payload[field]
+    except KeyError:
+        message = f"a point does not hold a state snapshot: it has no {field}"
+        raise BackendError(message, backend="qdrant", operation="decode") from None
+
+
+def _where(search: SearchRequest) -> Filter:
+    must: list[Condition] = [HISTORY if search.history else LATEST]
+    if search.user_id is not None:
+        must.append(Equal("user_id", search.user_id))
+    if search.source is not None:
+        must.append(Equal("source", search.source.value))
+    if search.min_confidence is not None:
+        must.append(Range("confidence", least=search.min_confidence - LAST_BITS))
+    if search.since is not None or search.until is not None:
+        must.append(Range("updated_at_unix_ms", search.since, search.until))
+    excluded = () if search.exclude_user_id is None else (Equal("user_id", search.exclude_user_id),)
+    return Filter(tuple(must), excluded)
+
+
+def _recorded_schema(config: QdrantStoreConfig, found: Mapping[str, Any]) -> Schema:
+    """The schema of a collection, if it is ours and what the configuration asks for."""
+    place = f"{config.path or config.url}: collection {config.collection_name!r}"
+    version, axes, vector_size = (found.get(key) for key in ("format_version", "axes", "vector_size"))
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise SchemaMismatchError(
+            f"{place} has format {version}; this version reads up to {FORMAT_VERSION}: upgrade attuned-store"
+        )
+    try:
+        recorded = check_axis_names(axes) or ()
+        size = check_integer("vector_size", vector_size, max(1, len(recorded)), MAX_VECTOR_SIZE)
+    except (TypeError, ValidationError):
+        recorded, size = (), 0
+    if version != FORMAT_VERSION or not recorded:
+        raise SchemaMismatchError(f"{place} was not made by attuned_store; choose another collection_name")
+    for name, asked, there in (
+        ("axes", config.axes, recorded),
+        ("vector_size", config.vector_size, size),
+    ):
+        if asked is not None and asked != there:
+            raise SchemaMismatchError(f"{place} has {name} {there}; this store asks for {asked}")
+    return Schema(recorded, size)
+
+
+class _Reading(NamedTuple):
+    """Where a reading of all states stands."""
+
+    following: Cursor  # where the next page of users begins
+    share: int  # how many users to read at once
+
+
+class PointsBackend(ABC):
+    """The logic of the Qdrant stores that every engine shares.
+
+    It awaits the engine and itself, nothing else.
+    """
+
+    schema: Schema
+    batch = BATCH_SIZE
+
+    def __init__(self, engine: Engine, config: QdrantStoreConfig, collection: str | None = None) -> None:
+        self.engine = engine
+        self.config = config
+        self._collection = collection or config.collection_name
+        self._retention = Retention.of(config)
+
+    @abstractmethod
+    def cached(self, user_id: str) -> StateSnapshot | None:
+        """The latest snapshot where a cache has it. Safe without a lock: it only looks."""
+
+    @abstractmethod
+    async def find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
+        """The latest snapshots of those of these users who have one."""
+
+    @abstractmethod
+    async def get_history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]: ...
+
+    @abstractmethod
+    async def write(self, snapshots: Sequence[StateSnapshot]) -> None: ...
+
+    @abstractmethod
+    async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None: ...
+
+    @abstractmethod
+    async def delete(self, user_id: str) -> bool: ...
+
+    @abstractmethod
+    async def stage(self, token: str) -> PointsBackend:
+        """What is written to the core that this gives takes the place of the contents when adopted."""
+
+    @abstractmethod
+    async def adopt(self, staged: PointsBackend) -> None:
+        """Let what was staged take the place of the contents."""
+
+    @abstractmethod
+    async def discard(self, staged: PointsBackend) -> None:
+        """Give up what was staged."""
+
+    @abstractmethod
+    async def _times_of(self, user_id: str) -> list[int]:
+        """The times of a user's history, ascending, hidden ones included."""
+
+    @abstractmethod
+    async def _remove(self, times: Mapping[str, list[int]]) -> None:
+        """Remove the oldest entries of histories, which are given."""
+
+    async def _open_schema(self) -> Schema:
+        """Open the collection, creating it where absent: with the axes that it had, if it has been open."""
+        fresh = getattr(self, "schema", None) or Schema.of(self.config)
+        wanted = {
+            "format_version": FORMAT_VERSION,
+            "axes": list(fresh.axes),
+            "vector_size": fresh.vector_size,
+        }
+        accept = functools.partial(_recorded_schema, self.config)
+        collection = CollectionSpec(self._collection, fresh.vector_size, _INDEXES, wanted, accept)
+        return accept(await self.engine.open_collection(collection))
+
+    def begin(self, operation: Callable[[PointsBackend], Coroutine[Any, Any, T]]) -> Coroutine[Any, Any, T]:
+        """The coroutine of an operation; one that needs the collection opens it first."""
+        return operation(self)
+
+    def check(self, snapshot: StateSnapshot) -> None:
+        """Raise ValidationError unless this is a snapshot that the store can keep."""
+        self.schema.check(check_snapshot(snapshot).axes)
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        return (await self.find([user_id])).get(user_id)
+
+    async def upsert_latest(self, snapshot: StateSnapshot, expected: Expected) -> None:
+        self.check(snapshot)
+        check_expected(expected)
+        if expected is ANY:
+            await self.write([snapshot])
+        else:
+            await self.write_expected(snapshot, expected)
+
+    async def search(self, search: SearchRequest) -> list[Match]:
+        vector, where = self.schema.vector(search.axes), _where(search)
+        limit = min(search.limit, _MOST_MATCHES)
+        while True:
+            records = await self.engine.search(self._collection, vector, where, limit)
+            found = ((decode_snapshot(record.payload), record.score) for record in records)
+            matches = [Match(entry, clamp_score(score)) for entry, score in found if search.admits(entry)]
+            if search.history:
+                matches = await self._shown(matches)
+            if len(matches) >= search.limit or len(records) < limit or limit == _MOST_MATCHES:
+                break
+            limit = min(4 * limit, _MOST_MATCHES)  # some were not to be shown: look further
+        return [match for match in matches[: search.limit] if match.score >= search.score_threshold]
+
+    async def _shown(self, matches: list[Match]) -> list[Match]:
+        """Those matches that history shows: one that is not yet trimmed holds more."""
+        overfull = await self._overfull(list({match.snapshot.user_id for match in matches}))
+        return [
+            match
+            for match in matches
+            if match.snapshot.user_id not in overfull or await self._in_history(match.snapshot)
+        ]
+
+    async def _in_history(self, snapshot: StateSnapshot) -> bool:
+        times = await self._times_of(snapshot.user_id)
+        return snapshot.updated_at_unix_ms in times[self._retention.hidden(times) :]
+
+    async def page_of_users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
+        page = await self.engine.page(self._collection, Filter((LATEST,)), limit=self.batch, cursor=cursor)
+        return [str(payload_field(record, "user_id")) for record in page.records], page.cursor
+
+    async def count_users(self) -> int:
+        return await self.engine.count(self._collection, Filter((LATEST,)))
+
+    async def count_page(self, cursor: Cursor) -> tuple[int, Cursor]:
+        user_ids, cursor = await self.page_of_users(cursor)
+        counts = await self._count_by_user(user_ids, self._retention.cutoff())
+        return sum(min(self._retention.maximum, count) for count in counts.values()), cursor
+
+    async def _count_by_user(self, user_ids: Sequence[str], least: int = 0) -> Mapping[str, int]:
+        """How many entries the histories of users hold, from a time on."""
+        if not user_ids:
+            return {}
+        where = Filter((HISTORY, Range("updated_at_unix_ms", least)) if least else (HISTORY,))
+        return await self.engine.count_by(self._collection, "user_id", user_ids, where)
+
+    async def prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
+        user_ids, cursor = await self.page_of_users(cursor)
+        hidden, removed = dict[str, list[int]](), 0
+        for user_id in await self._overfull(user_ids):
+            times = await self._times_of(user_id)
+            removed += self._retention.removable(
+                times
+            )  # the newest entry is the latest snapshot, which stays
+            if number := self._retention.hidden(times):
+                hidden[user_id] = times[:number]
+        if hidden:
+            await self._remove(hidden)
+        return removed, cursor
+
+    async def _overfull(self, user_ids: Sequence[str]) -> list[str]:
+        """The users whose history holds entries that it does not show."""
+        held = await self._count_by_user(user_ids)
+        cutoff = self._retention.cutoff()
+        shown = await self._count_by_user(user_ids, cutoff) if cutoff else held
+        maximum = self._retention.maximum
+        return [user_id for user_id, count in held.items() if count > min(maximum, shown.get(user_id, 0))]
+
+    async def page_of_states(self, cursor: _Reading | None) -> tuple[list[StateSnapshot], _Reading | None]:
+        """All of what some users have, oldest first."""
+        following, share = cursor or (None, 1)
+        page = await self.engine.page(self._collection, Filter((LATEST,)), limit=share, cursor=following)
+        latest = {str(payload_field(record, "user_id")): record for record in page.records}
+        states = self._states(latest, await self._histories(list(latest)))
+        if page.cursor is None:
+            return states, None
+        return states, _Reading(page.cursor, self._share(len(latest), len(states)))
+
+    def _share(self, users: int, states: int) -> int:
+        """How many users to read at once, going by those just read."""
+        return max(1, int(2 * self.batch * users / max(users, states, 1)))
+
+    async def _histories(self, user_ids: Sequence[str]) -> list[Record]:
+        if not (user_ids and self._retention.maximum):
+            return []
+        where = Filter((AnyOf("user_id", user_ids), HISTORY))
+        return (await self.engine.page(self._collection, where, limit=WHOLE_HISTORY)).records
+
+    def _states(self, latest: Mapping[str, Record], histories: Iterable[Record]) -> list[StateSnapshot]:
+        """What history shows of users, and the latest."""
+        points = {
+            user_id: {payload_field(record, "updated_at_unix_ms"): record}
+            for user_id, record in latest.items()
+        }
+        for record in histories:
+            points[payload_field(record, "user_id")].setdefault(
+                payload_field(record, "updated_at_unix_ms"), record
+            )
+        states: list[StateSnapshot] = []
+        for entries in points.values():
+            times = sorted(entries)
+            shown = times[min(self._retention.hidden(times), len(times) - 1) :]
+            states += [decode_snapshot(entries[time_ms].payload) for time_ms in shown]
+        return states
+
+    async def look(self, seconds: float) -> Health:  # noqa: ARG002 - what is in the process is asked at once
+        """How many users and how many points there are, found out within so many seconds."""
+        users = await self.count_users()
+        points = await self.engine.count(self._collection, Filter())
+        return Health("healthy", self.engine.name, 0.0, users, points)
+
+    async def _newest(self, user_id: str, wanted: int, least: int = 0) -> list[StateSnapshot]:
+        """The newest entries of a history from a time on, newest first, in one request.
+
+        The latest point is among them, hence one more, in case history does not hold it: a writer on a server
+        died before it wrote the history, or history was off. Without it the user has been deleted, and what
+        there is was left by a writer that did not know.
+        """
+        since = (Range("updated_at_unix_ms", least),) if least else ()
+        where = Filter((Equal("user_id", user_id), *since))
+        page = await self.engine.page(
+            self._collection, where, limit=wanted + 1, newest_by="updated_at_unix_ms"
+        )
+        if not any(payload_field(record, "kind") == "latest" for record in page.records):
+            return []
+        distinct: dict[int, Record] = {}
+        for record in page.records:
+            time_ms = payload_field(record, "updated_at_unix_ms")
+            # The latest counts, if they differ.
+            if time_ms not in distinct or payload_field(record, "kind") == "latest":
+                distinct[time_ms] = record
+        return [decode_snapshot(record.payload) for record in itertools.islice(distinct.values(), wanted)]
+
+    async def _history_times(self, user_id: str) -> list[int]:
+        where = Filter((Equal("user_id", user_id), HISTORY))
+        page = await self.engine.page(
+            self._collection, where, limit=WHOLE_HISTORY, newest_by="updated_at_unix_ms", payload=False
+        )
+        return [payload_field(record, "updated_at_unix_ms") for record in reversed(page.records)]
+
+    def _point(self, snapshot: StateSnapshot, suffix: str | int, **extra: Any) -> Point:
+        kind = "latest" if suffix == "latest" else "history"
+        payload = encode_snapshot(snapshot, kind, compact=self.engine.compact)
+        vector = self.schema.vector(snapshot.axes)
+        return Point(
+            make_point_id(snapshot.user_id, suffix), vector, {**payload, **extra} if extra else payload
+        )
+
+
+def same_state(found: StateSnapshot | None, expected: StateSnapshot | None) -> bool:
+    """Whether two snapshots are equal, but for the last bits of floats that went through a server."""
+    if found is None or expected is None:
+        return found is expected
+    near = all(
+        abs(found.axes[name] - value) <= LAST_BITS if name in found.axes else False
+        for name, value in expected.axes.items()
+    )
+    alike = attrs.evolve(found, axes=expected.axes, confidence=expected.confidence) == expected
+    confidence = abs(found.confidence - expected.confidence) <= LAST_BITS
+    return near and alike and confidence and len(found.axes) == len(expected.axes)

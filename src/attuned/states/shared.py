@@ -1,0 +1,431 @@
+"""States in a collection on a server, which others write to as well."""
+
+from __future__ import annotations
+
+import secrets
+import time
+import warnings
+from collections import Counter
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
+
+import attrs
+
+from attuned.base.codec import make_point_id
+from attuned.base.config import QdrantStoreConfig, is_loopback
+from attuned.base.errors import (
+    LOGGER,
+    BackendError,
+    BackendRejectedError,
+    ConflictError,
+    SnapshotError,
+    T,
+    ValidationError,
+    brief,
+    forked_error,
+    short_id,
+)
+from attuned.base.values import MAX_TIME_MS, Health, SnapshotReport, StateSnapshot
+from attuned.connections.files import OPEN
+from attuned.connections.runtime import run_blocking
+from attuned.engines.server import ServerEngine
+from attuned.engines.waist import Absent, Equal, ExecutionMode, Filter, Point, Put, Range, SharedEngine
+from attuned.snapshots.directory import NativeSnapshotWriter, SnapshotOrigin, SnapshotRequest
+from attuned.states.contract import HistoryWindow, conflict_error
+from attuned.states.points import LATEST, LINEAGE, MAX_COUNTED, PointsBackend, decode_snapshot, same_state
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+    from pathlib import Path
+
+
+def _is_marked(collection: Mapping[str, Any]) -> bool:
+    """Whether a description of a collection says that a restore is not complete."""
+    config: Any = collection.get("config")
+    metadata: Any = config and config.get("metadata")
+    return bool(metadata and metadata.get("restoring"))
+
+
+class SharedBackend(PointsBackend):
+    """A collection on a server, which other processes write to as well; opened by the first operation.
+
+    Many threads and tasks run at once, so that nothing here is relied on between two requests but what the
+    server guards. Every latest point has a random ``revision``; one written conditionally also names what it
+    ``replaces``: the revision before it and those that that one replaced, "" for none at all. So a writer
+    whose own point is gone already still finds out whether it was ever there.
+    """
+
+    batch = 500  # a request holds more than a step in the process
+
+    def __init__(self, engine: SharedEngine, config: QdrantStoreConfig) -> None:
+        super().__init__(engine, config)
+        self._server = engine
+        self.is_open = False
+        self._since_trim: dict[str, int] = {}
+        self._latest: dict[str, tuple[float, StateSnapshot]] = {}
+
+    async def begin(self, operation: Callable[[PointsBackend], Coroutine[Any, Any, T]]) -> T:
+        """See PointsBackend.begin; a collection that somebody has dropped since is made again, once."""
+        await self.ensure_open()
+        schema = self.schema
+        try:
+            return await operation(self)
+        except BackendRejectedError as error:
+            if not self._server.is_absent(self._collection, error):
+                raise
+        if self.schema is schema:  # else another thread or task has opened it again already
+            self.is_open = False
+        await self.ensure_open()
+        return await operation(self)
+
+    async def ensure_open(self) -> None:
+        """Connect and open the collection, unless that has been done."""
+        if not self.is_open:
+            self.schema = await self._open_schema()
+            self.is_open = True
+
+    # Reads
+
+    def cached(self, user_id: str) -> StateSnapshot | None:
+        """See PointsBackend.cached."""
+        if not self._latest or user_id.__class__ is not str:
+            return None
+        until, latest = self._latest.get(user_id, (0.0, None))
+        return latest if time.monotonic() < until else None
+
+    async def find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
+        ids = [make_point_id(user_id, "latest") for user_id in user_ids]
+        records = await self.engine.retrieve(self._collection, ids) if ids else []
+        snapshots = [decode_snapshot(record.payload) for record in records]
+        for snapshot in snapshots:
+            self._keep(snapshot)
+        found = {snapshot.user_id: snapshot for snapshot in snapshots}
+        return {user_id: found[user_id] for user_id in user_ids if user_id in found}
+
+    def _keep(self, snapshot: StateSnapshot) -> None:
+        if self.config.cache_ttl and self.config.cache_size:
+            if len(self._latest) >= self.config.cache_size:
+                self._latest.clear()
+            self._latest[snapshot.user_id] = (time.monotonic() + self.config.cache_ttl, snapshot)
+
+    async def get_history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]:
+        maximum = self._retention.maximum
+        wanted = min(maximum, window.limit) if window.until == MAX_TIME_MS else maximum
+        if wanted == 0 or window.limit == 0:
+            return []
+        newest = await self._newest(user_id, wanted, max(window.since, self._retention.cutoff()))
+        return [entry for entry in newest if entry.updated_at_unix_ms <= window.until][: window.limit]
+
+    async def look(self, seconds: float) -> Health:
+        status = await self._server.status(self._collection, seconds)
+        collection = status.get("collection")
+        if collection is None:
+            message = f"collection {self._collection!r} will be made by the first operation"
+            return Health("healthy", self.engine.name, 0.0, 0, 0, message=message, version=status["version"])
+        color = str(collection.get("status"))
+        signs = [f"the collection is {color}"] if color != "green" else []
+        if _is_marked(collection):
+            signs.append("a restore of a snapshot is going on or was interrupted: restore it again")
+        return Health(
+            "unhealthy" if color == "red" else "degraded" if signs else "healthy",
+            self.engine.name,
+            0.0,
+            status["users"],
+            collection.get("points_count"),
+            message="; ".join(signs),
+            version=status["version"],
+            collection_status=color,
+            indexed_vectors=collection.get("indexed_vectors_count"),
+        )
+
+    # Writes
+
+    async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
+        newest: dict[str, StateSnapshot] = {}
+        for snapshot in snapshots:
+            known = newest.get(snapshot.user_id)
+            if known is None or snapshot.updated_at_unix_ms >= known.updated_at_unix_ms:
+                newest[snapshot.user_id] = snapshot
+        entries = {(entry.user_id, entry.updated_at_unix_ms): entry for entry in snapshots}
+        history = [self._point(entry, time_ms) for (_, time_ms), entry in entries.items()]
+        await self._server.put(self._collection, self._puts(newest.values(), history))
+        entries_of = Counter(user_id for user_id, _ in entries)
+        for user_id in newest:
+            self._latest.pop(user_id, None)
+            await self._trim_in_turn(user_id, entries_of[user_id])
+
+    def _puts(self, newest: Iterable[StateSnapshot], history: list[Point]) -> list[Put]:
+        """Each latest point unless there is a newer one, and the history."""
+        puts = [
+            Put(
+                [self._latest_point(entry)],
+                over=Filter((Range("updated_at_unix_ms", most=entry.updated_at_unix_ms),)),
+            )
+            for entry in newest
+        ]
+        if self._retention.maximum == 0:
+            return puts
+        if len(puts) == len(history) == 1:
+            return [puts[0]._replace(points=[*puts[0].points, *history])]  # one condition serves both
+        return [Put(history), *puts]
+
+    def _latest_point(self, snapshot: StateSnapshot, **extra: Any) -> Point:
+        return self._point(snapshot, "latest", revision=secrets.token_hex(8), **extra)
+
+    async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None:
+        self._latest.pop(snapshot.user_id, None)  # what was read for this may be stale
+        before = await self._latest_payload(snapshot.user_id)
+        found = None if before is None else decode_snapshot(before)
+        if not same_state(found, expected):
+            raise conflict_error(snapshot.user_id, expected, found)
+        if found is None or snapshot.updated_at_unix_ms >= found.updated_at_unix_ms:
+            await self._replace(snapshot, before)
+        if self._retention.maximum:
+            followed = found if before is not None and "replaces" in before else None
+            await self._enter_into_history(snapshot, followed)
+        self._latest.pop(snapshot.user_id, None)
+        await self._trim_in_turn(snapshot.user_id)
+
+    async def _enter_into_history(self, snapshot: StateSnapshot, followed: StateSnapshot | None) -> None:
+        """Put the history point of a conditional write, and that of the conditional one that it followed.
+
+        The writer of that one may have failed in between. Where the user has meanwhile been deleted, neither
+        stays behind.
+        """
+        puts = [Put([self._point(snapshot, snapshot.updated_at_unix_ms)])]
+        if followed is not None and followed.updated_at_unix_ms != snapshot.updated_at_unix_ms:
+            puts.append(Put([self._point(followed, followed.updated_at_unix_ms)], mode="insert"))
+        await self._server.put(self._collection, puts)
+        try:
+            if not await self._is_there(snapshot.user_id):
+                ids = [point.id for put in puts for point in put.points]
+                await self._server.delete(self._collection, ids)
+        except BackendError as error:  # what was to be written has been, and is not undone by raising this
+            LOGGER.warning("looking after the history of a user failed: %s", error)
+
+    async def _is_there(self, user_id: str) -> bool:
+        ids = [make_point_id(user_id, "latest")]
+        return bool(await self.engine.retrieve(self._collection, ids, payload=False))
+
+    async def _replace(self, snapshot: StateSnapshot, before: Mapping[str, Any] | None) -> None:
+        """Put the latest point in the place of another one, or of none; ConflictError where that failed."""
+        replaced = "" if before is None else str(before.get("revision", ""))
+        earlier = [] if before is None else list(before.get("replaces", ()))
+        point = self._latest_point(snapshot, replaces=[replaced, *earlier][:LINEAGE])
+        if before is None:
+            put = Put([point], mode="insert")
+        else:
+            unchanged = Equal("revision", replaced) if replaced else Absent("revision")
+            put = Put([point], mode="update", over=Filter((unchanged,)))
+        await self._server.put(self._collection, [put])
+        after = await self._latest_payload(snapshot.user_id) or {}
+        seen = [after.get("revision"), *after.get("replaces", ())]
+        if point.payload["revision"] in seen:
+            return
+        # Another one replaced what mine was to replace: mine can never happen. Without that, an unconditional
+        # write or a deletion may have come after mine.
+        raise _lost(snapshot.user_id, ambiguous=replaced not in seen[1:])
+
+    async def _latest_payload(self, user_id: str) -> Mapping[str, Any] | None:
+        records = await self.engine.retrieve(self._collection, [make_point_id(user_id, "latest")])
+        return records[0].payload if records else None
+
+    async def delete(self, user_id: str) -> bool:
+        there = await self._is_there(user_id)
+        await self._server.delete(self._collection, Filter((Equal("user_id", user_id),)))
+        self._latest.pop(user_id, None)
+        return there
+
+    async def _trim_in_turn(self, user_id: str, entries: int = 1) -> None:
+        """Every so many entries of a user, remove what its history does not show."""
+        slack = max(16, self._retention.maximum // 4)
+        written = self._since_trim.get(user_id, 0) + entries
+        if written >= slack:
+            written = 0
+            await self._trim(user_id)
+        if len(self._since_trim) >= MAX_COUNTED and user_id not in self._since_trim:
+            self._since_trim.clear()
+        self._since_trim[user_id] = written
+
+    async def _trim(self, user_id: str) -> None:
+        try:
+            times = await self._times_of(user_id)
+            if number := self._retention.hidden(times):
+                await self._remove({user_id: times[:number]})
+        except BackendError as error:  # what was to be written has been: its turn comes again
+            LOGGER.warning("trimming the history of a user failed: %s", error)
+
+    async def _times_of(self, user_id: str) -> list[int]:
+        return await self._history_times(user_id)
+
+    async def _remove(self, times: Mapping[str, list[int]]) -> None:
+        ids = [make_point_id(user_id, time_ms) for user_id, old in times.items() for time_ms in old]
+        await self._server.delete(self._collection, ids)
+
+    async def create_native(self, order: SnapshotRequest, target: str) -> SnapshotReport | None:
+        """Take a snapshot of the server's own making; None where a portable one will do and is needed.
+
+        The server puts into it what one node has: of a collection that is spread over several, not all.
+        """
+        with NativeSnapshotWriter(order) as taking:
+            collection = await self._server.resolve(self._collection)
+            if not await self._server.is_whole(collection):
+                if order.any_kind:
+                    return None
+                raise SnapshotError(
+                    f"{target}: no node has all of the collection, and a native snapshot holds what one has; "
+                    'take a "portable" one'
+                )
+            points = await self.engine.count(collection, Filter())
+            offered = await self._server.create_snapshot(collection)
+            try:
+                await self._server.download_snapshot(collection, offered.name, taking)
+                origin = SnapshotOrigin(target, self.engine.name, collection)
+                report = await self._server.apart(lambda: taking.finish(origin, offered, points))
+            finally:
+                kept = "" if order.keep_remote else await self._delete_remote(collection, offered.name)
+        return attrs.evolve(report, message=kept)
+
+    async def _delete_remote(self, collection: str, name: str) -> str:
+        """Remove a snapshot from the server; what there is to say where that fails."""
+        try:
+            await self._server.finish(self._server.delete_snapshot(collection, name))
+        except BackendError as error:
+            LOGGER.warning("the snapshot %s stays on the server: %s", name, error)
+            return f"the snapshot stays on the server: {error}"
+        return ""
+
+    async def restore_native(self, path: Path, sha256: str) -> None:
+        """Let the server replace the collection by what a snapshot of its own holds."""
+        self.is_open = False
+        self.forget_everything()
+        await self._server.upload_snapshot(await self._server.resolve(self._collection), path, sha256)
+        await self.ensure_open()
+
+    async def stage(self, token: str) -> PointsBackend:
+        """See PointsBackend.stage; the collection is changed in place, and marked until the end."""
+        await self._server.mark(self._collection, "restoring", token)
+        return RestoringBackend(self, token)
+
+    async def adopt(self, staged: PointsBackend) -> None:
+        """Remove what was not written by the restoring, then the mark, which stays where something lacks."""
+        restoring = cast("RestoringBackend", staged)
+        written = Equal("restored", restoring.token)
+        await self._check_restored(restoring)
+        await self._server.delete(self._collection, Filter(must_not=(written,)))
+        await self._check_restored(restoring)
+        await self._server.mark(self._collection, "restoring", None)
+        self.forget_everything()
+
+    async def _check_restored(self, restoring: RestoringBackend) -> None:
+        """Raise SnapshotError where others restored or wrote meanwhile."""
+        if await self._server.mark_of(self._collection, "restoring") != restoring.token:
+            message = "another snapshot was restored meanwhile, or the collection made anew"
+        else:
+            written = Filter((LATEST, Equal("restored", restoring.token)))
+            if await self.engine.count(self._collection, written) == restoring.users:
+                return
+            message = "users were written to while it was restored"
+        raise SnapshotError(
+            f"collection {self._collection!r}: {message}; let nobody write, and restore again"
+        )
+
+    async def discard(self, staged: PointsBackend) -> None:  # noqa: ARG002 - the mark stays: it is not complete
+        """See PointsBackend.discard."""
+        self.forget_everything()
+
+    def forget_everything(self) -> None:
+        """Empty the cache."""
+        self._latest.clear()
+
+
+class RestoringBackend(SharedBackend):
+    """Writes what a collection is to hold after a restore, over whatever is there.
+
+    Every point carries a token of what is restored, so that those of a restore that was interrupted count
+    when it is done again, and the others can be told from them.
+    """
+
+    def __init__(self, core: SharedBackend, token: str) -> None:
+        super().__init__(core._server, core.config)
+        self.schema, self.is_open = core.schema, True
+        self.token = token
+        self.users = 0  # written so far
+        self._last = ""  # who may go on in the next batch
+
+    async def begin(self, operation: Callable[[PointsBackend], Coroutine[Any, Any, T]]) -> T:
+        """Without making the collection anew, should it have gone: it would lack what was written before."""
+        return await operation(self)
+
+    async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
+        """Put the snapshots, each user's together and in order: the last is the latest."""
+        last = {snapshot.user_id: snapshot for snapshot in snapshots}
+        points = [self._latest_point(snapshot, restored=self.token) for snapshot in last.values()]
+        if self._retention.maximum:
+            points += [self._point(each, each.updated_at_unix_ms, restored=self.token) for each in snapshots]
+        await self._server.put(self._collection, [Put(points)])
+        self.users += len(last) - (self._last in last)
+        self._last = snapshots[-1].user_id
+
+
+def _lost(user_id: str, *, ambiguous: bool) -> ConflictError:
+    if ambiguous:
+        message = (
+            "was replaced while it was being written; the write may have happened: read before trying again"
+        )
+    else:
+        message = "was written by someone else first; read it again and retry, or use update()"
+    return ConflictError(f"user {short_id(user_id)!r}: the latest snapshot {message}", ambiguous=ambiguous)
+
+
+class ServerConnection:
+    """A connection to a server, of one store."""
+
+    def __init__(self, engine: ServerEngine, core: SharedBackend, path: str) -> None:
+        self.engine = engine
+        self.core = core
+        self.path = path
+        self._orphaned = False
+        OPEN.connections.add(self)
+
+    def check_process(self) -> None:
+        """Raise StoreError in a forked child: two processes cannot share a connection."""
+        if self._orphaned:
+            raise forked_error(self.path)
+
+    def drive(self, flow: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine over a blocking connection to its end; many may run at once."""
+        try:
+            self.check_process()
+            return run_blocking(flow)
+        finally:
+            flow.close()
+
+    def release(self) -> None:
+        """Close the blocking connection."""
+        if not self._orphaned:
+            run_blocking(self.engine.close())
+
+    def abandon(self) -> None:
+        """Make every use in a forked child an error."""
+        self._orphaned = True
+        self.core.forget_everything()
+
+
+def connect_server(config: QdrantStoreConfig, runs: ExecutionMode) -> tuple[ServerConnection, SharedBackend]:
+    """A connection that is used first when it is needed, and the core over it."""
+    _warn_of_plain_key(config)
+    try:
+        engine = ServerEngine(config, runs)
+    except OSError as error:
+        message = f"verify: {brief(config.verify)} is no usable certificate: {error}"
+        raise ValidationError(message) from error
+    core = SharedBackend(engine, config)
+    return ServerConnection(engine, core, cast("str", config.url)), core
+
+
+def _warn_of_plain_key(config: QdrantStoreConfig) -> None:
+    parts = urlsplit(cast("str", config.url))
+    if config.api_key and parts.scheme == "http" and not is_loopback(str(parts.hostname)):
+        message = f"the api key is sent in the clear to {parts.hostname}: use https"
+        warnings.warn(message, UserWarning, stacklevel=4)
