@@ -63,7 +63,7 @@ from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from importlib import import_module
@@ -73,6 +73,7 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Final,
+    Generic,
     Literal,
     NamedTuple,
     NoReturn,
@@ -158,14 +159,18 @@ __all__ = [
     "ValidationError",
     "acopy",
     "alist_snapshots",
+    "arestore",
     "asnapshot_on_start",
     "averify_snapshot",
     "copy",
+    "default_target",
     "list_snapshots",
     "open_async_store",
     "open_store",
+    "restore",
     "snapshot_app",
     "snapshot_on_start",
+    "store_exists",
     "verify_snapshot",
 ]
 
@@ -348,68 +353,8 @@ def forked_error(place: str) -> StoreError:
 
 
 # -----------------------------------------------------------------------------
-# connections.runtime: How one body serves both forms: it is run in place, or awaited
-# -----------------------------------------------------------------------------
-
-
-async def async_sleep(seconds: float) -> None:
-    """Let other tasks run; under trio this needs anyio."""
-    try:
-        import anyio
-    except ImportError:
-        import asyncio
-
-        await asyncio.sleep(seconds)
-    else:
-        await anyio.sleep(seconds)
-
-
-async def run_in_thread(call: Callable[[], T], limiter: Any = None) -> T:
-    """Run a blocking call in a worker thread; being cancelled meanwhile, wait for it."""
-    try:
-        import anyio.to_thread
-    except ImportError:
-        return await _in_thread_of_asyncio(call)
-    return await anyio.to_thread.run_sync(call, limiter=limiter)
-
-
-async def _in_thread_of_asyncio(call: Callable[[], T]) -> T:
-    import asyncio
-
-    running = asyncio.get_running_loop().run_in_executor(None, call)
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait([running])
-        raise
-
-
-async def shielded(last: Awaitable[object]) -> None:
-    """Await something though being cancelled, as far as the event loop allows that."""
-    try:
-        import anyio
-    except ImportError:
-        await last
-    else:
-        with anyio.CancelScope(shield=True):
-            await last
-
-
-def run_blocking(flow: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that never suspends."""
-    try:
-        flow.send(None)
-    except StopIteration as stop:
-        return cast("T", stop.value)
-    flow.close()
-    raise RuntimeError("a coroutine over an embedded engine tried to suspend")
-
-
-# -----------------------------------------------------------------------------
 # connections.pools: Connection pools of HTTP clients
 # -----------------------------------------------------------------------------
-
-CONNECTIONS_PER_POOL = 8
 
 
 class ConnectionPools:
@@ -420,8 +365,10 @@ class ConnectionPools:
     stays on one connection.
     """
 
+    CONNECTIONS = 8  # of a pool
+
     def __init__(self, make: Callable[[int], Any], connections: int) -> None:
-        number = math.ceil(connections / CONNECTIONS_PER_POOL)
+        number = math.ceil(connections / self.CONNECTIONS)
         self._pools = [make((connections + place) // number) for place in reversed(range(number))]
         self._busy = [0] * len(self._pools)
         self._lock = threading.Lock()
@@ -644,22 +591,26 @@ class Shape:
         self.packing = struct.Struct(f">{len(names)}d")
 
 
-_SHAPES: dict[tuple[str, ...], Shape] = {}
+class Shapes(dict[tuple[str, ...], Shape]):
+    """The shapes in use, by their names. An application has a handful; the bound is for generated names."""
+
+    maximum = 1024
 
 
-MAX_SHAPES = 1024  # an application has a handful; the bound is for generated names
+SHAPES = Shapes()
 
 
 def shape_of(names: tuple[Any, ...]) -> Shape:
-    shape = _SHAPES.get(names)
+    """The shape with these names, which are checked where it is a new one."""
+    shape = SHAPES.get(names)
     if shape is None:
         if len(names) > MAX_AXES:
             raise ValidationError(f"axes: at most {MAX_AXES} names, got {len(names)}")
         for name in names:
             _check_axis_name(name)
-        if len(_SHAPES) >= MAX_SHAPES:
-            _SHAPES.clear()
-        shape = _SHAPES[names] = Shape(tuple(str(name) for name in names))
+        if len(SHAPES) >= SHAPES.maximum:
+            SHAPES.clear()
+        shape = SHAPES[names] = Shape(tuple(str(name) for name in names))
     return shape
 
 
@@ -739,7 +690,7 @@ def _checked_axes(axes: Mapping[str, float] | Iterable[tuple[str, float]]) -> Ax
         return cast("Axes", cast("object", axes))
     given = _as_dict(axes)
     names = tuple(given)
-    return make_axes(_SHAPES.get(names) or shape_of(names), tuple(given.values()))
+    return make_axes(SHAPES.get(names) or shape_of(names), tuple(given.values()))
 
 
 def make_axes(shape: Shape, values: tuple[Any, ...]) -> Axes:
@@ -1056,10 +1007,6 @@ class BlockingClient:
         return call
 
 
-async def sleep_blocking(seconds: float) -> None:
-    time.sleep(seconds)  # noqa: ASYNC251 - the waiting of a store that blocks
-
-
 class ErrorOrigin(TypedDict):
     """What every BackendError says of its origin."""
 
@@ -1220,310 +1167,220 @@ async def run_in_task(request: Callable[[], Awaitable[T]]) -> T:
 
 
 # -----------------------------------------------------------------------------
-# connections.files: Directories that this process has open: locks, group commit, forks
+# connections.runtime: How one body serves both forms: a synchronous store runs it, an asynchronous one awaits it
 # -----------------------------------------------------------------------------
 
 
-class Files(Protocol):
-    """What is asked of an engine that keeps its own files."""
-
-    name: str
-    writes: int  # how many have been done
-
-    @property
-    def flush_due(self) -> bool:
-        """Whether so much has been written since the last flush that it is time for another."""
-        ...
-
-    def flush(self) -> None:
-        """Make what has been written survive a power cut; others may use the engine meanwhile."""
-        ...
-
-    def abandon(self) -> None:
-        """Let go of what a forked child inherited, without touching what the parent goes on using."""
-        ...
-
-    async def close(self) -> None:
-        """Flush and release everything."""
-        ...
+def run(body: Coroutine[Any, Any, T]) -> T:
+    """Run a body over primitives that never suspend."""
+    try:
+        body.send(None)
+    except StopIteration as stop:
+        return cast("T", stop.value)
+    body.close()
+    raise RuntimeError("a body over blocking primitives tried to suspend")
 
 
-class FlushRound:
-    """Writes that one flush makes survive a power cut."""
+async def run_in_thread(call: Callable[[], T], limiter: Any = None) -> T:
+    """Run a blocking call in a worker thread; being cancelled meanwhile, wait for it."""
+    try:
+        import anyio.to_thread
+    except ImportError:
+        import asyncio
+
+        running = asyncio.get_running_loop().run_in_executor(None, call)
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            await asyncio.wait([running])
+            raise
+    return await anyio.to_thread.run_sync(call, limiter=limiter)
+
+
+def require_anyio(what: str) -> None:
+    """Raise MissingDependencyError where anyio is not installed, before anything has been done."""
+    try:
+        import anyio  # noqa: F401 - whether it is there is all that is asked
+    except ImportError as error:
+        raise MissingDependencyError(f"{what} needs anyio: pip install anyio") from error
+
+
+class Worker:
+    """One worker thread for a purpose and event loop: more would only wait for each other."""
 
     def __init__(self) -> None:
-        self.turn = threading.Lock()  # of the member that sees to the flush; the others wait for it
-        self.members = 0
-        self.ended = False
-        self.error: BackendError | None = None
+        self._limiters: Any = None
+
+    def limiter(self) -> Any:
+        """The limiter of this event loop."""
+        from anyio import CapacityLimiter
+        from anyio.lowlevel import RunVar
+
+        if self._limiters is None:
+            self._limiters = RunVar("worker")
+        limiter = self._limiters.get(None)
+        if limiter is None:
+            limiter = CapacityLimiter(1)
+            self._limiters.set(limiter)
+        return limiter
 
 
-class GroupCommit:
-    """Group commit: the writers that wait at one time share one flush.
+class Waits(Protocol):
+    """How a body waits: in place, or on an event loop."""
 
-    There is no state but under ``with``, so that an interrupted thread leaves its part to another one.
-    """
+    blocking: bool
 
-    def __init__(self, engine: Files) -> None:
-        self._engine = engine
-        self._joined = threading.Condition()
-        self.flushing = threading.Lock()
-        self._open = FlushRound()  # which the next flush will serve
-        self._served = 0  # members of the last round
-        self._duration = 0.0  # of the last flush, in seconds
+    async def pause(self) -> None:
+        """Let other tasks run, where there are others."""
+        ...
 
-    def join(self) -> FlushRound:
-        """The round that makes safe what has been written until now."""
-        with self._joined:
-            self._open.members += 1
-            self._joined.notify()
-            return self._open
+    async def pause_if_due(self) -> None:
+        """As ``pause``, unless they had a turn a moment ago."""
+        ...
 
-    def settle(self, mine: FlushRound) -> None:
-        """Wait for the flush of a round, which the first that waits sees to; raises its failure."""
-        with mine.turn:
-            if not mine.ended:
-                with self.flushing:
-                    self._gather(mine)
-                    self._flush(mine)
-        if mine.error is not None:
-            error = mine.error
-            raise BackendError(str(error), backend=error.backend, operation=error.operation) from error
+    async def sleep(self, seconds: float) -> None:
+        """Wait for a time."""
+        ...
 
-    def _gather(self, mine: FlushRound) -> None:
-        """Close a round; where there are several writers, once no other has come along for a moment."""
-        with self._joined:
-            if mine is self._open:
-                while max(mine.members, self._served) > 1 and self._joined.wait(self._duration / 8):
-                    pass
-                self._open, self._served = FlushRound(), mine.members
+    async def call(
+        self,
+        function: Callable[[], T],
+        worker: Worker | None = None,
+        done: Callable[[], bool] | None = None,
+    ) -> T:
+        """Call what blocks: in place, or in a worker thread.
 
-    def _flush(self, mine: FlushRound) -> None:
-        started = time.monotonic()
+        ``done`` says that there is nothing to wait for any more: then it is called in place.
+        """
+        ...
+
+    async def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function of the caller's, which may be a coroutine function in an asynchronous store."""
+        ...
+
+    async def shielded(self, last: Awaitable[T]) -> T:
+        """Await something though being cancelled, as far as the event loop allows that."""
+        ...
+
+
+class Blocking:
+    """The waits of synchronous stores, which never suspend."""
+
+    blocking = True
+
+    async def pause(self) -> None:
+        """See Waits.pause."""
+
+    async def pause_if_due(self) -> None:
+        """See Waits.pause_if_due."""
+
+    async def sleep(self, seconds: float) -> None:
+        """See Waits.sleep."""
+        time.sleep(seconds)  # noqa: ASYNC251 - this is the waiting of what blocks
+
+    async def call(
+        self,
+        function: Callable[[], T],
+        worker: Worker | None = None,  # noqa: ARG002 - there is but this thread
+        done: Callable[[], bool] | None = None,  # noqa: ARG002
+    ) -> T:
+        """See Waits.call."""
+        return function()
+
+    async def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """See Waits.ask; a StopIteration of the function's comes as a RuntimeError, as in every coroutine."""
+        return function(*arguments)
+
+    async def shielded(self, last: Awaitable[T]) -> T:
+        """See Waits.shielded."""
+        return await last
+
+
+class Suspending:
+    """The waits of asynchronous stores, under asyncio and trio (which needs anyio)."""
+
+    blocking = False
+    TURN_S = 0.005  # how long a store goes on without letting other tasks run
+
+    def __init__(self) -> None:
+        self._paused = 0.0  # when other tasks were last let run
+
+    async def pause(self) -> None:
+        """See Waits.pause."""
+        await self.sleep(0)
+
+    async def pause_if_due(self) -> None:
+        """See Waits.pause_if_due."""
+        now = time.monotonic()
+        if now - self._paused > self.TURN_S:
+            self._paused = now
+            await self.sleep(0)
+
+    async def sleep(self, seconds: float) -> None:
+        """See Waits.sleep."""
         try:
-            self._engine.flush()
-        except BackendError as error:
-            mine.error = error
-        self._duration = time.monotonic() - started
-        mine.ended = True
+            import anyio
+        except ImportError:
+            import asyncio
 
+            await asyncio.sleep(seconds)
+        else:
+            await anyio.sleep(seconds)
 
-class Directory:
-    """A directory of embedded Qdrant, opened once in this process and shared by every store on it."""
+    async def call(
+        self,
+        function: Callable[[], T],
+        worker: Worker | None = None,
+        done: Callable[[], bool] | None = None,
+    ) -> T:
+        """See Waits.call."""
+        if worker is None:
+            return await run_in_thread(function)
+        if done is None:
+            return await run_in_thread(function, worker.limiter())
+        async with worker.limiter():  # the first goes to the thread, the others wait for it here
+            return function() if done() else await run_in_thread(function)
 
-    def __init__(self, path: str, durability: str, make_engine: Callable[[Path, str], Files]) -> None:
-        self.path = path
-        self.durability = durability
-        self.stores = 0
-        self.used = False  # by a store, now or before
-        self.gone = threading.Event()
-        self.opening = threading.Lock()  # of collections; the other lock may be waited for while it is held
-        self.cores: dict[str, Any] = {}  # by collection; the core stands below
-        self.limiters: dict[str, Any] = {}  # of the worker threads of asynchronous stores, by purpose
-        self._orphaned = self._closed = False
-        self._lock = threading.Lock()
-        _make_directory(path)
-        self._lock_file = self._take_lock()
+    async def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """See Waits.ask."""
+        answer = function(*arguments)
+        return await answer if inspect.isawaitable(answer) else answer
+
+    async def shielded(self, last: Awaitable[T]) -> T:
+        """See Waits.shielded."""
         try:
-            self.engine = make_engine(Path(path), durability)
-        except BaseException:
-            self._lock_file.release()
-            raise
-        self.flushes = GroupCommit(self.engine)
-
-    def _take_lock(self) -> LockFile:
-        try:
-            return LockFile(Path(self.path) / ".attuned_store.lock")
-        except BlockingIOError as error:
-            raise locked_error(self.path) from error
-        except OSError as error:
-            raise StoreError(f"{self.path}: cannot be locked, is it writable? {error}") from error
-
-    def drive(self, flow: Coroutine[Any, Any, T]) -> T:
-        """Run one coroutine of a core to its end, alone; what it wrote is kept."""
-        answer, written = self.apply(flow)
-        if written is not None:
-            self.flushes.settle(written)
+            import anyio
+        except ImportError:
+            return await last
+        with anyio.CancelScope(shield=True):
+            answer = await last
         return answer
 
-    def apply(self, flow: Coroutine[Any, Any, T]) -> tuple[T, FlushRound | None]:
-        """Run one coroutine of a core to its end, alone; returns its answer, and what is to be settled."""
-        try:
-            if self._orphaned:
-                raise forked_error(self.path)
-            with self._lock:
-                if self._closed:
-                    raise closed_error()
-                before = self.engine.writes
-                answer = run_blocking(flow)
-                wrote = self.engine.writes > before
-                flush = wrote and (self.durability == "power" or self.engine.flush_due)
-                return answer, self.flushes.join() if flush else None
-        finally:
-            flow.close()
 
-    def release(self) -> None:
-        """Give up a store's hold on the directory, and close it with the last."""
-        with OPEN.lock:
-            self.stores -= 1
-            if self.stores > 0 or OPEN.directories.get(self.path) is not self:
-                return
-        # Without the lock of all directories: an operation that is waited for here may collect a store of
-        # another one, which then wants that lock. Who opens this directory meanwhile waits for ``gone``.
-        try:
-            self._close()
-        finally:
-            with OPEN.lock:
-                OPEN.directories.pop(self.path, None)
-            self.gone.set()
-
-    def _close(self) -> None:
-        """Flush and release; nothing happens in a forked child, where the files are the parent's."""
-        if self._orphaned:
-            return
-        with self._lock, self.flushes.flushing:  # those that wait for a flush find all flushed
-            self._closed = True
-            try:
-                run_blocking(self.engine.close())
-            finally:
-                self._lock_file.release()
-
-    def abandon(self) -> None:
-        """Make every use in a forked child an error, and leave the parent's files and locks alone."""
-        self._orphaned = True
-        for core in self.cores.values():
-            core.forget_everything()
-        self._lock_file.abandon()
-        self.engine.abandon()
+BLOCKING = Blocking()
 
 
-def _make_directory(path: str) -> None:
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise StoreError(f"{path}: is a file; a store needs a directory") from error
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be made: {error}") from error
+class Pager(Generic[T]):
+    """What one page after another holds, for bodies: each begins where the one before ended.
 
-
-class Held(Protocol):
-    """A directory or connection that a store holds until it is closed."""
-
-    path: str
-
-    def release(self) -> None:
-        """Give it up."""
-        ...
-
-    def abandon(self) -> None:
-        """Make every use in a forked child an error, and leave what is the parent's alone."""
-        ...
-
-
-class OpenPlaces:
-    """What this process has open, and what becomes of it in a forked child."""
-
-    def __init__(self) -> None:
-        self.directories: dict[str, Directory] = {}
-        self.connections: weakref.WeakSet[Any] = weakref.WeakSet()  # to servers
-        self.lock = threading.RLock()  # reentrant: a store may be collected, and released, while it is held
-        self._abandoned: list[Directory] = []  # kept, so that a child never cleans up the parent's objects
-
-    def directory_at(
-        self, path: str, durability: str, make_engine: Callable[[Path, str], Files]
-    ) -> Directory:
-        """The opened directory, with one store more on it."""
-        while True:
-            with self.lock:
-                directory = self.directories.get(path)
-                if directory is None:
-                    directory = self.directories[path] = Directory(path, durability, make_engine)
-                if directory.stores > 0 or not directory.used:
-                    directory.stores += 1
-                    directory.used = True
-                    return directory
-            directory.gone.wait()
-
-    def after_fork_in_child(self) -> None:
-        """Abandon everything."""
-        self.lock = threading.RLock()  # another thread may have held it at the fork
-        for directory in self.directories.values():
-            directory.abandon()
-            self._abandoned.append(directory)
-        self.directories.clear()
-        for connection in self.connections:
-            connection.abandon()
-
-
-OPEN = OpenPlaces()
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=OPEN.after_fork_in_child)
-
-
-def release_unclosed(held: Held) -> None:
-    """Release what a store holds that was collected, or left open at the end of the program.
-
-    What was acknowledged is in the engine's log already: a failure here, as where the directory is gone,
-    loses nothing, and there is nobody to raise it to.
+    Not an asynchronous generator: an event loop that is running in the thread would adopt one that a synchronous
+    store iterates, and would close it.
     """
-    try:
-        held.release()
-    except StoreError as error:
-        LOGGER.info("closing %s failed: %s", held.path, error)
 
+    def __init__(self, fetch: Callable[[Any], Awaitable[tuple[T, Any]]], waits: Waits) -> None:
+        self._fetch, self._waits = fetch, waits
+        self._cursor: Any = None
+        self._begun = False
 
-def lock_waits(lock_timeout: float) -> Iterator[float]:
-    """Seconds to wait between tries for a lock, until the time is up."""
-    deadline = time.monotonic() + lock_timeout
-    while (left := deadline - time.monotonic()) > 0:
-        yield min(0.05, left)
-
-
-async def run_in_worker(directory: Directory, flow: Coroutine[Any, Any, T]) -> tuple[T, FlushRound | None]:
-    """Drive a coroutine in a worker thread; it is closed here if cancelled before it started."""
-    try:
-        return await run_in_thread(lambda: directory.apply(flow), _limiter(directory, "write"))
-    finally:
-        if inspect.getcoroutinestate(flow) == inspect.CORO_CREATED:
-            with contextlib.suppress(ValueError):  # the worker has started it just now, and will close it
-                flow.close()
-
-
-async def settle_in_worker(directory: Directory, written: FlushRound) -> None:
-    """Settle writes in a worker thread; one task goes there, those of the same round wait for it here."""
-    settle = functools.partial(directory.flushes.settle, written)
-    async with _limiter(directory, "flush"):
-        if not written.ended:
-            return await run_in_thread(settle)
-    return settle()
-
-
-def _limiter(directory: Directory, purpose: str) -> Any:
-    """One worker for a purpose, directory and event loop: more would only wait for each other."""
-    from anyio import CapacityLimiter
-    from anyio.lowlevel import RunVar
-
-    held = directory.limiters.setdefault(purpose, RunVar(purpose))
-    limiter = held.get(None)
-    if limiter is None:
-        limiter = CapacityLimiter(1)
-        held.set(limiter)
-    return limiter
-
-
-async def release_in_worker(directory: Directory, finalizer: weakref.finalize[..., Any]) -> None:
-    """Release in a worker thread, also while being cancelled: nobody would do it later."""
-
-    def release() -> None:
-        if finalizer.detach():  # once, by whoever comes first
-            directory.release()
-
-    try:
-        await shielded(run_in_thread(release))
-    except BaseException:
-        release()  # asyncio's own cancelling knows no shield
-        raise
+    async def next(self) -> T | None:
+        """The next page, after a pause between two; None at the end."""
+        if self._begun:
+            if self._cursor is None:
+                return None
+            await self._waits.pause()
+        page, self._cursor = await self._fetch(self._cursor)
+        self._begun = True
+        return page
 
 
 # -----------------------------------------------------------------------------
@@ -1571,7 +1428,7 @@ def unpack_axes(text: str) -> Axes:
         raise ValueError(f"axes: {error}") from None
 
 
-@functools.lru_cache(MAX_SHAPES)
+@functools.lru_cache(SHAPES.maximum)
 def _shape_of_heading(heading: str) -> Shape:
     names = tuple(heading.split(",")) if heading else ()
     if len(set(names)) < len(names):
@@ -1605,7 +1462,7 @@ class Schema:
         for name in shape.names:
             if name not in own:
                 raise ValidationError(f"axes: the store has no axis {name!r}; it has {', '.join(self.axes)}")
-        if len(self._positions) >= MAX_SHAPES:
+        if len(self._positions) >= SHAPES.maximum:
             self._positions.clear()
         positions = self._positions[shape] = tuple(own[name] for name in shape.names)
         return positions
@@ -1683,6 +1540,12 @@ def check_path(value: str | os.PathLike[str]) -> str:
     if isinstance(path, str) and encoded and b"\0" not in encoded:
         return path
     raise ValidationError(f"path: a directory is needed, got {brief(value)}")
+
+
+def absolute_path(path: str | os.PathLike[str]) -> Path:
+    """A path as it is meant now: absolute, with ~ expanded."""
+    expanded = os.path.expanduser(check_path(path))  # noqa: PTH111 - Path.expanduser raises for an unknown user
+    return Path(expanded).absolute()
 
 
 def _check_url(url: object) -> None:
@@ -2104,18 +1967,18 @@ class Telemetry:
     def operation(self, name: str, store: _Observable, user_id: str | None) -> Generator[None]:
         """Report an operation of a store."""
         began, status, operation = time.perf_counter(), "error", name.rpartition(".")[2]
-        known = {"backend": store._engine_name(), "operation": operation, "user": user_id}
+        known = {"backend": store.engine, "operation": operation, "user": user_id}
         try:
             with self._span(name, known) as span:
                 try:
                     yield
                 finally:
                     if span is not None:  # an asynchronous store may have been opened only now
-                        span.set_attribute("attuned.backend", store._engine_name())
+                        span.set_attribute("attuned.backend", store.engine)
             status = "ok"
         finally:
             if self._metrics is not None:
-                counter, histogram = self._metrics.of(store._engine_name(), operation, status)
+                counter, histogram = self._metrics.of(store.engine, operation, status)
                 counter.inc()
                 histogram.observe(time.perf_counter() - began)
 
@@ -2203,7 +2066,8 @@ SPANS = {
 
 
 class _Observable(Protocol):
-    def _engine_name(self) -> str: ...
+    @property
+    def engine(self) -> str: ...
 
 
 ObservableStore = TypeVar("ObservableStore", bound=_Observable)
@@ -2256,6 +2120,240 @@ def id_for_logs(first: object) -> str | None:
     if not isinstance(user_id, str):
         return None
     return short_id(user_id).encode(errors="replace").decode()  # it has not been checked
+
+
+# -----------------------------------------------------------------------------
+# connections.files: Directories that this process has open: locks, group commit, forks
+# -----------------------------------------------------------------------------
+
+
+class Files(Protocol):
+    """What is asked of an engine that keeps its own files."""
+
+    name: str
+    writes: int  # how many have been done
+    runs: Literal[
+        "in place", "in thread", "on loop"
+    ]  # "in thread": calls block; "in place": they are short and hold the interpreter anyway
+
+    @property
+    def flush_due(self) -> bool:
+        """Whether so much has been written since the last flush that it is time for another."""
+        ...
+
+    def flush(self) -> None:
+        """Make what has been written survive a power cut; others may use the engine meanwhile."""
+        ...
+
+    def abandon(self) -> None:
+        """Let go of what a forked child inherited, without touching what the parent goes on using."""
+        ...
+
+    async def close(self) -> None:
+        """Flush and release everything."""
+        ...
+
+
+class FlushRound:
+    """Writes that one flush makes survive a power cut."""
+
+    def __init__(self) -> None:
+        self.turn = threading.Lock()  # of the member that sees to the flush; the others wait for it
+        self.members = 0
+        self.ended = False
+        self.error: BackendError | None = None
+
+
+class GroupCommit:
+    """Group commit: the writers that wait at one time share one flush.
+
+    There is no state but under ``with``, so that an interrupted thread leaves its part to another one.
+    """
+
+    def __init__(self, engine: Files) -> None:
+        self._engine = engine
+        self._joined = threading.Condition()
+        self.flushing = threading.Lock()
+        self._open = FlushRound()  # which the next flush will serve
+        self._served = 0  # members of the last round
+        self._duration = 0.0  # of the last flush, in seconds
+
+    def join(self) -> FlushRound:
+        """The round that makes safe what has been written until now."""
+        with self._joined:
+            self._open.members += 1
+            self._joined.notify()
+            return self._open
+
+    def settle(self, mine: FlushRound) -> None:
+        """Wait for the flush of a round, which the first that waits sees to; raises its failure."""
+        with mine.turn:
+            if not mine.ended:
+                with self.flushing:
+                    self._gather(mine)
+                    self._flush(mine)
+        if mine.error is not None:
+            error = mine.error
+            raise BackendError(str(error), backend=error.backend, operation=error.operation) from error
+
+    def _gather(self, mine: FlushRound) -> None:
+        """Close a round; where there are several writers, once no other has come along for a moment."""
+        with self._joined:
+            if mine is self._open:
+                while max(mine.members, self._served) > 1 and self._joined.wait(self._duration / 8):
+                    pass
+                self._open, self._served = FlushRound(), mine.members
+
+    def _flush(self, mine: FlushRound) -> None:
+        started = time.monotonic()
+        try:
+            self._engine.flush()
+        except BackendError as error:
+            mine.error = error
+        self._duration = time.monotonic() - started
+        mine.ended = True
+
+
+class Directory:
+    """A directory of embedded Qdrant, opened once in this process and shared by every store on it."""
+
+    def __init__(self, path: str, durability: str, make_engine: Callable[[Path, str], Any]) -> None:
+        self.path = path
+        self.durability = durability
+        self.stores = 0
+        self.used = False  # by a store, now or before
+        self.gone = threading.Event()
+        self.opening = threading.Lock()  # of collections; the other lock may be waited for while it is held
+        self.backends: dict[str, Any] = {}  # by collection
+        self.writer, self.flusher = Worker(), Worker()  # of asynchronous stores
+        self._orphaned = self._closed = False
+        self._lock = threading.Lock()
+        _make_directory(path)
+        self._lock_file = self._take_lock()
+        try:
+            self.engine: Files = make_engine(Path(path), durability)
+        except BaseException:
+            self._lock_file.release()
+            raise
+        self.flushes = GroupCommit(self.engine)
+
+    @property
+    def blocks(self) -> bool:
+        """Whether calls of the engine block, so that an event loop leaves them to a worker thread."""
+        return self.engine.runs == "in thread"
+
+    def _take_lock(self) -> LockFile:
+        try:
+            return LockFile(Path(self.path) / ".attuned_store.lock")
+        except BlockingIOError as error:
+            raise locked_error(self.path) from error
+        except OSError as error:
+            raise StoreError(f"{self.path}: cannot be locked, is it writable? {error}") from error
+
+    def drive(self, body: Coroutine[Any, Any, T]) -> T:
+        """Run one body to its end, alone; what it wrote is kept."""
+        answer, written = self.apply(body)
+        if written is not None:
+            self.flushes.settle(written)
+        return answer
+
+    def apply(self, body: Coroutine[Any, Any, T]) -> tuple[T, FlushRound | None]:
+        """Run one body to its end, alone; returns its answer, and what is to be settled."""
+        try:
+            if self._orphaned:
+                raise forked_error(self.path)
+            with self._lock:
+                if self._closed:
+                    raise closed_error()
+                before = self.engine.writes
+                answer = run(body)
+                wrote = self.engine.writes > before
+                flush = wrote and (self.durability == "power" or self.engine.flush_due)
+                return answer, self.flushes.join() if flush else None
+        finally:
+            body.close()
+
+    def release(self) -> None:
+        """Give up a store's hold on the directory, and close it with the last."""
+        with OPEN.lock:
+            self.stores -= 1
+            if self.stores > 0 or OPEN.directories.get(self.path) is not self:
+                return
+        # Without the lock of all directories: an operation that is waited for here may collect a store of
+        # another one, which then wants that lock. Who opens this directory meanwhile waits for ``gone``.
+        try:
+            self._close()
+        finally:
+            with OPEN.lock:
+                OPEN.directories.pop(self.path, None)
+            self.gone.set()
+
+    def _close(self) -> None:
+        """Flush and release; nothing happens in a forked child, where the files are the parent's."""
+        if self._orphaned:
+            return
+        with self._lock, self.flushes.flushing:  # those that wait for a flush find all flushed
+            self._closed = True
+            try:
+                run(self.engine.close())
+            finally:
+                self._lock_file.release()
+
+    def abandon(self) -> None:
+        """Make every use in a forked child an error, and leave the parent's files and locks alone."""
+        self._orphaned = True
+        for backend in self.backends.values():
+            backend.forget_everything()
+        self._lock_file.abandon()
+        self.engine.abandon()
+
+
+def _make_directory(path: str) -> None:
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise StoreError(f"{path}: is a file; a store needs a directory") from error
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be made: {error}") from error
+
+
+class OpenPlaces:
+    """What this process has open, and what becomes of it in a forked child."""
+
+    def __init__(self) -> None:
+        self.directories: dict[str, Directory] = {}
+        self.connections: weakref.WeakSet[Any] = weakref.WeakSet()  # to servers
+        self.lock = threading.RLock()  # reentrant: a store may be collected, and released, while it is held
+        self._abandoned: list[Directory] = []  # kept, so that a child never cleans up the parent's objects
+
+    def directory_at(self, path: str, durability: str, make_engine: Callable[[Path, str], Any]) -> Directory:
+        """The opened directory, with one store more on it."""
+        while True:
+            with self.lock:
+                directory = self.directories.get(path)
+                if directory is None:
+                    directory = self.directories[path] = Directory(path, durability, make_engine)
+                if directory.stores > 0 or not directory.used:
+                    directory.stores += 1
+                    directory.used = True
+                    return directory
+            directory.gone.wait()
+
+    def after_fork_in_child(self) -> None:
+        """Abandon everything."""
+        self.lock = threading.RLock()  # another thread may have held it at the fork
+        for directory in self.directories.values():
+            directory.abandon()
+            self._abandoned.append(directory)
+        self.directories.clear()
+        for connection in self.connections:
+            connection.abandon()
+
+
+OPEN = OpenPlaces()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=OPEN.after_fork_in_child)
 
 
 # -----------------------------------------------------------------------------
@@ -2383,24 +2481,25 @@ class History(list[StateSnapshot]):
         return _history_html(self)
 
 
-def latest_alone(user_id: str, latest: StateSnapshot | None) -> list[StateSnapshot]:
-    """What is shown of a user without a history."""
-    if latest is None:
-        raise unknown_user_error(user_id)
-    return [latest]
-
-
-def plotted_axes(
-    history: Sequence[StateSnapshot], asked: Iterable[str] | None, order: Sequence[str]
-) -> list[str]:
-    """The axes to plot: those asked for, which the store must have, else those that there is anything of."""
-    if asked is None:
-        return _names_in(history, order) or list(order)
-    names = list(check_axis_names(asked) or ())
-    for name in names:
-        if name not in order:
-            raise ValidationError(f"axes: the store has no axis {brief(name)}; it has {', '.join(order)}")
-    return names
+def store_html(store: Any, health: Health | None) -> str:
+    """A store: where it is, how it is and how much it holds; ``health`` None where nobody asked."""
+    facts: dict[str, object] = {
+        "place": "" if store.engine == "memory" else store.location,
+        "engine": store.engine,
+    }
+    if store.is_closed:
+        facts["health"] = "closed"
+    elif health is None:
+        facts["health"] = "not asked: await store.health()"
+    else:
+        facts |= {"health": health.status, "users": health.users, "points": health.points}
+        facts |= {"server": health.version, "message": health.message}
+    rows = [
+        table_row(name, html.escape(f"{fact:,}" if isinstance(fact, int) else str(fact)))
+        for name, fact in facts.items()
+        if fact not in (None, "")
+    ]
+    return element("div", FONT, f"<b>{type(store).__name__}</b>", element("table", TABLE, *rows))
 
 
 def _matplotlib() -> tuple[Any, Any]:
@@ -2411,8 +2510,18 @@ def _matplotlib() -> tuple[Any, Any]:
         raise MissingDependencyError("plotting needs matplotlib: pip install matplotlib") from error
 
 
-def plot_states(history: Sequence[StateSnapshot], names: Sequence[str]) -> Any:
-    """Each axis as a line of its own, one below the other: its steps through time, around neutral."""
+def plot_states(history: Sequence[StateSnapshot], axes: Iterable[str] | None, known: Sequence[str]) -> Any:
+    """Each axis as a line of its own, one below the other: its steps through time, around neutral.
+
+    ``axes`` are those to plot, of those that the store knows; None for all that there is anything of.
+    """
+    if axes is None:
+        names = _names_in(history, known) or list(known)
+    else:
+        names = list(check_axis_names(axes) or ())
+        for name in names:
+            if name not in known:
+                raise ValidationError(f"axes: the store has no axis {brief(name)}; it has {', '.join(known)}")
     pyplot, dates = _matplotlib()
     entries = history[::-1]
     times = [datetime.fromtimestamp(each.updated_at_unix_ms / 1000, UTC) for each in entries]
@@ -2847,8 +2956,12 @@ def _listed_axes(found: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 # -----------------------------------------------------------------------------
-# states.contract: What a backend of states is asked for and answers
+# states.contract: The upper waist: what a database does for the states of users, and what it is asked
 # -----------------------------------------------------------------------------
+
+BATCH_SIZE = 64  # snapshots or users in one step of a long operation: about 5 ms on the slowest engine
+
+Cursor = Any  # where the next page begins: known to the backend alone; None begins
 
 
 @attrs.frozen
@@ -2860,6 +2973,7 @@ class Retention:
 
     @classmethod
     def of(cls, config: MemoryStoreConfig) -> Retention:
+        """That of a configuration."""
         return cls(config.max_history_per_user if config.enable_history else 0, config.history_retention_days)
 
     def cutoff(self) -> int:
@@ -2876,14 +2990,6 @@ class Retention:
         return self.hidden(times) if self.maximum == 0 else min(self.hidden(times), max(0, len(times) - 1))
 
 
-def _since(value: int | None) -> int | None:
-    return None if value is None else check_time_ms(value, "since")
-
-
-def _until(value: int | None) -> int | None:
-    return None if value is None else check_time_ms(value, "until")
-
-
 class HistoryWindow(NamedTuple):
     """What get_history was asked for: times in ms, inclusive."""
 
@@ -2893,51 +2999,59 @@ class HistoryWindow(NamedTuple):
 
     @classmethod
     def of(cls, limit: int, since: int | None, until: int | None) -> HistoryWindow:
+        """Check what a caller gave."""
         return cls(
             check_integer("limit", limit, 0, MAX_INTEGER),
-            _since(since) or 0,
+            0 if since is None else check_time_ms(since, "since"),
             MAX_TIME_MS if until is None else check_time_ms(until, "until"),
         )
 
 
-def _asked_axes(query: StateSnapshot | Mapping[str, float]) -> Axes:
-    return query.axes if isinstance(query, StateSnapshot) else Axes(query)
-
-
-def _match_limit(value: int) -> int:
-    return check_integer("limit", value, 1, MAX_INTEGER)
-
-
-def _threshold(value: float | None) -> float:
-    return -math.inf if value is None else check_number("score_threshold", value)
-
-
-def _excluded(value: str | None) -> str | None:
-    return None if value in (None, "") else check_user_id(value)
-
-
-def check_history_flag(value: bool) -> bool:  # noqa: FBT001 - a converter has one argument
-    return check_flag("history", value)
-
-
-def _least_confidence(value: float | None) -> float | None:
-    return None if value is None else check_unit("min_confidence", value)
-
-
 @attrs.frozen(kw_only=True)
 class SearchRequest:
-    """What search_similar was asked for; checked at construction."""
+    """What search_similar was asked for."""
 
-    axes: Axes = attrs.field(converter=_asked_axes)
-    limit: int = attrs.field(converter=_match_limit)
-    score_threshold: float = attrs.field(converter=_threshold)
-    user_id: str | None = attrs.field(converter=attrs.converters.optional(check_user_id))
-    exclude_user_id: str | None = attrs.field(converter=_excluded)
-    source: Source | None = attrs.field(converter=attrs.converters.optional(check_source))
-    min_confidence: float | None = attrs.field(converter=_least_confidence)
-    since: int | None = attrs.field(converter=_since)
-    until: int | None = attrs.field(converter=_until)
-    history: bool = attrs.field(converter=check_history_flag)
+    axes: Axes
+    limit: int
+    score_threshold: float
+    user_id: str | None
+    exclude_user_id: str | None
+    source: Source | None
+    min_confidence: float | None
+    since: int | None
+    until: int | None
+    history: bool
+
+    @classmethod
+    def of(
+        cls,
+        query: StateSnapshot | Mapping[str, float],
+        *,
+        limit: int,
+        score_threshold: float | None,
+        user_id: str | None,
+        exclude_user_id: str | None,
+        source: Source | str | None,
+        min_confidence: float | None,
+        since: int | None,
+        until: int | None,
+        history: bool,
+    ) -> SearchRequest:
+        """Check what a caller gave."""
+        return cls(
+            axes=query.axes if isinstance(query, StateSnapshot) else Axes(query),
+            limit=check_integer("limit", limit, 1, MAX_INTEGER),
+            score_threshold=-math.inf
+            if score_threshold is None
+            else check_number("score_threshold", score_threshold),
+            user_id=None if user_id is None else check_user_id(user_id),
+            exclude_user_id=None if exclude_user_id in (None, "") else check_user_id(exclude_user_id),
+            source=None if source is None else check_source(source),
+            min_confidence=None if min_confidence is None else check_unit("min_confidence", min_confidence),
+            since=None if since is None else check_time_ms(since, "since"),
+            until=None if until is None else check_time_ms(until, "until"),
+            history=check_flag("history", history),
+        )
 
     def admits(self, snapshot: StateSnapshot) -> bool:
         """Whether a snapshot passes the filters."""
@@ -2951,20 +3065,183 @@ class SearchRequest:
         )
 
 
-def check_snapshot(value: object) -> StateSnapshot:
-    if isinstance(value, StateSnapshot):
-        return value
-    raise ValidationError(f"snapshot: a StateSnapshot is needed, got {type_name(value)}")
+class Backend(Protocol):
+    """A database of users and their states.
+
+    ``name`` is that of the engine; ``batch_size`` how many snapshots or users one step of a long operation takes;
+    ``schema`` the axes, known once it ``is_open``. ``native_snapshots``: it takes snapshots of its own, and is changed
+    in place by a restore. A method that a user's id or a snapshot is given gets it checked.
+    """
+
+    name: str
+    batch_size: int
+    is_open: bool
+    schema: Schema
+    native_snapshots: bool
+
+    async def open(self) -> None:
+        """Make ready what is needed, such as tables or a collection; harmless when repeated."""
+        ...
+
+    def begin(self, operation: Callable[[Any], Coroutine[Any, Any, T]]) -> Coroutine[Any, Any, T]:
+        """The coroutine of an operation on this backend; one that opens itself on first use does so there."""
+        ...
+
+    def cached(self, user_id: str) -> StateSnapshot | None:
+        """The latest snapshot where memory has it. Safe without a lock: it only looks."""
+        ...
+
+    async def find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
+        """The latest snapshots of those of these users who have one, in this order."""
+        ...
+
+    async def history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]:
+        """What the history of a user shows within a window, newest first."""
+        ...
+
+    async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
+        """Write each as if it came alone, in this order: the newest time of a user wins."""
+        ...
+
+    async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None:
+        """Write a snapshot if ``expected`` is the latest, None for none; else raise ConflictError."""
+        ...
+
+    async def delete(self, user_id: str) -> bool:
+        """Remove all of a user; True if there was anything."""
+        ...
+
+    async def search(self, request: SearchRequest) -> list[Match]:
+        """The most similar snapshots that the request admits, best first."""
+        ...
+
+    async def users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
+        """A page of users."""
+        ...
+
+    async def states(self, cursor: Cursor) -> tuple[list[StateSnapshot], Cursor]:
+        """A page of users' states, all that history shows of each and the latest, oldest first.
+
+        For each user as it was at one moment.
+        """
+        ...
+
+    async def count(self) -> int:
+        """How many users there are."""
+        ...
+
+    async def count_page(self, cursor: Cursor) -> tuple[int, Cursor]:
+        """How many snapshots the histories of a page of users show."""
+        ...
+
+    async def prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
+        """Remove what the histories of a page of users hide; how many snapshots that was."""
+        ...
+
+    async def stage(self, token: str) -> Backend:
+        """What is written to the backend that this gives takes the place of the contents when adopted."""
+        ...
+
+    async def adopt(self, staged: Any) -> None:
+        """Let what was staged take the place of the contents."""
+        ...
+
+    async def discard(self, staged: Any) -> None:
+        """Give up what was staged."""
+        ...
+
+    async def look(self, seconds: float) -> Health:
+        """How it is and how much it holds, found out within so many seconds."""
+        ...
+
+
+class NativeBackend(Backend, Protocol):
+    """A backend with ``native_snapshots``."""
+
+    async def create_native(self, request: SnapshotRequest, location: str) -> SnapshotReport | None:
+        """Take a snapshot of the database's own; None where a portable one will do and is needed."""
+        ...
+
+    async def restore_native(self, path: Path, sha256: str) -> None:
+        """Let the database replace the collection by what a snapshot of its own holds."""
+        ...
+
+
+class Place(Protocol):
+    """Where the backend of a store is, and how its operations get there.
+
+    ``location`` is what open_store opens it with; ``engine`` the name of the engine, "qdrant" before it is known.
+    ``is_shown``: it can be asked how it is without awaiting, as a notebook does.
+    """
+
+    location: str
+    is_shown: bool
+
+    @property
+    def engine(self) -> str:
+        """See above."""
+        ...
+
+    async def open(self) -> Backend:
+        """Open what the store has not opened yet; raises StoreLockedError, SchemaMismatchError."""
+        ...
+
+    async def drive(self, body: Coroutine[Any, Any, T], *, long: bool = False) -> T:
+        """Run one piece of an operation; ``long``: where it holds up nobody, such as in a worker thread."""
+        ...
+
+    async def close(self) -> None:
+        """Release everything."""
+        ...
+
+    def signs(self, latency_ms: float) -> list[str]:
+        """What is known of trouble besides what a look found."""
+        ...
+
+
+class _ClosedBackend:
+    """What a closed store has in place of its backend: every use raises."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise closed_error()
+
+
+class _UnopenedBackend:
+    """What a store has in place of its backend until it is opened."""
+
+    batch_size = BATCH_SIZE
+    is_open = False
+    native_snapshots = False
+
+    def cached(self, user_id: str) -> None:
+        """Nothing is known before opening."""
+
+
+CLOSED = cast("Backend", _ClosedBackend())
+UNOPENED = cast("Backend", _UnopenedBackend())
 
 
 def check_expected(expected: object) -> None:
+    """Raise ValidationError unless a caller gave what a write can be conditional on."""
     if not (expected is ANY or expected is None or isinstance(expected, StateSnapshot)):
         raise ValidationError(f"expected: a StateSnapshot, None or ANY is needed, got {type_name(expected)}")
+
+
+def check_state(schema: Schema, snapshot: object) -> StateSnapshot:
+    """A snapshot that a store with this schema can keep."""
+    if not isinstance(snapshot, StateSnapshot):
+        raise ValidationError(f"snapshot: a StateSnapshot is needed, got {type_name(snapshot)}")
+    schema.check(snapshot.axes)
+    return snapshot
 
 
 def conflict_error(
     user_id: str, expected: StateSnapshot | None, found: StateSnapshot | None
 ) -> ConflictError:
+    """What a conditional write raises that found another snapshot, or none."""
+
     def at(snapshot: StateSnapshot | None) -> str:
         return "none" if snapshot is None else f"one of {snapshot.updated_at_unix_ms}"
 
@@ -2974,17 +3251,15 @@ def conflict_error(
     )
 
 
-BATCH_SIZE = 64  # snapshots or users in one step of a long operation: about 5 ms on the slowest engine
-
-
-Cursor = Any  # where the next page begins: known to the engine alone; None begins
-
-
 def clamp_score(score: float) -> float:
-    return max(-1.0, min(1.0, score))  # rounding may lead out of the range of a cosine
+    """A cosine within its range, which rounding may have left."""
+    return max(-1.0, min(1.0, score))
 
 
-STATUS_TIMEOUT = 5.0  # seconds
+def page_of_ids(remaining: Any, size: int) -> tuple[list[str], Any]:
+    """A page of ids that are in memory, and the cursor to the next one."""
+    page = list(itertools.islice(remaining, size))
+    return page, remaining if len(page) == size else None
 
 
 # -----------------------------------------------------------------------------
@@ -3492,11 +3767,6 @@ def _snapshot_names(time_ms: int, collection: str, kind: SnapshotKind) -> Iterat
     return (f"{time_stamp(moment)}-{named}{SNAPSHOT_SUFFIXES[kind]}" for moment in itertools.count(time_ms))
 
 
-def absolute_path(path: str | os.PathLike[str]) -> Path:
-    expanded = os.path.expanduser(check_path(path))  # noqa: PTH111 - Path.expanduser raises for an unknown user
-    return Path(expanded).absolute()
-
-
 def snapshot_directory(directory: str | os.PathLike[str] | None) -> Path:
     """The directory that was asked for, or the configured one: absolute."""
     given = os.environ.get("QDRANT_SNAPSHOT_DIR") or DEFAULT_SNAPSHOT_DIRECTORY
@@ -3928,11 +4198,11 @@ def _compare_checksum(sha256: str, path: Path) -> None:
 
 
 # -----------------------------------------------------------------------------
-# states.memory: States in the memory of this process, and their similarity
+# states.memory: The backend of memory: a deque a user, nothing between a caller and the dict
 # -----------------------------------------------------------------------------
 
 
-class _Vectors(Protocol):
+class Vectors(Protocol):
     """Unit vectors in numbered rows."""
 
     def put(self, row: int, direction: Sequence[float]) -> None: ...
@@ -3986,7 +4256,7 @@ class _NumpyVectors:
         return cast("list[int]", rows.tolist())
 
 
-def make_vectors(vector_size: int) -> _Vectors:
+def make_vectors(vector_size: int) -> Vectors:
     try:
         return _NumpyVectors(vector_size)
     except ImportError:
@@ -3999,7 +4269,7 @@ class VectorIndex:
     def __init__(self, schema: Schema) -> None:
         self.stale: set[str] = set()
         self._schema = schema
-        self._vectors: _Vectors | None = None
+        self._vectors: Vectors | None = None
         self._rows: list[StateSnapshot | None] = []
         self._row_of: dict[str, int] = {}
         self._free: list[int] = []
@@ -4047,181 +4317,258 @@ class VectorIndex:
         return matches
 
 
-def score_of(match: Match) -> float:
-    return match.score
+class MemoryBackend:
+    """States in the memory of this process.
 
-
-# -----------------------------------------------------------------------------
-# states.operations: The operations of a store, written once for both forms
-# -----------------------------------------------------------------------------
-
-
-def check_update(user_id: str, latest: StateSnapshot | None, new: object) -> StateSnapshot | None:
-    """Check what the function of an ``update`` gave."""
-    if new is None:
-        return None
-    if not isinstance(new, StateSnapshot):
-        raise ValidationError(
-            f"update: the function must return a StateSnapshot or None, got {type_name(new)}"
-        )
-    if new.user_id != user_id:
-        raise ValidationError("user_id: the function of an update must return a snapshot of the same user")
-    if latest is not None and new.updated_at_unix_ms <= latest.updated_at_unix_ms:
-        raise ValidationError(
-            f"updated_at_unix_ms: an update must be newer than {latest.updated_at_unix_ms}, "
-            f"got {new.updated_at_unix_ms}; StateSnapshot.patched sets it so"
-        )
-    return new
-
-
-def backoff(attempt: int, *, base: float = 0.001, cap: float = 0.1) -> float:
-    """Seconds to wait after a failed attempt, counted from 0: full jitter, none after the first.
-
-    Source: Marc Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
-    """
-    return random.uniform(0.0, min(cap, base * 2.0**attempt)) if attempt else 0.0
-
-
-def next_page(remaining: Iterator[str]) -> tuple[list[str], Iterator[str] | None]:
-    """A page of ids that are in memory, and the cursor to the next one."""
-    page = list(itertools.islice(remaining, BATCH_SIZE))
-    return page, remaining if len(page) == BATCH_SIZE else None
-
-
-def check_batches(
-    snapshots: Iterable[StateSnapshot], check: Callable[[StateSnapshot], object], size: int
-) -> Iterator[list[StateSnapshot]]:
-    """Cut into batches, checked before they are handed out: a list or tuple whole, others batch by batch."""
-    if isinstance(snapshots, StateSnapshot) or not isinstance(snapshots, Iterable):
-        raise ValidationError(
-            f"snapshots: an iterable of StateSnapshot is needed, got {type_name(snapshots)}"
-        )
-    known = isinstance(snapshots, list | tuple)
-    if known:
-        for snapshot in snapshots:
-            check(snapshot)
-    failures: list[Exception] = []
-    remaining = _until_failure(iter(snapshots), failures)
-    while batch := list(itertools.islice(remaining, size)):
-        if not known:
-            for snapshot in batch:
-                check(snapshot)
-        yield batch
-    for failure in failures:
-        raise failure
-
-
-def _until_failure(items: Iterator[T], failures: list[Exception]) -> Iterator[T]:
-    """Note an error of the caller's iterator, so that what came before it is dealt with first."""
-    try:
-        yield from items
-    except Exception as failure:  # noqa: BLE001 - it is raised again
-        failures.append(failure)
-
-
-def known_length(snapshots: Iterable[StateSnapshot]) -> int | None:
-    try:
-        return len(cast("Any", snapshots))
-    except TypeError:
-        return None
-
-
-def id_batches(user_ids: Iterable[str], size: int) -> Iterator[list[str]]:
-    if isinstance(user_ids, str) or not isinstance(user_ids, Iterable):
-        raise ValidationError(f"user_ids: an iterable of user ids is needed, got {type_name(user_ids)}")
-    checked = list(dict.fromkeys(check_user_id(user_id) for user_id in user_ids))
-    return (checked[start : start + size] for start in range(0, len(checked), size))
-
-
-def patch_function(
-    user_id: str, axes: Mapping[str, float], fields: SnapshotFields
-) -> Callable[[StateSnapshot | None], StateSnapshot]:
-    """The function of the update that a patch is."""
-    patch = StateSnapshot(user_id, {}, updated_at_unix_ms=0).patched(axes, **fields)  # raises before any read
-
-    def merge(latest: StateSnapshot | None) -> StateSnapshot:
-        return patch if latest is None else latest.patched(axes, **fields)
-
-    return merge
-
-
-def gave_up_error(user_id: str, attempts: int) -> ConflictError:
-    return ConflictError(
-        f"user {short_id(user_id)!r}: still in conflict after {attempts} attempts; try again later"
-    )
-
-
-def numbered_batches(batches: Iterable[list[StateSnapshot]]) -> Iterator[tuple[int, list[StateSnapshot]]]:
-    """With every batch, how many snapshots there are by its end."""
-    done = 0
-    for batch in batches:
-        done += len(batch)
-        yield done, batch
-
-
-def iterate_pages(page: Callable[[Cursor], tuple[T, Cursor]]) -> Iterator[T]:
-    """What the pages of a store hold, one after another."""
-    held, cursor = page(None)
-    yield held
-    while cursor is not None:
-        held, cursor = page(cursor)
-        yield held
-
-
-class NewUsers:
-    """The snapshots of users whom a store did not have before; each user's come together."""
-
-    def __init__(self) -> None:
-        self._adding: str | None = None  # whose snapshots may go on in the next batch
-
-    def among(
-        self, batch: Sequence[StateSnapshot], there: Mapping[str, StateSnapshot]
-    ) -> list[StateSnapshot]:
-        """Those of a batch, of whose users these are there by now."""
-        chosen = [each for each in batch if each.user_id not in there or each.user_id == self._adding]
-        self._adding = chosen[-1].user_id if chosen and chosen[-1] is batch[-1] else None
-        return chosen
-
-
-class AsyncPages(AsyncIterator[T]):
-    """The asynchronous form of iterate_pages, in which other tasks run between two of them.
-
-    Not an asynchronous generator, which would want closing when an iteration is left early.
+    Reads take no lock, unless on a free-threaded Python a write comes between.
     """
 
-    def __init__(self, page: Callable[[Cursor], Awaitable[tuple[T, Cursor]]]) -> None:
-        self._page = page
-        self._cursor: Cursor = None
-        self._begun = False
+    name = "memory"
+    is_open = True
+    native_snapshots = False
+    batch_size = BATCH_SIZE
 
-    async def __anext__(self) -> T:
-        if self._begun:
-            if self._cursor is None:
-                raise StopAsyncIteration
-            await async_sleep(0)
-        held, self._cursor = await self._page(self._cursor)
-        self._begun = True
-        return held
+    def __init__(self, config: MemoryStoreConfig, waits: Waits) -> None:
+        self.config = config
+        self.schema = Schema.of(config)
+        # One deque a user, ascending in time, the latest at its end: one append changes both at one moment.
+        self.timelines: dict[str, deque[StateSnapshot]] = {}
+        self._waits = waits
+        self._retention = Retention.of(config)
+        self._capacity = max(1, self._retention.maximum)
+        self._lock = threading.Lock()
+        self._index = VectorIndex(self.schema)
+        self._closed = False
+
+    def get_latest(self, user_id: str) -> StateSnapshot | None:
+        """The latest snapshot of a user, whose id need not have been checked."""
+        try:
+            return self.timelines[user_id][-1]
+        except (KeyError, TypeError):
+            self._check_open()
+            check_user_id(user_id)
+            return None
+        except IndexError:  # free threading: it got shorter between the looks at its length and at its end
+            with self._lock:
+                timeline = self.timelines.get(user_id)
+                return timeline[-1] if timeline else None
+
+    def upsert_latest(self, snapshot: StateSnapshot, expected: Expected) -> None:
+        """Write a snapshot, which has been checked like ``expected``."""
+        with self._lock:
+            self._put(snapshot, expected)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise closed_error()
+
+    def _put(self, snapshot: StateSnapshot, expected: Expected = ANY) -> None:
+        if self._closed:
+            raise closed_error()
+        user_id = snapshot.user_id
+        timeline = self.timelines.get(user_id)
+        if expected is not ANY:
+            latest = timeline[-1] if timeline else None
+            if latest != expected:
+                raise conflict_error(user_id, expected, latest)
+        self._index.stale.add(user_id)  # first: an interrupt may come after any line
+        if timeline is None:
+            self.timelines[user_id] = deque((snapshot,), self._capacity)
+        elif snapshot.updated_at_unix_ms > timeline[-1].updated_at_unix_ms:
+            timeline.append(snapshot)
+            if self._retention.days is not None:
+                self._trim(timeline)
+        else:
+            others = [entry for entry in timeline if entry.updated_at_unix_ms != snapshot.updated_at_unix_ms]
+            self.timelines[user_id] = deque(sorted([*others, snapshot], key=time_of), self._capacity)
+
+    def _trim(self, timeline: deque[StateSnapshot]) -> int:
+        removable = self._retention.removable([entry.updated_at_unix_ms for entry in timeline])
+        removable = min(removable, len(timeline) - 1)  # the newest is the latest snapshot, which stays
+        for _ in range(removable):
+            timeline.popleft()
+        return removable
+
+    def _moment(self, user_id: str, *, keep_latest: bool) -> list[StateSnapshot]:
+        """What history shows of a user, oldest first, as it is at one moment; the latest in any case, if asked."""
+        timeline = self.timelines.get(user_id)
+        if timeline is None:
+            return []
+        try:
+            entries = list(timeline.copy())
+        except RuntimeError:  # free threading: a write came between two entries
+            with self._lock:
+                entries = list(timeline)
+        hidden = self._retention.hidden([entry.updated_at_unix_ms for entry in entries])
+        return entries[min(hidden, len(entries) - 1) if keep_latest else hidden :]
+
+    # What Backend asks for. Nothing suspends but a search, between two of its steps.
+
+    async def open(self) -> None:
+        """See Backend.open."""
+
+    def begin(self, operation: Callable[[Any], Coroutine[Any, Any, T]]) -> Coroutine[Any, Any, T]:
+        """See Backend.begin."""
+        return operation(self)
+
+    def cached(self, user_id: str) -> StateSnapshot | None:
+        """See Backend.cached."""
+        return self.get_latest(user_id)
+
+    async def find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
+        """See Backend.find."""
+        found = ((user_id, self.get_latest(user_id)) for user_id in user_ids)
+        return {user_id: latest for user_id, latest in found if latest is not None}
+
+    async def history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]:
+        """See Backend.history."""
+        self._check_open()
+        newest_first = reversed(self._moment(user_id, keep_latest=False))
+        chosen = (entry for entry in newest_first if window.since <= entry.updated_at_unix_ms <= window.until)
+        return list(itertools.islice(chosen, window.limit))
+
+    async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
+        """See Backend.write."""
+        with self._lock:
+            for snapshot in snapshots:
+                self._put(snapshot)
+
+    async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None:
+        """See Backend.write_expected."""
+        self.upsert_latest(snapshot, expected)
+
+    async def delete(self, user_id: str) -> bool:
+        """See Backend.delete."""
+        with self._lock:
+            self._check_open()
+            self._index.stale.add(user_id)
+            return self.timelines.pop(user_id, None) is not None
+
+    async def search(self, request: SearchRequest) -> list[Match]:
+        """See Backend.search."""
+        self._check_open()
+        self.schema.check(request.axes)
+        if request.history or request.user_id is not None:
+            return await self._scan(request)
+        while not self._caught_up():
+            await self._waits.pause()
+        with self._lock:
+            return self._index.search(request)
+
+    def _caught_up(self) -> bool:
+        with self._lock:
+            try:
+                return self._index.catch_up(self.get_latest)
+            except BaseException:  # an interrupt, say: begin anew
+                self._index = VectorIndex(self.schema)
+                self._index.stale.update(self.timelines)
+                raise
+
+    async def _scan(self, request: SearchRequest) -> list[Match]:
+        """Look at snapshots one by one, where the vectors of the latest ones do not serve."""
+        direction, best = self.schema.vector(request.axes), list[Match]()
+        score_of = operator.attrgetter("score")
+        for user_id in list(self.timelines) if request.user_id is None else [request.user_id]:
+            if request.history:
+                entries = self._moment(user_id, keep_latest=False)
+            else:
+                latest = self.get_latest(user_id)
+                entries = [] if latest is None else [latest]
+            for snapshot in filter(request.admits, entries):
+                score = sum(map(operator.mul, direction, self.schema.vector(snapshot.axes)))
+                if score >= request.score_threshold:
+                    best.append(Match(snapshot, clamp_score(score)))
+            if len(best) > 4 * request.limit + BATCH_SIZE:
+                best = heapq.nlargest(request.limit, best, key=score_of)
+            await self._waits.pause_if_due()
+        return heapq.nlargest(request.limit, best, key=score_of)
+
+    async def users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
+        """See Backend.users."""
+        self._check_open()
+        return page_of_ids(iter(list(self.timelines)) if cursor is None else cursor, self.batch_size)
+
+    async def states(self, cursor: Cursor) -> tuple[list[StateSnapshot], Cursor]:
+        """See Backend.states."""
+        self._check_open()
+        remaining: Iterator[str] = iter(list(self.timelines)) if cursor is None else cursor
+        states: list[StateSnapshot] = []
+        for user_id in remaining:
+            states += self._moment(user_id, keep_latest=True)
+            if len(states) >= self.batch_size:
+                return states, remaining
+        return states, None
+
+    async def count(self) -> int:
+        """See Backend.count."""
+        self._check_open()
+        return len(self.timelines)
+
+    async def count_page(self, cursor: Cursor) -> tuple[int, Cursor]:
+        """See Backend.count_page."""
+        page, cursor = await self.users(cursor)
+        return sum(len(self._moment(user_id, keep_latest=False)) for user_id in page), cursor
+
+    async def prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
+        """See Backend.prune_page."""
+        page, cursor = await self.users(cursor)
+        with self._lock:
+            timelines = [self.timelines[user_id] for user_id in page if user_id in self.timelines]
+            return sum(self._trim(timeline) for timeline in timelines), cursor
+
+    async def stage(self, token: str) -> MemoryBackend:  # noqa: ARG002 - nothing of this one can be left
+        """See Backend.stage."""
+        return MemoryBackend(self.config, self._waits)
+
+    async def adopt(self, staged: MemoryBackend) -> None:
+        """See Backend.adopt."""
+        with self._lock:
+            self._check_open()
+            self.timelines, self._index = staged.timelines, staged._index
+
+    async def discard(self, staged: MemoryBackend) -> None:
+        """See Backend.discard."""
+        staged.close()
+
+    async def look(self, seconds: float) -> Health:  # noqa: ARG002 - it is there at once
+        """See Backend.look."""
+        timelines = list(self.timelines.values())
+        points = len(timelines) + (sum(map(len, timelines)) if self._retention.maximum else 0)
+        return Health("healthy", self.name, 0.0, len(timelines), points)
+
+    def close(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._closed = True
+            self.timelines = {}
+            self._index = VectorIndex(self.schema)
 
 
-class UserPages(AsyncIterator[str]):
-    """The users of one page after another."""
+class MemoryPlace:
+    """The place of a memory store: there is nothing between it and its backend."""
 
-    def __init__(self, pages: AsyncIterator[list[str]]) -> None:
-        self._pages = pages
-        self._ready: deque[str] = deque()
+    location = "memory://"
+    engine = "memory"
+    is_shown = True
 
-    async def __anext__(self) -> str:
-        while not self._ready:
-            self._ready.extend(await anext(self._pages))
-        return self._ready.popleft()
+    def __init__(self, backend: MemoryBackend) -> None:
+        self._backend = backend
 
+    async def open(self) -> MemoryBackend:
+        """See Place.open."""
+        return self._backend
 
-async def sum_pages(pages: AsyncIterator[int]) -> int:
-    total = 0
-    async for count in pages:
-        total += count
-    return total
+    async def drive(self, body: Coroutine[Any, Any, T], *, long: bool = False) -> T:  # noqa: ARG002 - none is
+        """See Place.drive."""
+        return await body
+
+    async def close(self) -> None:
+        """See Place.close."""
+        self._backend.close()
+
+    def signs(self, latency_ms: float) -> list[str]:  # noqa: ARG002 - there is no trouble
+        """See Place.signs."""
+        return []
 
 
 # -----------------------------------------------------------------------------
@@ -4706,10 +5053,13 @@ class PointsBackend(ABC):
     """
 
     schema: Schema
-    batch = BATCH_SIZE
+    batch_size = BATCH_SIZE
+    is_open = False
+    native_snapshots = False
 
     def __init__(self, engine: Engine, config: QdrantStoreConfig, collection: str | None = None) -> None:
         self.engine = engine
+        self.name = engine.name
         self.config = config
         self._collection = collection or config.collection_name
         self._retention = Retention.of(config)
@@ -4723,7 +5073,7 @@ class PointsBackend(ABC):
         """The latest snapshots of those of these users who have one."""
 
     @abstractmethod
-    async def get_history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]: ...
+    async def history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]: ...
 
     @abstractmethod
     async def write(self, snapshots: Sequence[StateSnapshot]) -> None: ...
@@ -4736,7 +5086,7 @@ class PointsBackend(ABC):
 
     @abstractmethod
     async def stage(self, token: str) -> PointsBackend:
-        """What is written to the core that this gives takes the place of the contents when adopted."""
+        """What is written to the backend that this gives takes the place of the contents when adopted."""
 
     @abstractmethod
     async def adopt(self, staged: PointsBackend) -> None:
@@ -4766,38 +5116,31 @@ class PointsBackend(ABC):
         collection = CollectionSpec(self._collection, fresh.vector_size, _INDEXES, wanted, accept)
         return accept(await self.engine.open_collection(collection))
 
-    def begin(self, operation: Callable[[PointsBackend], Coroutine[Any, Any, T]]) -> Coroutine[Any, Any, T]:
+    @abstractmethod
+    async def open(self) -> None:
+        """See Backend.open."""
+
+    def begin(self, operation: Callable[[Any], Coroutine[Any, Any, T]]) -> Coroutine[Any, Any, T]:
         """The coroutine of an operation; one that needs the collection opens it first."""
         return operation(self)
 
-    def check(self, snapshot: StateSnapshot) -> None:
-        """Raise ValidationError unless this is a snapshot that the store can keep."""
-        self.schema.check(check_snapshot(snapshot).axes)
-
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        """The latest snapshot of a user, as a step of other operations."""
         return (await self.find([user_id])).get(user_id)
 
-    async def upsert_latest(self, snapshot: StateSnapshot, expected: Expected) -> None:
-        self.check(snapshot)
-        check_expected(expected)
-        if expected is ANY:
-            await self.write([snapshot])
-        else:
-            await self.write_expected(snapshot, expected)
-
-    async def search(self, search: SearchRequest) -> list[Match]:
-        vector, where = self.schema.vector(search.axes), _where(search)
-        limit = min(search.limit, _MOST_MATCHES)
+    async def search(self, request: SearchRequest) -> list[Match]:
+        vector, where = self.schema.vector(request.axes), _where(request)
+        limit = min(request.limit, _MOST_MATCHES)
         while True:
             records = await self.engine.search(self._collection, vector, where, limit)
             found = ((decode_snapshot(record.payload), record.score) for record in records)
-            matches = [Match(entry, clamp_score(score)) for entry, score in found if search.admits(entry)]
-            if search.history:
+            matches = [Match(entry, clamp_score(score)) for entry, score in found if request.admits(entry)]
+            if request.history:
                 matches = await self._shown(matches)
-            if len(matches) >= search.limit or len(records) < limit or limit == _MOST_MATCHES:
+            if len(matches) >= request.limit or len(records) < limit or limit == _MOST_MATCHES:
                 break
             limit = min(4 * limit, _MOST_MATCHES)  # some were not to be shown: look further
-        return [match for match in matches[: search.limit] if match.score >= search.score_threshold]
+        return [match for match in matches[: request.limit] if match.score >= request.score_threshold]
 
     async def _shown(self, matches: list[Match]) -> list[Match]:
         """Those matches that history shows: one that is not yet trimmed holds more."""
@@ -4812,15 +5155,17 @@ class PointsBackend(ABC):
         times = await self._times_of(snapshot.user_id)
         return snapshot.updated_at_unix_ms in times[self._retention.hidden(times) :]
 
-    async def page_of_users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
-        page = await self.engine.page(self._collection, Filter((LATEST,)), limit=self.batch, cursor=cursor)
+    async def users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
+        page = await self.engine.page(
+            self._collection, Filter((LATEST,)), limit=self.batch_size, cursor=cursor
+        )
         return [str(payload_field(record, "user_id")) for record in page.records], page.cursor
 
-    async def count_users(self) -> int:
+    async def count(self) -> int:
         return await self.engine.count(self._collection, Filter((LATEST,)))
 
     async def count_page(self, cursor: Cursor) -> tuple[int, Cursor]:
-        user_ids, cursor = await self.page_of_users(cursor)
+        user_ids, cursor = await self.users(cursor)
         counts = await self._count_by_user(user_ids, self._retention.cutoff())
         return sum(min(self._retention.maximum, count) for count in counts.values()), cursor
 
@@ -4832,7 +5177,7 @@ class PointsBackend(ABC):
         return await self.engine.count_by(self._collection, "user_id", user_ids, where)
 
     async def prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
-        user_ids, cursor = await self.page_of_users(cursor)
+        user_ids, cursor = await self.users(cursor)
         hidden, removed = dict[str, list[int]](), 0
         for user_id in await self._overfull(user_ids):
             times = await self._times_of(user_id)
@@ -4853,7 +5198,7 @@ class PointsBackend(ABC):
         maximum = self._retention.maximum
         return [user_id for user_id, count in held.items() if count > min(maximum, shown.get(user_id, 0))]
 
-    async def page_of_states(self, cursor: _Reading | None) -> tuple[list[StateSnapshot], _Reading | None]:
+    async def states(self, cursor: _Reading | None) -> tuple[list[StateSnapshot], _Reading | None]:
         """All of what some users have, oldest first."""
         following, share = cursor or (None, 1)
         page = await self.engine.page(self._collection, Filter((LATEST,)), limit=share, cursor=following)
@@ -4865,7 +5210,7 @@ class PointsBackend(ABC):
 
     def _share(self, users: int, states: int) -> int:
         """How many users to read at once, going by those just read."""
-        return max(1, int(2 * self.batch * users / max(users, states, 1)))
+        return max(1, int(2 * self.batch_size * users / max(users, states, 1)))
 
     async def _histories(self, user_ids: Sequence[str]) -> list[Record]:
         if not (user_ids and self._retention.maximum):
@@ -4892,7 +5237,7 @@ class PointsBackend(ABC):
 
     async def look(self, seconds: float) -> Health:  # noqa: ARG002 - what is in the process is asked at once
         """How many users and how many points there are, found out within so many seconds."""
-        users = await self.count_users()
+        users = await self.count()
         points = await self.engine.count(self._collection, Filter())
         return Health("healthy", self.engine.name, 0.0, users, points)
 
@@ -4945,6 +5290,479 @@ def same_state(found: StateSnapshot | None, expected: StateSnapshot | None) -> b
     alike = attrs.evolve(found, axes=expected.axes, confidence=expected.confidence) == expected
     confidence = abs(found.confidence - expected.confidence) <= LAST_BITS
     return near and alike and confidence and len(found.axes) == len(expected.axes)
+
+
+# -----------------------------------------------------------------------------
+# states.operations: The operations of a store, written once: a synchronous store runs them, an asynchronous one awaits them
+# -----------------------------------------------------------------------------
+
+
+class Operations:
+    """What a store does, over a backend and the place where that is."""
+
+    STATUS_TIMEOUT = 5.0  # seconds that a look at a server may take
+
+    def __init__(self, backend: Backend, place: Place, waits: Waits, *, collection: str) -> None:
+        self.backend = backend
+        self.place = place
+        self.waits = waits
+        self.collection = collection
+        self.slow_ms: float | None = None  # a piece that takes longer is logged
+
+    # The life of a store
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the store has been closed."""
+        return self.backend is CLOSED
+
+    def check_open(self) -> None:
+        """Raise StoreClosedError where the store has been closed."""
+        if self.backend is CLOSED:
+            raise closed_error()
+
+    async def open(self) -> None:
+        """Make ready what checks need: open what is not open yet, or connect."""
+        if self.backend is UNOPENED:
+            backend = await self.place.open()
+            if self.backend is UNOPENED:  # else another task was faster, or has closed the store
+                self.backend = backend
+            elif self.backend is CLOSED:
+                await self.place.close()
+        self.check_open()
+        if not self.backend.is_open:
+            await self.place.drive(self.backend.open())
+
+    def axes(self) -> tuple[str, ...]:
+        """The axes of the store, which must be open."""
+        self.check_open()
+        if not self.backend.is_open:
+            raise StoreError("the axes are known once the store is open: await an operation first")
+        return self.backend.schema.axes
+
+    async def close(self) -> None:
+        """Release everything; harmless when repeated."""
+        was_open, self.backend = self.backend is not CLOSED, CLOSED
+        if was_open:
+            await self.place.close()
+
+    async def _drive(
+        self,
+        name: str,
+        operation: Callable[[Any], Coroutine[Any, Any, T]],
+        about: object = None,
+        *,
+        long: bool = False,
+    ) -> T:
+        """Run a piece of an operation, which may run while no other one does, and look how long it takes.
+
+        Pieces of bulk operations, which hold as much as fits, are not looked at: whoever calls these expects to
+        wait. They have no name.
+        """
+        if self.backend is UNOPENED:
+            await self.open()
+        began = time.perf_counter()
+        try:
+            return await self.place.drive(self.backend.begin(operation), long=long)
+        finally:
+            took_ms = (time.perf_counter() - began) * 1000
+            if name and self.slow_ms and took_ms > self.slow_ms:
+                user_id = id_for_logs(about)
+                whose = "" if user_id is None else f", user {user_id!r}"
+                SLOW_LOGGER.warning("slow: %s took %.0f ms on %s%s", name, took_ms, self.place.engine, whose)
+
+    # Single states
+
+    async def upsert_latest(self, snapshot: StateSnapshot, expected: Expected = ANY) -> None:
+        """See StateStore.upsert_latest."""
+
+        async def write(backend: Backend) -> None:
+            check_state(backend.schema, snapshot)
+            check_expected(expected)
+            if expected is ANY:
+                await backend.write([snapshot])
+            else:
+                await backend.write_expected(snapshot, expected)
+
+        await self._drive("upsert", write, snapshot)
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        """See StateStore.get_latest."""
+        cached = self.backend.cached(user_id)
+        if cached is not None:
+            return cached
+        check_user_id(user_id)
+        found: dict[str, StateSnapshot] = await self._drive(
+            "get", lambda backend: backend.find([user_id]), user_id
+        )
+        return found.get(user_id)
+
+    async def update(self, user_id: str, fn: Callable[..., Any], attempts: int) -> StateSnapshot | None:
+        """See StateStore.update."""
+        check_callable("fn", fn)
+        for attempt in range(check_integer("attempts", attempts, 1, MAX_INTEGER)):
+            latest = await self.get_latest(user_id)
+            new = _check_update(user_id, latest, await self.waits.ask(fn, latest))
+            if new is None:
+                return latest
+            try:
+                await self.upsert_latest(new, latest)
+            except ConflictError as conflict:
+                if conflict.ambiguous:
+                    raise
+                # Full jitter, none after the first; see Marc Brooker, "Exponential Backoff And Jitter", AWS
+                # Architecture Blog, 2015.
+                await self.waits.sleep(
+                    random.uniform(0.0, min(0.1, 0.001 * 2.0**attempt)) if attempt else 0.0
+                )
+            else:
+                return new
+        raise ConflictError(
+            f"user {short_id(user_id)!r}: still in conflict after {attempts} attempts; try again later"
+        )
+
+    async def patch(self, user_id: str, axes: Mapping[str, float], fields: SnapshotFields) -> StateSnapshot:
+        """See StateStore.patch."""
+        first = StateSnapshot(user_id, {}, updated_at_unix_ms=0).patched(
+            axes, **fields
+        )  # checks, before any read
+
+        def merge(latest: StateSnapshot | None) -> StateSnapshot:
+            return first if latest is None else latest.patched(axes, **fields)
+
+        return cast("StateSnapshot", await self.update(user_id, merge, 32))
+
+    async def delete(self, user_id: str) -> bool:
+        """See StateStore.delete."""
+        check_user_id(user_id)
+        return await self._drive("delete", lambda backend: backend.delete(user_id), user_id)
+
+    async def get_history(
+        self, user_id: str, limit: int, since: int | None, until: int | None
+    ) -> list[StateSnapshot]:
+        """See StateStore.get_history."""
+        check_user_id(user_id)
+        window = HistoryWindow.of(limit, since, until)
+        return History(
+            await self._drive("history", lambda backend: backend.history(user_id, window), user_id)
+        )
+
+    async def states_to_plot(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        """The newest snapshots of a user, or the latest alone where there is no history."""
+        return await self.get_history(user_id, limit, None, None) or [await self.latest_or_raise(user_id)]
+
+    async def latest_or_raise(self, user_id: str) -> StateSnapshot:
+        """The latest snapshot of a user, or UserNotFoundError."""
+        latest = await self.get_latest(user_id)
+        if latest is None:
+            raise unknown_user_error(user_id)
+        return latest
+
+    async def search(
+        self,
+        query: StateSnapshot | Mapping[str, float] | str,
+        *,
+        exclude_user_id: str | None,
+        **options: Any,
+    ) -> list[Match]:
+        """See StateStore.search_similar."""
+        if isinstance(query, str):
+            if exclude_user_id is None:
+                exclude_user_id = query
+            query = await self.latest_or_raise(query)
+        request = SearchRequest.of(query, exclude_user_id=exclude_user_id, **options)
+        return await self._drive("search", lambda backend: backend.search(request))
+
+    # Many states
+
+    async def upsert_many(self, snapshots: Iterable[StateSnapshot], progress: Progress | None) -> int:
+        """See StateStore.upsert_many."""
+        self.check_open()
+        progress = check_progress(progress)
+        await self.open()
+        written = 0
+        total = len(cast("Any", snapshots)) if hasattr(snapshots, "__len__") else None
+        try:
+            for batch in self._batches(snapshots):
+                await self._write(batch)
+                written += len(batch)
+                progress(written, total)
+                await self.waits.pause()
+        except StoreError as error:
+            error.written = written
+            raise
+        return written
+
+    async def _write(self, batch: Sequence[StateSnapshot]) -> None:
+        await self._drive("", lambda backend: backend.write(batch))
+
+    def _batches(self, snapshots: Iterable[StateSnapshot]) -> Iterator[list[StateSnapshot]]:
+        """Cut into batches, checked before they are handed out: a list or tuple whole, others batch by batch.
+
+        An error of the caller's iterator is raised when what came before it has been dealt with.
+        """
+        if isinstance(snapshots, StateSnapshot) or not isinstance(snapshots, Iterable):
+            raise ValidationError(
+                f"snapshots: an iterable of StateSnapshot is needed, got {type_name(snapshots)}"
+            )
+        schema, size = self.backend.schema, self.backend.batch_size
+        known = isinstance(snapshots, list | tuple)
+        if known:
+            for snapshot in snapshots:
+                check_state(schema, snapshot)
+        failures: list[Exception] = []
+
+        def until_failure() -> Iterator[StateSnapshot]:
+            try:
+                yield from snapshots
+            except Exception as failure:  # noqa: BLE001 - it is raised again
+                failures.append(failure)
+
+        remaining = until_failure()
+        while batch := list(itertools.islice(remaining, size)):
+            if not known:
+                for snapshot in batch:
+                    check_state(schema, snapshot)
+            yield batch
+        for failure in failures:
+            raise failure
+
+    async def get_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
+        """See StateStore.get_many."""
+        self.check_open()
+        if isinstance(user_ids, str) or not isinstance(user_ids, Iterable):
+            raise ValidationError(f"user_ids: an iterable of user ids is needed, got {type_name(user_ids)}")
+        asked = list(dict.fromkeys(check_user_id(user_id) for user_id in user_ids))
+        if asked and self.backend is UNOPENED:
+            await self.open()
+        found: dict[str, StateSnapshot] = {}
+        for start in range(0, len(asked), max(1, self.backend.batch_size)):
+            if start:
+                await self.waits.pause()
+            found.update(await self._find(asked[start : start + self.backend.batch_size]))
+        return found
+
+    async def _find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
+        return await self._drive("get_many", lambda backend: backend.find(user_ids))
+
+    def users(self) -> Pager[list[str]]:
+        """The pages of all user ids."""
+        return self._pages("users", lambda backend, cursor: backend.users(cursor))
+
+    def states(self) -> Pager[list[StateSnapshot]]:
+        """The pages of all states, each user's together."""
+        return self._pages("", lambda backend, cursor: backend.states(cursor))
+
+    def _pages(
+        self, name: str, fetch: Callable[[Backend, Cursor], Coroutine[Any, Any, tuple[T, Cursor]]]
+    ) -> Pager[T]:
+        async def page(cursor: Cursor) -> tuple[T, Cursor]:
+            return await self._drive(name, lambda backend: fetch(backend, cursor))
+
+        return Pager(page, self.waits)
+
+    async def count(self, *, history: bool) -> int:
+        """See StateStore.count."""
+        if not check_flag("history", history):
+            return await self._drive("count", lambda backend: backend.count())
+        return await self._sum(self._pages("count", lambda backend, cursor: backend.count_page(cursor)))
+
+    async def prune(self) -> int:
+        """See StateStore.prune."""
+        return await self._sum(self._pages("", lambda backend, cursor: backend.prune_page(cursor)))
+
+    async def _sum(self, pages: Pager[int]) -> int:
+        total = 0
+        while (number := await pages.next()) is not None:
+            total += number
+        return total
+
+    # How it is
+
+    async def health(self) -> Health:
+        """See StateStore.health."""
+        started = time.perf_counter()
+        place = self.place
+        try:
+            found = await self._look(self.STATUS_TIMEOUT)
+        except StoreError as error:
+            latency_ms = (time.perf_counter() - started) * 1000
+            location = place.location if place.engine not in ("memory", "qdrant") else None
+            return Health("unhealthy", place.engine, latency_ms, location=location, message=str(error))
+        latency_ms = (time.perf_counter() - started) * 1000
+        signs = place.signs(latency_ms)
+        return attrs.evolve(
+            found,
+            status="degraded" if found.status == "healthy" and signs else found.status,
+            latency_ms=latency_ms,
+            location=None if place.engine == "memory" else place.location,
+            message="; ".join(filter(None, [found.message, *signs])),
+        )
+
+    async def _look(self, seconds: float) -> Health:
+        if self.backend is UNOPENED:
+            await self.open()
+        return await self.place.drive(self.backend.look(seconds))
+
+    async def wait_until_ready(self, timeout: float) -> None:  # noqa: ASYNC109 - as in the public method
+        """See StateStore.wait_until_ready."""
+        self.check_open()
+        check_positive("timeout", timeout, zero=True)
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                await self._look(max(0.01, min(deadline - time.monotonic(), self.STATUS_TIMEOUT)))
+            except BackendError as error:
+                left = deadline - time.monotonic()
+                if left <= 0 or not error.retryable:
+                    raise
+                await self.waits.sleep(min(0.25, left))
+            else:
+                return
+
+    # Backups
+
+    def origin(self) -> SnapshotOrigin:
+        """Which store a snapshot is of."""
+        return SnapshotOrigin(self.place.location, self.place.engine, self.collection)
+
+    async def create_snapshot(
+        self, progress: Progress | None, *, directory: Any, kind: Any, **fields: Any
+    ) -> SnapshotReport:
+        """See StateStore.create_snapshot."""
+        self.check_open()
+        progress = check_progress(progress)
+        request = SnapshotRequest.of(
+            directory, kind, cast("Any", fields), native=self.backend.native_snapshots
+        )
+        await self.open()
+        if request.kind == "native":
+            backend = cast("NativeBackend", self.backend)
+            report = await self.place.drive(backend.create_native(request, self.place.location))
+            if report is not None:
+                return report
+            request = attrs.evolve(request, kind="portable")
+        with PortableSnapshotWriter(request, self.origin(), self.axes()) as writer:
+            pages = self.states()
+            while (states := await pages.next()) is not None:
+                progress(writer.add(states), None)
+            return await self.waits.call(writer.finish)
+
+    async def restore_snapshot(self, path: Any, mode: str, progress: Progress | None) -> SnapshotReport:
+        """See StateStore.restore_snapshot."""
+        self.check_open()
+        progress = check_progress(progress)
+        saved = SnapshotFile(path)
+        saved.check_mode(mode, native=self.backend.native_snapshots)
+        await self.open()
+        if saved.kind == "native":
+            await self.waits.call(saved.verify)
+            backend = cast("NativeBackend", self.backend)
+            await self.place.drive(backend.restore_native(saved.path, saved.sha256))
+        elif mode == "replace":
+            if (
+                self.backend.native_snapshots
+            ):  # a server is changed in place: all must be known to be right before
+                await self._verify(saved, progress)
+            await self.replace(saved.sha256, lambda staged: staged.write_from(saved, progress))
+        else:
+            await self._verify(saved, progress)
+            await self.write_from(saved, progress, skip_known=mode == "skip")
+        return saved.report(self.place.location)
+
+    async def replace(self, token: str, fill: Callable[[Operations], Awaitable[object]]) -> None:
+        """Let ``fill`` write to an empty store, which then takes the place of the contents.
+
+        At a failure it is given up. A server is changed in place, and marked with the token until the end.
+        """
+        backend = await self._drive("", lambda backend: backend.stage(token), long=True)
+        staged = Operations(backend, self.place, self.waits, collection=self.collection)
+        try:
+            await fill(staged)
+            await self._drive("", lambda backend: backend.adopt(staged.backend), long=True)
+        except BaseException:
+            await self.waits.shielded(self._discard(staged))
+            raise
+
+    async def _discard(self, staged: Operations) -> None:
+        try:
+            await self._drive("", lambda backend: backend.discard(staged.backend), long=True)
+        except StoreClosedError:
+            return  # the next opening removes it
+
+    async def _verify(self, saved: SnapshotFile, progress: Progress) -> None:
+        for done in saved.verifying(self.axes()):
+            progress(done, None)
+            await self.waits.pause()
+
+    async def write_from(self, saved: SnapshotFile, progress: Progress, *, skip_known: bool = False) -> None:
+        """Write what a portable snapshot holds, of users who are not there yet or of all."""
+        done, adding = 0, None  # ``adding``: a new user whose snapshots may go on in the next batch
+        for batch in saved.batches(self.backend.batch_size, self.axes()):
+            done += len(batch)
+            chosen = batch
+            if skip_known:
+                known = await self._find(list(dict.fromkeys(each.user_id for each in batch)))
+                chosen = [each for each in batch if each.user_id not in known or each.user_id == adding]
+                adding = chosen[-1].user_id if chosen and chosen[-1] is batch[-1] else None
+            if chosen:
+                await self._write(chosen)
+            progress(done, saved.total)
+            await self.waits.pause()
+
+
+def _check_update(user_id: str, latest: StateSnapshot | None, new: object) -> StateSnapshot | None:
+    """Check what the function of an ``update`` gave."""
+    if new is None:
+        return None
+    if not isinstance(new, StateSnapshot):
+        raise ValidationError(
+            f"update: the function must return a StateSnapshot or None, got {type_name(new)}"
+        )
+    if new.user_id != user_id:
+        raise ValidationError("user_id: the function of an update must return a snapshot of the same user")
+    if latest is not None and new.updated_at_unix_ms <= latest.updated_at_unix_ms:
+        raise ValidationError(
+            f"updated_at_unix_ms: an update must be newer than {latest.updated_at_unix_ms}, "
+            f"got {new.updated_at_unix_ms}; StateSnapshot.patched sets it so"
+        )
+    return new
+
+
+class UserIterator:
+    """The users of a store: iterated in place, or awaited."""
+
+    def __init__(self, pages: Pager[list[str]]) -> None:
+        self._pages = pages
+        self._ready: deque[str] = deque()
+        self._ended = False
+
+    async def fill(self) -> None:
+        """Get users ready, unless there are some or no more."""
+        while not self._ready and not self._ended:
+            page = await self._pages.next()
+            self._ended = page is None
+            self._ready.extend(page or ())
+
+    def __iter__(self) -> UserIterator:
+        return self
+
+    def __next__(self) -> str:
+        if not self._ready:
+            run(self.fill())
+            if not self._ready:
+                raise StopIteration
+        return self._ready.popleft()
+
+    def __aiter__(self) -> UserIterator:
+        return self
+
+    async def __anext__(self) -> str:
+        if not self._ready:
+            await self.fill()
+            if not self._ready:
+                raise StopAsyncIteration
+        return self._ready.popleft()
 
 
 # -----------------------------------------------------------------------------
@@ -5280,16 +6098,17 @@ class ServerEngine:
     indexed = True
     compact = False
 
-    def __init__(self, config: QdrantStoreConfig, runs: ExecutionMode) -> None:
+    def __init__(self, config: QdrantStoreConfig, waits: Waits) -> None:
         self._models = import_qdrant_client().models
         import ssl
 
         import httpx
 
-        self.runs: ExecutionMode = runs
+        self.runs: ExecutionMode = "in place" if waits.blocking else "on loop"
+        self._waits = waits
         self._config = config
         self._url = cast("str", config.url)
-        self._blocking = runs == "in place"
+        self._blocking = waits.blocking
         headers = {} if config.api_key is None else {"api-key": config.api_key}  # as api_key= it would warn
         limits = httpx.Limits(max_connections=config.pool_size, max_keepalive_connections=config.pool_size)
         verify = config.verify
@@ -5302,7 +6121,7 @@ class ServerEngine:
         clients = self._make_clients()  # the first take 0.1 s, for which no event loop is to be held up
         self._prepared = [clients]
         self._clients_of: dict[object, _Clients] = {None: clients} if self._blocking else {}
-        self.resilience = Resilience(config, sleep_blocking if self._blocking else async_sleep)
+        self.resilience = Resilience(config, waits.sleep)
 
     def _make_clients(self) -> _Clients:
         import httpx
@@ -5342,7 +6161,7 @@ class ServerEngine:
         except IndexError:
             clients = self._make_clients()
         ending = _until_the_end(loop, clients, weakref.ref(self))
-        run_blocking(cast("Any", anext(ending)))
+        run(cast("Any", anext(ending)))
         clients = self._clients_of[loop] = clients._replace(ending=ending)
         return clients
 
@@ -5500,7 +6319,7 @@ class ServerEngine:
         return cast("str | None", metadata and metadata.get(key))
 
     async def finish(self, last: Awaitable[object]) -> None:
-        await (last if self._blocking else shielded(last))
+        await self._waits.shielded(last)
 
     async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[Record]:
         found = await self._send(
@@ -5679,7 +6498,7 @@ class ServerEngine:
         await self._send("restore", upload)
 
     async def apart(self, call: Callable[[], T]) -> T:
-        return call() if self._blocking else await run_in_thread(call)
+        return await self._waits.call(call)
 
     def _check_status(self, operation: str, status: int, body: bytes) -> None:
         if status >= HTTPStatus.BAD_REQUEST:
@@ -5698,63 +6517,361 @@ class ServerEngine:
 
 
 # -----------------------------------------------------------------------------
-# engines.embedded: Which embedded engine a directory belongs to
+# states.owned: States in a collection that this process alone writes to
 # -----------------------------------------------------------------------------
 
 
-def engine_class(path: Path, config: QdrantStoreConfig) -> type[EdgeEngine | LocalEngine]:
-    """The engine that wrote a directory, or the one for a new one; its library is there."""
-    written = engine_of(path)
-    if written is not None and config.engine not in ("auto", written):
-        raise SchemaMismatchError(
-            f'{path}: written by engine="{written}", not by "{config.engine}"; '
-            f'open it with engine="auto", or export it and import that elsewhere'
+class RecentHistory(NamedTuple):
+    """The newest snapshots of a user's history, newest first, and whether they are all."""
+
+    snapshots: tuple[StateSnapshot, ...]
+    complete: bool
+
+
+def covers_window(recent: RecentHistory, window: HistoryWindow, least: int) -> bool:
+    """Whether what is at hand of a history answers for a window, whose oldest time is ``least``."""
+    if recent.complete or (recent.snapshots and recent.snapshots[-1].updated_at_unix_ms < least):
+        return True
+    return sum(entry.updated_at_unix_ms <= window.until for entry in recent.snapshots) >= window.limit
+
+
+def keep_in_cache(cache: MutableMapping[str, T], key: str, value: T) -> None:
+    """Put into a cache what fits into it at all."""
+    try:
+        cache[key] = value
+    except ValueError:
+        cache.pop(key, None)
+
+
+def lacks_latest(times: Sequence[int], latest: StateSnapshot) -> bool:
+    """Whether a history was off when the latest snapshot was written."""
+    return not times or times[-1] != latest.updated_at_unix_ms
+
+
+class WriteDraft:
+    """What becomes of a user's points in a write."""
+
+    __slots__ = ("changed", "latest", "put", "removed", "times")
+
+    def __init__(self, latest: StateSnapshot | None, times: list[int]) -> None:
+        self.latest = latest
+        self.times = times  # ascending, of the history
+        self.put: dict[int, StateSnapshot] = {}
+        self.removed: list[int] = []
+        self.changed = False  # whether there is a new latest snapshot
+
+    def add(self, snapshot: StateSnapshot, retention: Retention) -> None:
+        time_ms = snapshot.updated_at_unix_ms
+        if self.latest is None or time_ms >= self.latest.updated_at_unix_ms:
+            self.latest, self.changed = snapshot, True
+        if retention.maximum == 0:
+            return
+        position = bisect_left(self.times, time_ms)
+        if self.times[position : position + 1] != [time_ms]:
+            self.times.insert(position, time_ms)
+        self.put[time_ms] = snapshot
+        excess = retention.removable(self.times)
+        for old in self.times[:excess]:
+            self.put.pop(old, None)
+            self.removed.append(old)
+        del self.times[:excess]
+
+
+class OwnedBackend(PointsBackend):
+    """A collection that this process owns, in a directory.
+
+    One coroutine runs at a time, alone. Besides the collection there are, bounded by ``cache_size``: the
+    latest snapshots and recent history of the users last touched, and the times of their histories. An
+    engine without indexes has the times of all users.
+    """
+
+    def __init__(
+        self, engine: EmbeddedEngine, config: QdrantStoreConfig, collection: str | None = None
+    ) -> None:
+        super().__init__(engine, config, collection)
+        self._files = engine
+        self._beside = f".{self._collection}.restoring"  # the collection in which one is restored
+        self._staged: Callable[[], OwnedBackend | None] = lambda: None
+        self._latest: MutableMapping[str, StateSnapshot] = FIFOCache(config.cache_size)
+        self._recent: MutableMapping[str, RecentHistory] = FIFOCache(
+            config.cache_size, getsizeof=lambda recent: len(recent.snapshots) + 1
         )
-    engine = written or config.engine
-    if engine == "local":
-        import_qdrant_local()
-        return LocalEngine
-    try:
-        import_qdrant_edge()
-    except MissingDependencyError:
-        if engine == "auto":
-            with contextlib.suppress(MissingDependencyError):
-                import_qdrant_local()
-                return LocalEngine
-        raise
-    return EdgeEngine
+        self._times: MutableMapping[str, list[int]] = FIFOCache(config.cache_size) if engine.indexed else {}
 
+    async def open(self) -> None:
+        """Open the collection, and learn what an engine without indexes cannot be asked."""
+        if self.is_open:
+            return
+        await self._files.drop(self._beside)  # a process that was killed may have left it
+        self.schema = await self._open_schema()
+        if not self.engine.indexed:
+            await self._learn_times()
+        self.is_open = True
 
-def engine_of(path: Path) -> Literal["edge", "local"] | None:
-    try:
-        edge, local = (path / "collections").exists(), (path / "meta.json").exists()
-        of_a_server = edge and _is_of_a_server(path)
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error}") from error
-    if edge and local:
-        raise StoreError(f"{path}: holds the files of two engines (collections/ of edge, meta.json of local)")
-    if of_a_server:
-        raise StoreError(f"{path}: holds collections of something else, such as a Qdrant server")
-    return "edge" if edge else "local" if local else None
+    async def _learn_times(self) -> None:
+        cursor, histories = None, list[tuple[str, int]]()
+        while True:
+            page = await self.engine.page(self._collection, Filter(), limit=1_000, cursor=cursor)
+            for record in page.records:
+                user_id, kind = record.payload["user_id"], record.payload["kind"]
+                if kind == "latest":
+                    self._times[user_id] = []
+                else:
+                    histories.append((user_id, record.payload["updated_at_unix_ms"]))
+            if (cursor := page.cursor) is None:
+                break
+        for user_id, time_ms in histories:
+            if user_id in self._times:
+                self._times[user_id].append(time_ms)
+        for times in self._times.values():
+            times.sort()
 
+    # Reads
 
-def _is_of_a_server(path: Path) -> bool:
-    """Whether there are collections, none of which has a manifest of ours, which is there before them."""
-    found = [each for each in (path / "collections").iterdir() if each.is_dir() and each.name[0] != "."]
-    manifests = {each.with_name(each.name.partition("@")[0] + ".json") for each in found}
-    return bool(found) and not any(manifest.exists() for manifest in manifests)
+    def cached(self, user_id: str) -> StateSnapshot | None:
+        """See PointsBackend.cached."""
+        try:
+            return self._latest[user_id]
+        except (KeyError, TypeError):
+            return None
 
+    async def find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
+        found = {user_id: latest for user_id in user_ids if (latest := self.cached(user_id)) is not None}
+        missing = [make_point_id(user_id, "latest") for user_id in user_ids if user_id not in found]
+        if missing:
+            for record in await self.engine.retrieve(self._collection, missing):
+                snapshot = decode_snapshot(record.payload)
+                found[snapshot.user_id] = snapshot
+                keep_in_cache(self._latest, snapshot.user_id, snapshot)
+        return {user_id: found[user_id] for user_id in user_ids if user_id in found}
 
-def collection_exists(config: QdrantStoreConfig) -> bool:
-    """Whether a directory holds the collection, as far as can be seen without opening it."""
-    path = absolute_path(cast("str", config.path))
-    match engine_of(path):
-        case "edge":
-            return (path / "collections" / f"{config.collection_name}.json").exists()
-        case "local":
-            return config.collection_name in read_manifest(path / "meta.json").get("collections", {})
-        case None:
+    async def history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]:
+        least = max(window.since, self._retention.cutoff())
+        recent = self._recent.get(user_id)
+        if recent is None or not covers_window(recent, window, least):
+            recent = await self._load_recent(user_id, window)
+        chosen = (entry for entry in recent.snapshots if least <= entry.updated_at_unix_ms <= window.until)
+        return list(itertools.islice(chosen, window.limit))
+
+    async def _load_recent(self, user_id: str, window: HistoryWindow) -> RecentHistory:
+        maximum = self._retention.maximum
+        wanted = min(maximum, window.limit) if window.until == MAX_TIME_MS else maximum
+        if wanted == 0:
+            return RecentHistory((), complete=maximum == 0)
+        if user_id in self._times or not self.engine.indexed:
+            snapshots = await self._newest_by_id(user_id, wanted)
+        else:
+            snapshots = await self._newest(user_id, wanted)
+        recent = RecentHistory(tuple(snapshots), complete=len(snapshots) < wanted or wanted == maximum)
+        keep_in_cache(self._recent, user_id, recent)
+        return recent
+
+    async def _newest_by_id(self, user_id: str, wanted: int) -> list[StateSnapshot]:
+        """As _newest, where the times are known."""
+        latest, times = await self.get_latest(user_id), self._times.get(user_id, [])
+        ids = [make_point_id(user_id, time_ms) for time_ms in times[-wanted:]]
+        records = await self.engine.retrieve(self._collection, ids) if ids else []
+        snapshots = sorted((decode_snapshot(record.payload) for record in records), key=time_of, reverse=True)
+        if latest is not None and lacks_latest(times, latest):
+            snapshots = [latest, *snapshots][:wanted]
+        return snapshots
+
+    async def users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
+        if self.engine.indexed:
+            return await super().users(cursor)
+        return page_of_ids(iter(list(self._times)) if cursor is None else cursor, self.batch_size)
+
+    async def count(self) -> int:
+        return await super().count() if self.engine.indexed else len(self._times)
+
+    async def _count_by_user(self, user_ids: Sequence[str], least: int = 0) -> Mapping[str, int]:
+        if self.engine.indexed:
+            return await super()._count_by_user(user_ids, least)
+        histories = ((user_id, self._times.get(user_id, [])) for user_id in user_ids)
+        return {user_id: len(times) - bisect_left(times, least) for user_id, times in histories}
+
+    # Writes
+
+    async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
+        drafts = await self._drafts(dict.fromkeys(snapshot.user_id for snapshot in snapshots))
+        for snapshot in snapshots:
+            drafts[snapshot.user_id].add(snapshot, self._retention)
+        points, deleted = list[Point](), list[str]()
+        for user_id, draft in drafts.items():
+            history = [self._point(entry, entry.updated_at_unix_ms) for entry in draft.put.values()]
+            if draft.changed and draft.latest is not None:
+                twin = history[-1] if draft.latest is next(reversed(draft.put.values()), None) else None
+                points.append(self._latest_point(draft.latest, twin))
+            points += history
+            deleted += [make_point_id(user_id, time_ms) for time_ms in draft.removed]
+
+        def remember() -> None:
+            for user_id, draft in drafts.items():
+                self._remember(user_id, draft)
+
+        await self._change(drafts, points, deleted, remember)
+
+    def _latest_point(self, latest: StateSnapshot, twin: Point | None) -> Point:
+        """The latest point, made from the same snapshot's point in history where there is one."""
+        if twin is None:
+            return self._point(latest, "latest")
+        return Point(make_point_id(latest.user_id, "latest"), twin.vector, {**twin.payload, "kind": "latest"})
+
+    async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None:
+        latest = await self.get_latest(snapshot.user_id)
+        if latest != expected:
+            raise conflict_error(snapshot.user_id, expected, latest)
+        await self.write([snapshot])
+
+    async def delete(self, user_id: str) -> bool:
+        latest, times = await self.get_latest(user_id), await self._times_of(user_id)
+        if latest is None and not times:
             return False
+        ids = [make_point_id(user_id, "latest"), *(make_point_id(user_id, time_ms) for time_ms in times)]
+        await self._change([user_id], [], ids, lambda: self._forget(user_id))
+        return True
+
+    async def _remove(self, times: Mapping[str, list[int]]) -> None:
+        ids = [make_point_id(user_id, time_ms) for user_id, old in times.items() for time_ms in old]
+        left = {user_id: (await self._times_of(user_id))[len(old) :] for user_id, old in times.items()}
+
+        def remember() -> None:
+            for user_id, still in left.items():
+                keep_in_cache(self._times, user_id, still)
+                self._recent.pop(user_id, None)
+
+        await self._change(times, [], ids, remember)
+
+    async def _drafts(self, user_ids: Iterable[str]) -> dict[str, WriteDraft]:
+        """What is there of these users; the histories of new users are known to be empty."""
+        latest = await self.find(list(user_ids))
+        drafts = {user_id: WriteDraft(None, []) for user_id in user_ids}
+        for user_id, snapshot in latest.items():
+            draft = drafts[user_id] = WriteDraft(snapshot, list(await self._times_of(user_id)))
+            if lacks_latest(draft.times, snapshot) and self._retention.maximum:
+                draft.times.append(snapshot.updated_at_unix_ms)
+                draft.put[snapshot.updated_at_unix_ms] = snapshot
+        return drafts
+
+    async def _times_of(self, user_id: str) -> list[int]:
+        times = self._times.get(user_id)
+        if times is None:
+            times = await self._learn(user_id) if self.engine.indexed else []
+        return times
+
+    async def _learn(self, user_id: str) -> list[int]:
+        times = await self._history_times(user_id)
+        keep_in_cache(self._times, user_id, times)
+        return times
+
+    async def _change(
+        self,
+        user_ids: Iterable[str],
+        points: Sequence[Point],
+        deleted: Sequence[str],
+        remember: Callable[[], None],
+    ) -> None:
+        """Write, then bring what is known of these users up to date."""
+        try:
+            await self._files.write(self._collection, points, deleted)
+            remember()
+        except BaseException:
+            # How much of it was done is unknown, also after an interrupt: look again at the next use.
+            for user_id in user_ids:
+                self._forget(user_id)
+                await self._relearn(user_id)
+            raise
+
+    def _remember(self, user_id: str, draft: WriteDraft) -> None:
+        keep_in_cache(self._times, user_id, draft.times)
+        self._remember_recent(user_id, draft)
+        if draft.latest is not None:
+            keep_in_cache(
+                self._latest, user_id, draft.latest
+            )  # last: readers without the lock see it from here on
+
+    def _remember_recent(self, user_id: str, draft: WriteDraft) -> None:
+        recent = self._recent.pop(user_id, None)
+        if recent is None:
+            return
+        newer = sorted(draft.put.values(), key=time_of, reverse=True)
+        if not recent.snapshots or (
+            newer and newer[-1].updated_at_unix_ms > recent.snapshots[0].updated_at_unix_ms
+        ):
+            kept = (*newer, *recent.snapshots)[: self._retention.maximum]
+            keep_in_cache(self._recent, user_id, RecentHistory(kept, recent.complete))
+
+    def _forget(self, user_id: str) -> None:
+        self._latest.pop(user_id, None)
+        self._recent.pop(user_id, None)
+        self._times.pop(user_id, None)
+
+    async def stage(self, token: str) -> PointsBackend:  # noqa: ARG002 - nothing of this one can be left
+        """See PointsBackend.stage."""
+        if self._staged() is not None:
+            raise StoreError("a snapshot is being restored into this store already")
+        axes = attrs.evolve(self.config, axes=self.schema.axes, vector_size=self.schema.vector_size)
+        staged = OwnedBackend(self._files, axes, self._beside)
+        await self._files.drop(self._beside)
+        await staged.open()
+        self._staged = weakref.ref(staged)  # weak: a task that was cancelled may never hear of it
+        return staged
+
+    async def adopt(self, staged: PointsBackend) -> None:
+        """See PointsBackend.adopt."""
+        held = self._staged()
+        if held is None or staged is not held:
+            raise StoreError("what was restored was given up meanwhile")
+        try:
+            await self._files.replace(self._collection, self._beside)
+        except BaseException:
+            await self._relearn_all()  # which of the two is there is unknown, after an interrupt too
+            raise
+        self._staged = lambda: None
+        self.forget_everything()
+        if not self.engine.indexed:
+            self._times.update(held._times)
+
+    async def discard(self, staged: PointsBackend) -> None:
+        """See PointsBackend.discard."""
+        if staged is self._staged():
+            self._staged = lambda: None
+            await self._files.drop(self._beside)
+
+    async def _relearn_all(self) -> None:
+        self.forget_everything()
+        if not self.engine.indexed:
+            await self._learn_times()
+
+    async def states(self, cursor: Cursor) -> tuple[list[StateSnapshot], Cursor]:
+        """See PointsBackend.states."""
+        if self.engine.indexed:
+            return await super().states(cursor)
+        remaining: Iterator[str] = iter(list(self._times)) if cursor is None else cursor
+        ids, latest, following = list[str](), dict[str, str](), None
+        for user_id in remaining:
+            latest[user_id] = make_point_id(user_id, "latest")
+            ids += [make_point_id(user_id, time_ms) for time_ms in self._times.get(user_id, ())]
+            if len(ids) + len(latest) >= 2 * self.batch_size:
+                following = remaining
+                break
+        records = await self.engine.retrieve(self._collection, [*latest.values(), *ids])
+        kinds: dict[str, list[Record]] = {"latest": [], "history": []}
+        for record in records:
+            kinds[payload_field(record, "kind")].append(record)
+        heads = {str(payload_field(record, "user_id")): record for record in kinds["latest"]}
+        return self._states(heads, kinds["history"]), following
+
+    async def _relearn(self, user_id: str) -> None:
+        """Take the times of a history from an engine that cannot be asked at every use."""
+        if not self.engine.indexed and await self.get_latest(user_id) is not None:
+            await self._learn(user_id)
+
+    def forget_everything(self) -> None:
+        """Empty the caches, so that no read is answered from them."""
+        self._latest.clear()
+        self._recent.clear()
+        self._times.clear()
 
 
 # -----------------------------------------------------------------------------
@@ -5778,18 +6895,18 @@ class SharedBackend(PointsBackend):
     whose own point is gone already still finds out whether it was ever there.
     """
 
-    batch = 500  # a request holds more than a step in the process
+    native_snapshots = True
+    batch_size = 500  # a request holds more than a step in the process
 
     def __init__(self, engine: SharedEngine, config: QdrantStoreConfig) -> None:
         super().__init__(engine, config)
         self._server = engine
-        self.is_open = False
         self._since_trim: dict[str, int] = {}
         self._latest: dict[str, tuple[float, StateSnapshot]] = {}
 
     async def begin(self, operation: Callable[[PointsBackend], Coroutine[Any, Any, T]]) -> T:
         """See PointsBackend.begin; a collection that somebody has dropped since is made again, once."""
-        await self.ensure_open()
+        await self.open()
         schema = self.schema
         try:
             return await operation(self)
@@ -5798,10 +6915,10 @@ class SharedBackend(PointsBackend):
                 raise
         if self.schema is schema:  # else another thread or task has opened it again already
             self.is_open = False
-        await self.ensure_open()
+        await self.open()
         return await operation(self)
 
-    async def ensure_open(self) -> None:
+    async def open(self) -> None:
         """Connect and open the collection, unless that has been done."""
         if not self.is_open:
             self.schema = await self._open_schema()
@@ -5831,7 +6948,7 @@ class SharedBackend(PointsBackend):
                 self._latest.clear()
             self._latest[snapshot.user_id] = (time.monotonic() + self.config.cache_ttl, snapshot)
 
-    async def get_history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]:
+    async def history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]:
         maximum = self._retention.maximum
         wanted = min(maximum, window.limit) if window.until == MAX_TIME_MS else maximum
         if wanted == 0 or window.limit == 0:
@@ -6023,7 +7140,7 @@ class SharedBackend(PointsBackend):
         self.is_open = False
         self.forget_everything()
         await self._server.upload_snapshot(await self._server.resolve(self._collection), path, sha256)
-        await self.ensure_open()
+        await self.open()
 
     async def stage(self, token: str) -> PointsBackend:
         """See PointsBackend.stage; the collection is changed in place, and marked until the end."""
@@ -6046,7 +7163,7 @@ class SharedBackend(PointsBackend):
             message = "another snapshot was restored meanwhile, or the collection made anew"
         else:
             written = Filter((LATEST, Equal("restored", restoring.token)))
-            if await self.engine.count(self._collection, written) == restoring.users:
+            if await self.engine.count(self._collection, written) == restoring.users_written:
                 return
             message = "users were written to while it was restored"
         raise SnapshotError(
@@ -6069,11 +7186,11 @@ class RestoringBackend(SharedBackend):
     when it is done again, and the others can be told from them.
     """
 
-    def __init__(self, core: SharedBackend, token: str) -> None:
-        super().__init__(core._server, core.config)
-        self.schema, self.is_open = core.schema, True
+    def __init__(self, backend: SharedBackend, token: str) -> None:
+        super().__init__(backend._server, backend.config)
+        self.schema, self.is_open = backend.schema, True
         self.token = token
-        self.users = 0  # written so far
+        self.users_written = 0  # written so far
         self._last = ""  # who may go on in the next batch
 
     async def begin(self, operation: Callable[[PointsBackend], Coroutine[Any, Any, T]]) -> T:
@@ -6087,7 +7204,7 @@ class RestoringBackend(SharedBackend):
         if self._retention.maximum:
             points += [self._point(each, each.updated_at_unix_ms, restored=self.token) for each in snapshots]
         await self._server.put(self._collection, [Put(points)])
-        self.users += len(last) - (self._last in last)
+        self.users_written += len(last) - (self._last in last)
         self._last = snapshots[-1].user_id
 
 
@@ -6101,441 +7218,197 @@ def _lost(user_id: str, *, ambiguous: bool) -> ConflictError:
     return ConflictError(f"user {short_id(user_id)!r}: the latest snapshot {message}", ambiguous=ambiguous)
 
 
-class ServerConnection:
-    """A connection to a server, of one store."""
-
-    def __init__(self, engine: ServerEngine, core: SharedBackend, path: str) -> None:
-        self.engine = engine
-        self.core = core
-        self.path = path
-        self._orphaned = False
-        OPEN.connections.add(self)
-
-    def check_process(self) -> None:
-        """Raise StoreError in a forked child: two processes cannot share a connection."""
-        if self._orphaned:
-            raise forked_error(self.path)
-
-    def drive(self, flow: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine over a blocking connection to its end; many may run at once."""
-        try:
-            self.check_process()
-            return run_blocking(flow)
-        finally:
-            flow.close()
-
-    def release(self) -> None:
-        """Close the blocking connection."""
-        if not self._orphaned:
-            run_blocking(self.engine.close())
-
-    def abandon(self) -> None:
-        """Make every use in a forked child an error."""
-        self._orphaned = True
-        self.core.forget_everything()
-
-
-def connect_server(config: QdrantStoreConfig, runs: ExecutionMode) -> tuple[ServerConnection, SharedBackend]:
-    """A connection that is used first when it is needed, and the core over it."""
-    _warn_of_plain_key(config)
-    try:
-        engine = ServerEngine(config, runs)
-    except OSError as error:
-        message = f"verify: {brief(config.verify)} is no usable certificate: {error}"
-        raise ValidationError(message) from error
-    core = SharedBackend(engine, config)
-    return ServerConnection(engine, core, cast("str", config.url)), core
-
-
-def _warn_of_plain_key(config: QdrantStoreConfig) -> None:
-    parts = urlsplit(cast("str", config.url))
-    if config.api_key and parts.scheme == "http" and not is_loopback(str(parts.hostname)):
-        message = f"the api key is sent in the clear to {parts.hostname}: use https"
-        warnings.warn(message, UserWarning, stacklevel=4)
-
-
 # -----------------------------------------------------------------------------
-# states.owned: States in a collection that this process alone writes to
+# engines.embedded: Which embedded engine a directory belongs to
 # -----------------------------------------------------------------------------
 
 
-class RecentHistory(NamedTuple):
-    """The newest snapshots of a user's history, newest first, and whether they are all."""
-
-    snapshots: tuple[StateSnapshot, ...]
-    complete: bool
-
-
-def covers_window(recent: RecentHistory, window: HistoryWindow, least: int) -> bool:
-    """Whether what is at hand of a history answers for a window, whose oldest time is ``least``."""
-    if recent.complete or (recent.snapshots and recent.snapshots[-1].updated_at_unix_ms < least):
-        return True
-    return sum(entry.updated_at_unix_ms <= window.until for entry in recent.snapshots) >= window.limit
-
-
-def keep_in_cache(cache: MutableMapping[str, T], key: str, value: T) -> None:
-    """Put into a cache what fits into it at all."""
-    try:
-        cache[key] = value
-    except ValueError:
-        cache.pop(key, None)
-
-
-def lacks_latest(times: Sequence[int], latest: StateSnapshot) -> bool:
-    """Whether a history was off when the latest snapshot was written."""
-    return not times or times[-1] != latest.updated_at_unix_ms
-
-
-class WriteDraft:
-    """What becomes of a user's points in a write."""
-
-    __slots__ = ("changed", "latest", "put", "removed", "times")
-
-    def __init__(self, latest: StateSnapshot | None, times: list[int]) -> None:
-        self.latest = latest
-        self.times = times  # ascending, of the history
-        self.put: dict[int, StateSnapshot] = {}
-        self.removed: list[int] = []
-        self.changed = False  # whether there is a new latest snapshot
-
-    def add(self, snapshot: StateSnapshot, retention: Retention) -> None:
-        time_ms = snapshot.updated_at_unix_ms
-        if self.latest is None or time_ms >= self.latest.updated_at_unix_ms:
-            self.latest, self.changed = snapshot, True
-        if retention.maximum == 0:
-            return
-        position = bisect_left(self.times, time_ms)
-        if self.times[position : position + 1] != [time_ms]:
-            self.times.insert(position, time_ms)
-        self.put[time_ms] = snapshot
-        excess = retention.removable(self.times)
-        for old in self.times[:excess]:
-            self.put.pop(old, None)
-            self.removed.append(old)
-        del self.times[:excess]
-
-
-class OwnedBackend(PointsBackend):
-    """A collection that this process owns, in a directory.
-
-    One coroutine runs at a time, alone. Besides the collection there are, bounded by ``cache_size``: the
-    latest snapshots and recent history of the users last touched, and the times of their histories. An
-    engine without indexes has the times of all users.
-    """
-
-    def __init__(
-        self, engine: EmbeddedEngine, config: QdrantStoreConfig, collection: str | None = None
-    ) -> None:
-        super().__init__(engine, config, collection)
-        self._files = engine
-        self._beside = f".{self._collection}.restoring"  # the collection in which one is restored
-        self._staged: Callable[[], OwnedBackend | None] = lambda: None
-        self._latest: MutableMapping[str, StateSnapshot] = FIFOCache(config.cache_size)
-        self._recent: MutableMapping[str, RecentHistory] = FIFOCache(
-            config.cache_size, getsizeof=lambda recent: len(recent.snapshots) + 1
+def engine_class(path: Path, config: QdrantStoreConfig) -> type[EdgeEngine | LocalEngine]:
+    """The engine that wrote a directory, or the one for a new one; its library is there."""
+    written = engine_of(path)
+    if written is not None and config.engine not in ("auto", written):
+        raise SchemaMismatchError(
+            f'{path}: written by engine="{written}", not by "{config.engine}"; '
+            f'open it with engine="auto", or export it and import that elsewhere'
         )
-        self._times: MutableMapping[str, list[int]] = FIFOCache(config.cache_size) if engine.indexed else {}
+    engine = written or config.engine
+    if engine == "local":
+        import_qdrant_local()
+        return LocalEngine
+    try:
+        import_qdrant_edge()
+    except MissingDependencyError:
+        if engine == "auto":
+            with contextlib.suppress(MissingDependencyError):
+                import_qdrant_local()
+                return LocalEngine
+        raise
+    return EdgeEngine
 
-    async def open(self) -> None:
-        """Open the collection, and learn what an engine without indexes cannot be asked."""
-        await self._files.drop(self._beside)  # a process that was killed may have left it
-        self.schema = await self._open_schema()
-        if not self.engine.indexed:
-            await self._learn_times()
 
-    async def _learn_times(self) -> None:
-        cursor, histories = None, list[tuple[str, int]]()
-        while True:
-            page = await self.engine.page(self._collection, Filter(), limit=1_000, cursor=cursor)
-            for record in page.records:
-                user_id, kind = record.payload["user_id"], record.payload["kind"]
-                if kind == "latest":
-                    self._times[user_id] = []
-                else:
-                    histories.append((user_id, record.payload["updated_at_unix_ms"]))
-            if (cursor := page.cursor) is None:
-                break
-        for user_id, time_ms in histories:
-            if user_id in self._times:
-                self._times[user_id].append(time_ms)
-        for times in self._times.values():
-            times.sort()
+def engine_of(path: Path) -> Literal["edge", "local"] | None:
+    try:
+        edge, local = (path / "collections").exists(), (path / "meta.json").exists()
+        of_a_server = edge and _is_of_a_server(path)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error}") from error
+    if edge and local:
+        raise StoreError(f"{path}: holds the files of two engines (collections/ of edge, meta.json of local)")
+    if of_a_server:
+        raise StoreError(f"{path}: holds collections of something else, such as a Qdrant server")
+    return "edge" if edge else "local" if local else None
 
-    # Reads
 
-    def cached(self, user_id: str) -> StateSnapshot | None:
-        """See PointsBackend.cached."""
-        try:
-            return self._latest[user_id]
-        except (KeyError, TypeError):
-            return None
+def _is_of_a_server(path: Path) -> bool:
+    """Whether there are collections, none of which has a manifest of ours, which is there before them."""
+    found = [each for each in (path / "collections").iterdir() if each.is_dir() and each.name[0] != "."]
+    manifests = {each.with_name(each.name.partition("@")[0] + ".json") for each in found}
+    return bool(found) and not any(manifest.exists() for manifest in manifests)
 
-    async def find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
-        found = {user_id: latest for user_id in user_ids if (latest := self.cached(user_id)) is not None}
-        missing = [make_point_id(user_id, "latest") for user_id in user_ids if user_id not in found]
-        if missing:
-            for record in await self.engine.retrieve(self._collection, missing):
-                snapshot = decode_snapshot(record.payload)
-                found[snapshot.user_id] = snapshot
-                keep_in_cache(self._latest, snapshot.user_id, snapshot)
-        return {user_id: found[user_id] for user_id in user_ids if user_id in found}
 
-    async def get_history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]:
-        least = max(window.since, self._retention.cutoff())
-        recent = self._recent.get(user_id)
-        if recent is None or not covers_window(recent, window, least):
-            recent = await self._load_recent(user_id, window)
-        chosen = (entry for entry in recent.snapshots if least <= entry.updated_at_unix_ms <= window.until)
-        return list(itertools.islice(chosen, window.limit))
-
-    async def _load_recent(self, user_id: str, window: HistoryWindow) -> RecentHistory:
-        maximum = self._retention.maximum
-        wanted = min(maximum, window.limit) if window.until == MAX_TIME_MS else maximum
-        if wanted == 0:
-            return RecentHistory((), complete=maximum == 0)
-        if user_id in self._times or not self.engine.indexed:
-            snapshots = await self._newest_by_id(user_id, wanted)
-        else:
-            snapshots = await self._newest(user_id, wanted)
-        recent = RecentHistory(tuple(snapshots), complete=len(snapshots) < wanted or wanted == maximum)
-        keep_in_cache(self._recent, user_id, recent)
-        return recent
-
-    async def _newest_by_id(self, user_id: str, wanted: int) -> list[StateSnapshot]:
-        """As _newest, where the times are known."""
-        latest, times = await self.get_latest(user_id), self._times.get(user_id, [])
-        ids = [make_point_id(user_id, time_ms) for time_ms in times[-wanted:]]
-        records = await self.engine.retrieve(self._collection, ids) if ids else []
-        snapshots = sorted((decode_snapshot(record.payload) for record in records), key=time_of, reverse=True)
-        if latest is not None and lacks_latest(times, latest):
-            snapshots = [latest, *snapshots][:wanted]
-        return snapshots
-
-    async def page_of_users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
-        if self.engine.indexed:
-            return await super().page_of_users(cursor)
-        return next_page(iter(list(self._times)) if cursor is None else cursor)
-
-    async def count_users(self) -> int:
-        return await super().count_users() if self.engine.indexed else len(self._times)
-
-    async def _count_by_user(self, user_ids: Sequence[str], least: int = 0) -> Mapping[str, int]:
-        if self.engine.indexed:
-            return await super()._count_by_user(user_ids, least)
-        histories = ((user_id, self._times.get(user_id, [])) for user_id in user_ids)
-        return {user_id: len(times) - bisect_left(times, least) for user_id, times in histories}
-
-    # Writes
-
-    async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
-        drafts = await self._drafts(dict.fromkeys(snapshot.user_id for snapshot in snapshots))
-        for snapshot in snapshots:
-            drafts[snapshot.user_id].add(snapshot, self._retention)
-        points, deleted = list[Point](), list[str]()
-        for user_id, draft in drafts.items():
-            history = [self._point(entry, entry.updated_at_unix_ms) for entry in draft.put.values()]
-            if draft.changed and draft.latest is not None:
-                twin = history[-1] if draft.latest is next(reversed(draft.put.values()), None) else None
-                points.append(self._latest_point(draft.latest, twin))
-            points += history
-            deleted += [make_point_id(user_id, time_ms) for time_ms in draft.removed]
-
-        def remember() -> None:
-            for user_id, draft in drafts.items():
-                self._remember(user_id, draft)
-
-        await self._change(drafts, points, deleted, remember)
-
-    def _latest_point(self, latest: StateSnapshot, twin: Point | None) -> Point:
-        """The latest point, made from the same snapshot's point in history where there is one."""
-        if twin is None:
-            return self._point(latest, "latest")
-        return Point(make_point_id(latest.user_id, "latest"), twin.vector, {**twin.payload, "kind": "latest"})
-
-    async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None:
-        latest = await self.get_latest(snapshot.user_id)
-        if latest != expected:
-            raise conflict_error(snapshot.user_id, expected, latest)
-        await self.write([snapshot])
-
-    async def delete(self, user_id: str) -> bool:
-        latest, times = await self.get_latest(user_id), await self._times_of(user_id)
-        if latest is None and not times:
+def collection_exists(config: QdrantStoreConfig) -> bool:
+    """Whether a directory holds the collection, as far as can be seen without opening it."""
+    path = absolute_path(cast("str", config.path))
+    match engine_of(path):
+        case "edge":
+            return (path / "collections" / f"{config.collection_name}.json").exists()
+        case "local":
+            return config.collection_name in read_manifest(path / "meta.json").get("collections", {})
+        case None:
             return False
-        ids = [make_point_id(user_id, "latest"), *(make_point_id(user_id, time_ms) for time_ms in times)]
-        await self._change([user_id], [], ids, lambda: self._forget(user_id))
-        return True
 
-    async def _remove(self, times: Mapping[str, list[int]]) -> None:
-        ids = [make_point_id(user_id, time_ms) for user_id, old in times.items() for time_ms in old]
-        left = {user_id: (await self._times_of(user_id))[len(old) :] for user_id, old in times.items()}
 
-        def remember() -> None:
-            for user_id, still in left.items():
-                keep_in_cache(self._times, user_id, still)
-                self._recent.pop(user_id, None)
+# -----------------------------------------------------------------------------
+# states.places: Where Qdrant backends are: in a directory of this process, or on a server over a connection
+# -----------------------------------------------------------------------------
 
-        await self._change(times, [], ids, remember)
 
-    async def _drafts(self, user_ids: Iterable[str]) -> dict[str, WriteDraft]:
-        """What is there of these users; the histories of new users are known to be empty."""
-        latest = await self.find(list(user_ids))
-        drafts = {user_id: WriteDraft(None, []) for user_id in user_ids}
-        for user_id, snapshot in latest.items():
-            draft = drafts[user_id] = WriteDraft(snapshot, list(await self._times_of(user_id)))
-            if lacks_latest(draft.times, snapshot) and self._retention.maximum:
-                draft.times.append(snapshot.updated_at_unix_ms)
-                draft.put[snapshot.updated_at_unix_ms] = snapshot
-        return drafts
+class DirectoryPlace:
+    """A directory, as one store has it open."""
 
-    async def _times_of(self, user_id: str) -> list[int]:
-        times = self._times.get(user_id)
-        if times is None:
-            times = await self._learn(user_id) if self.engine.indexed else []
-        return times
+    is_shown = True
 
-    async def _learn(self, user_id: str) -> list[int]:
-        times = await self._history_times(user_id)
-        keep_in_cache(self._times, user_id, times)
-        return times
+    def __init__(self, config: QdrantStoreConfig, waits: Waits) -> None:
+        self._config, self._waits = config, waits
+        self.location = cast("str", config.path)
+        self.directory: Directory | None = None
+        self._finalizer: weakref.finalize[..., Any] | None = None
 
-    async def _change(
-        self,
-        user_ids: Iterable[str],
-        points: Sequence[Point],
-        deleted: Sequence[str],
-        remember: Callable[[], None],
-    ) -> None:
-        """Write, then bring what is known of these users up to date."""
-        try:
-            await self._files.write(self._collection, points, deleted)
-            remember()
-        except BaseException:
-            # How much of it was done is unknown, also after an interrupt: look again at the next use.
-            for user_id in user_ids:
-                self._forget(user_id)
-                await self._relearn(user_id)
-            raise
+    @property
+    def engine(self) -> str:
+        """See Place.engine."""
+        return "qdrant" if self.directory is None else self.directory.engine.name
 
-    def _remember(self, user_id: str, draft: WriteDraft) -> None:
-        keep_in_cache(self._times, user_id, draft.times)
-        self._remember_recent(user_id, draft)
-        if draft.latest is not None:
-            keep_in_cache(
-                self._latest, user_id, draft.latest
-            )  # last: readers without the lock see it from here on
-
-    def _remember_recent(self, user_id: str, draft: WriteDraft) -> None:
-        recent = self._recent.pop(user_id, None)
-        if recent is None:
-            return
-        newer = sorted(draft.put.values(), key=time_of, reverse=True)
-        if not recent.snapshots or (
-            newer and newer[-1].updated_at_unix_ms > recent.snapshots[0].updated_at_unix_ms
-        ):
-            kept = (*newer, *recent.snapshots)[: self._retention.maximum]
-            keep_in_cache(self._recent, user_id, RecentHistory(kept, recent.complete))
-
-    def _forget(self, user_id: str) -> None:
-        self._latest.pop(user_id, None)
-        self._recent.pop(user_id, None)
-        self._times.pop(user_id, None)
-
-    async def stage(self, token: str) -> PointsBackend:  # noqa: ARG002 - nothing of this one can be left
-        """See PointsBackend.stage."""
-        if self._staged() is not None:
-            raise StoreError("a snapshot is being restored into this store already")
-        axes = attrs.evolve(self.config, axes=self.schema.axes, vector_size=self.schema.vector_size)
-        staged = OwnedBackend(self._files, axes, self._beside)
-        await self._files.drop(self._beside)
-        await staged.open()
-        self._staged = weakref.ref(staged)  # weak: a task that was cancelled may never hear of it
-        return staged
-
-    async def adopt(self, staged: PointsBackend) -> None:
-        """See PointsBackend.adopt."""
-        held = self._staged()
-        if held is None or staged is not held:
-            raise StoreError("what was restored was given up meanwhile")
-        try:
-            await self._files.replace(self._collection, self._beside)
-        except BaseException:
-            await self._relearn_all()  # which of the two is there is unknown, after an interrupt too
-            raise
-        self._staged = lambda: None
-        self.forget_everything()
-        if not self.engine.indexed:
-            self._times.update(held._times)
-
-    async def discard(self, staged: PointsBackend) -> None:
-        """See PointsBackend.discard."""
-        if staged is self._staged():
-            self._staged = lambda: None
-            await self._files.drop(self._beside)
-
-    async def _relearn_all(self) -> None:
-        self.forget_everything()
-        if not self.engine.indexed:
-            await self._learn_times()
-
-    async def page_of_states(self, cursor: Cursor) -> tuple[list[StateSnapshot], Cursor]:
-        """See PointsBackend.page_of_states."""
-        if self.engine.indexed:
-            return await super().page_of_states(cursor)
-        remaining: Iterator[str] = iter(list(self._times)) if cursor is None else cursor
-        ids, latest, following = list[str](), dict[str, str](), None
-        for user_id in remaining:
-            latest[user_id] = make_point_id(user_id, "latest")
-            ids += [make_point_id(user_id, time_ms) for time_ms in self._times.get(user_id, ())]
-            if len(ids) + len(latest) >= 2 * BATCH_SIZE:
-                following = remaining
+    async def open(self) -> OwnedBackend:
+        """See Place.open; waits for another process for as long as ``lock_timeout`` says."""
+        if not self._waits.blocking:
+            require_anyio("an asynchronous store on disk")
+        deadline = time.monotonic() + self._config.lock_timeout
+        while True:
+            try:
+                directory, backend = await self._acquire()
                 break
-        records = await self.engine.retrieve(self._collection, [*latest.values(), *ids])
-        kinds: dict[str, list[Record]] = {"latest": [], "history": []}
-        for record in records:
-            kinds[payload_field(record, "kind")].append(record)
-        heads = {str(payload_field(record, "user_id")): record for record in kinds["latest"]}
-        return self._states(heads, kinds["history"]), following
+            except StoreLockedError:
+                if (left := deadline - time.monotonic()) <= 0:
+                    raise
+                await self._waits.sleep(min(0.05, left))
+        if self.directory is not None:  # another task was faster
+            directory.release()
+            return backend
+        self.directory = directory
+        self._finalizer = weakref.finalize(self, _release_unclosed, directory)
+        return backend
 
-    async def _relearn(self, user_id: str) -> None:
-        """Take the times of a history from an engine that cannot be asked at every use."""
-        if not self.engine.indexed and await self.get_latest(user_id) is not None:
-            await self._learn(user_id)
+    async def _acquire(self) -> tuple[Directory, OwnedBackend]:
+        """Open; what a worker thread opens for a task that was cancelled meanwhile is released."""
+        guard, wanted, opened = threading.Lock(), [True], list[tuple[Directory, OwnedBackend]]()
 
-    def forget_everything(self) -> None:
-        """Empty the caches, so that no read is answered from them."""
-        self._latest.clear()
-        self._recent.clear()
-        self._times.clear()
+        def acquire() -> None:
+            found = open_directory(self._config)
+            with guard:
+                if wanted:
+                    opened.append(found)
+                    return
+            found[0].release()
+
+        try:
+            await self._waits.call(acquire)
+        except BaseException:
+            with guard:
+                wanted.clear()
+            for directory, _ in opened:
+                directory.release()
+            raise
+        return opened[0]
+
+    async def drive(self, body: Coroutine[Any, Any, T], *, long: bool = False) -> T:
+        """See Place.drive: alone, under the lock of the directory; what was written is then kept."""
+        directory = cast("Directory", self.directory)
+        try:
+            if long or directory.blocks:
+                answer, written = await self._waits.call(
+                    functools.partial(directory.apply, body), directory.writer
+                )
+            else:
+                await self._waits.pause_if_due()
+                answer, written = directory.apply(body)
+        finally:
+            if inspect.getcoroutinestate(body) == inspect.CORO_CREATED:  # cancelled before it started
+                with contextlib.suppress(ValueError):  # a worker has started it just now, and will close it
+                    body.close()
+        if written is not None:
+            settle = functools.partial(directory.flushes.settle, written)
+            await self._waits.call(settle, directory.flusher, lambda: written.ended)
+        return answer
+
+    async def close(self) -> None:
+        """See Place.close; also while being cancelled, as nobody would do it later."""
+        finalizer, directory = self._finalizer, self.directory
+        if finalizer is None or directory is None:
+            return
+
+        def release() -> None:
+            if finalizer.detach():  # once, by whoever comes first
+                directory.release()
+
+        try:
+            await self._waits.shielded(self._waits.call(release))
+        except BaseException:
+            release()  # asyncio's own cancelling knows no shield
+            raise
+
+    def signs(self, latency_ms: float) -> list[str]:  # noqa: ARG002 - a disk has its moments
+        """See Place.signs."""
+        return []
 
 
 def open_directory(config: QdrantStoreConfig) -> tuple[Directory, OwnedBackend]:
-    """The opened directory and the core of a store; the directory is to be released."""
+    """The opened directory and the backend of a store; the directory is to be released."""
     path = os.path.realpath(absolute_path(cast("str", config.path)))
     kind = engine_class(Path(path), config)  # a missing library is found before anything is made
     directory = OPEN.directory_at(path, config.durability, kind)
     try:
         _agree(path, "durability", directory.durability, config.durability)
         with directory.opening:
-            return directory, _core_in(directory, config)
+            return directory, _backend_in(directory, config)
     except BaseException:
         directory.release()
         raise
 
 
-def _core_in(directory: Directory, config: QdrantStoreConfig) -> OwnedBackend:
-    core: OwnedBackend | None = directory.cores.get(config.collection_name)
-    if core is None:
-        core = OwnedBackend(cast("EmbeddedEngine", directory.engine), config)
-        directory.drive(core.open())
-        directory.cores[config.collection_name] = core
+def _backend_in(directory: Directory, config: QdrantStoreConfig) -> OwnedBackend:
+    backend: OwnedBackend | None = directory.backends.get(config.collection_name)
+    if backend is None:
+        backend = OwnedBackend(cast("EmbeddedEngine", directory.engine), config)
+        directory.drive(backend.open())
+        directory.backends[config.collection_name] = backend
     for field in ("enable_history", "max_history_per_user", "history_retention_days"):
-        _agree(directory.path, field, getattr(core.config, field), getattr(config, field))
-    for field, there in (("axes", core.schema.axes), ("vector_size", core.schema.vector_size)):
+        _agree(directory.path, field, getattr(backend.config, field), getattr(config, field))
+    for field, there in (("axes", backend.schema.axes), ("vector_size", backend.schema.vector_size)):
         _agree(directory.path, field, there, getattr(config, field) or there)
     if config.engine not in ("auto", directory.engine.name):
         _agree(directory.path, "engine", directory.engine.name, config.engine)
-    return core
+    return backend
 
 
 def _agree(path: str, field: str, there: object, asked: object) -> None:
@@ -6545,128 +7418,146 @@ def _agree(path: str, field: str, there: object, asked: object) -> None:
         )
 
 
-async def open_in_worker(config: QdrantStoreConfig) -> tuple[Directory, OwnedBackend]:
-    """Open in a worker thread; what it opens for a task that was cancelled meanwhile is released."""
-    try:
-        import_module("anyio")
-    except ImportError as error:
-        message = "an asynchronous store on disk needs anyio: pip install anyio"
-        raise MissingDependencyError(message) from error
-    lock, wanted, opened = threading.Lock(), [True], list[tuple[Directory, OwnedBackend]]()
+def _release_unclosed(held: Directory | Connection) -> None:
+    """Release what a store holds that was collected, or left open at the end of the program.
 
-    def acquire() -> None:
-        found = open_directory(config)
-        with lock:
-            if wanted:
-                opened.append(found)
-                return
-        found[0].release()
-
-    try:
-        await run_in_thread(acquire)
-    except BaseException:
-        with lock:
-            wanted.clear()
-        for directory, _ in opened:
-            directory.release()
-        raise
-    return opened[0]
-
-
-# -----------------------------------------------------------------------------
-# stores: The stores that callers use, synchronous and asynchronous
-# -----------------------------------------------------------------------------
-
-_LONG_OPERATIONS = frozenset({"upsert_many", "prune", "read", "stage", "adopt", "discard"})
-
-
-def warn_if_slow(store: QdrantStore | AsyncQdrantStore, operation: str, began: float, about: object) -> None:
-    """Log a step of an operation, of which everything went through the engine, if it took too long.
-
-    Not those of long operations: their steps hold as much as fits, and whoever calls them expects to wait.
+    What was acknowledged is in the engine's log already: a failure here, as where the directory is gone,
+    loses nothing, and there is nobody to raise it to.
     """
-    if operation in _LONG_OPERATIONS:
-        return
-    limit_ms, took_ms = store.config.slow_operation_ms, (time.perf_counter() - began) * 1000
-    if limit_ms and took_ms > limit_ms:
-        user_id = id_for_logs(about)
-        whose = "" if user_id is None else f", user {user_id!r}"
-        SLOW_LOGGER.warning("slow: %s took %.0f ms on %s%s", operation, took_ms, store._engine_name(), whose)
+    try:
+        held.release()
+    except StoreError as error:
+        LOGGER.info("closing %s failed: %s", held.path, error)
 
 
-def store_html(store: StateStore | AsyncStateStore, health: Health | None) -> str:
-    """A store: where it is, how it is and how much it holds; ``health`` None where nobody asked."""
-    facts: dict[str, object] = {"place": store._place().strip("'"), "engine": store._engine_name()}
-    if store.is_closed:
-        facts["health"] = "closed"
-    elif health is None:
-        facts["health"] = "not asked: await store.health()"
-    else:
-        facts |= {"health": health.status, "users": health.users, "points": health.points}
-        facts |= {"server": health.version, "message": health.message}
-    rows = [
-        table_row(name, html.escape(f"{fact:,}" if isinstance(fact, int) else str(fact)))
-        for name, fact in facts.items()
-        if fact not in (None, "")
-    ]
-    return element("div", FONT, f"<b>{type(store).__name__}</b>", element("table", TABLE, *rows))
+class Connection:
+    """A connection to a server, of one store."""
+
+    def __init__(self, config: QdrantStoreConfig, waits: Waits) -> None:
+        self.path = cast("str", config.url)
+        try:
+            self.engine = ServerEngine(config, waits)
+        except OSError as error:
+            message = f"verify: {brief(config.verify)} is no usable certificate: {error}"
+            raise ValidationError(message) from error
+        self.backend = SharedBackend(self.engine, config)
+        self.orphaned = False
+        OPEN.connections.add(self)
+
+    def release(self) -> None:
+        """Close a blocking connection."""
+        if not self.orphaned:
+            run(self.engine.close())
+
+    def abandon(self) -> None:
+        """Make every use in a forked child an error: two processes cannot share a connection."""
+        self.orphaned = True
+        self.backend.forget_everything()
+
+
+class ServerPlace:
+    """A server, over the connection of one store, which is used first when it is needed."""
+
+    engine = "server"
+    is_shown = False
+    SLOW_MS = 1_000.0  # a look that takes longer is a sign of trouble
+
+    def __init__(self, config: QdrantStoreConfig, waits: Waits) -> None:
+        self.location = cast("str", config.url)
+        self._waits = waits
+        parts = urlsplit(self.location)
+        if config.api_key and parts.scheme == "http" and not is_loopback(str(parts.hostname)):
+            message = f"the api key is sent in the clear to {parts.hostname}: use https"
+            warnings.warn(message, UserWarning, stacklevel=5)
+        self.connection = Connection(config, waits)
+        # A connection of an event loop is closed with that.
+        self._finalizer = (
+            weakref.finalize(self, _release_unclosed, self.connection) if waits.blocking else None
+        )
+
+    async def open(self) -> SharedBackend:
+        """See Place.open; nothing is sent yet."""
+        return self.connection.backend
+
+    async def drive(self, body: Coroutine[Any, Any, T], *, long: bool = False) -> T:  # noqa: ARG002 - it waits
+        """See Place.drive; many run at once."""
+        try:
+            if self.connection.orphaned:
+                raise forked_error(self.location)
+            return await body
+        finally:
+            body.close()
+
+    async def close(self) -> None:
+        """See Place.close."""
+        if self._finalizer is None or (self._finalizer.detach() and not self.connection.orphaned):
+            await self._waits.shielded(self.connection.engine.close())
+
+    def signs(self, latency_ms: float) -> list[str]:
+        """See Place.signs."""
+        state = self.connection.engine.resilience.breaker.state
+        slow = [f"it took {latency_ms:.0f} ms to answer"] if latency_ms > self.SLOW_MS else []
+        return [*([f"the circuit breaker is {state}"] if state != "closed" else []), *slow]
+
+
+def blocking_twin(place: DirectoryPlace) -> DirectoryPlace:
+    """The place of the same directory for what may not await, as a notebook's display."""
+    twin = DirectoryPlace(place._config, BLOCKING)
+    twin.directory = place.directory
+    return twin
+
+
+# -----------------------------------------------------------------------------
+# stores: The stores that callers use, synchronous and asynchronous: one line a method over states/operations
+# -----------------------------------------------------------------------------
 
 
 class StoreBase(ABC):
-    """What both contracts say of a store without waiting for anything."""
+    """What both forms of a store say of it without waiting for anything."""
+
+    config: MemoryStoreConfig
+    _operations: Operations
 
     @property
-    @abstractmethod
     def axes(self) -> tuple[str, ...]:
         """The names of the axes that this store keeps, in the order of its vectors.
 
         An asynchronous store on disk or on a server knows them once it is open: StoreError before.
         """
+        return self._operations.axes()
 
     @property
-    @abstractmethod
     def is_closed(self) -> bool:
         """Whether the store has been closed."""
-
-    @abstractmethod
-    def _check(self, snapshot: StateSnapshot) -> None:
-        """Raise ValidationError unless this is a snapshot that the store can keep."""
-
-    @abstractmethod
-    def _target(self) -> str:
-        """What open_store opens it with."""
-
-    @abstractmethod
-    def _engine_name(self) -> str:
-        """The backend, as health, metrics and snapshots name it."""
-
-    @abstractmethod
-    def _collection(self) -> str:
-        """The collection, which snapshots are named after."""
-
-    def _origin(self) -> SnapshotOrigin:
-        return SnapshotOrigin(self._target(), self._engine_name(), self._collection())
-
-    def _place(self) -> str:
-        """What its repr says of where it is."""
-        return ""
-
-    def _batch_size(self) -> int:
-        """How many snapshots or users one step of a long operation takes."""
-        return BATCH_SIZE
+        return self._operations.is_closed
 
     @property
-    def _has_native(self) -> bool:
-        """Whether this is a server, which takes snapshots of its own and is changed in place."""
-        return False
+    def location(self) -> str:
+        """Where the store is, as open_store takes it: a directory, a url, or "memory://"."""
+        return self._operations.place.location
 
-    def _ensure_open(self) -> None:
-        if self.is_closed:
-            raise closed_error()
+    @property
+    def engine(self) -> str:
+        """The engine: memory, edge, local or server; "qdrant" while a directory has not been opened."""
+        return self._operations.place.engine
+
+    def _health_shown(self) -> Health | None:
+        """How the store is, as far as that can be told without awaiting."""
+        operations = self._operations
+        if operations.is_closed or not operations.place.is_shown or operations.backend is UNOPENED:
+            return None
+        place = operations.place
+        if isinstance(place, DirectoryPlace):
+            place = blocking_twin(place)
+        return run(Operations(operations.backend, place, BLOCKING, collection=operations.collection).health())
 
     def __repr__(self) -> str:
         state = "closed" if self.is_closed else "open"
-        return f"<{type(self).__name__} {' '.join(filter(None, (self._place(), state)))}>"
+        place = "" if self.engine == "memory" else f"{self.location!r} "
+        return f"<{type(self).__name__} {place}{state}>"
+
+    def _repr_html_(self) -> str:
+        return store_html(self, self._health_shown())
 
 
 class StateStore(StoreBase):
@@ -6679,9 +7570,6 @@ class StateStore(StoreBase):
     manager, and read like a mapping from user id to latest snapshot.
     """
 
-    # What an engine adds: the primitives of the operations below.
-
-    @abstractmethod
     def upsert_latest(self, snapshot: StateSnapshot, *, expected: Expected = ANY) -> None:
         """Write a snapshot: into history, and as the latest if it is not older than the current one.
 
@@ -6689,68 +7577,7 @@ class StateStore(StoreBase):
         latest; otherwise ConflictError is raised and nothing changes. Raises ValidationError for an axis
         that the store does not have, BackendError.
         """
-
-    @abstractmethod
-    def get_latest(self, user_id: str) -> StateSnapshot | None:
-        """The latest snapshot of a user; None where there is none. Raises ValidationError, BackendError."""
-
-    @abstractmethod
-    def delete(self, user_id: str) -> bool:
-        """Remove the latest snapshot and the history of a user; True if there was anything.
-
-        No tombstone is left: an older state written afterwards recreates the user. Raises ValidationError,
-        BackendError.
-        """
-
-    @abstractmethod
-    def health(self) -> Health:
-        """How the store is, and how much it holds; never raises: what is wrong is in the ``message``."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Release everything; harmless when repeated. Afterwards every other call but health() raises."""
-
-    @abstractmethod
-    def _write_batch(self, snapshots: Sequence[StateSnapshot]) -> None: ...
-
-    @abstractmethod
-    def _find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]: ...
-
-    @abstractmethod
-    def _history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]: ...
-
-    @abstractmethod
-    def _search(self, search: SearchRequest) -> list[Match]: ...
-
-    @abstractmethod
-    def _page_of_users(self, cursor: Cursor) -> tuple[list[str], Cursor]: ...
-
-    @abstractmethod
-    def _count_users(self) -> int: ...
-
-    @abstractmethod
-    def _count_page(self, cursor: Cursor) -> tuple[int, Cursor]: ...
-
-    @abstractmethod
-    def _prune_page(self, cursor: Cursor) -> tuple[int, Cursor]: ...
-
-    @abstractmethod
-    def _page_of_states(self, cursor: Cursor) -> tuple[list[StateSnapshot], Cursor]:
-        """All of what some users have, oldest first, as it was at one moment for each."""
-
-    @abstractmethod
-    def _stage(self, token: str) -> Self:
-        """A store to be written to, whose contents then take the place of this one's."""
-
-    @abstractmethod
-    def _adopt(self, staged: Any) -> None:
-        """Let what was staged take the place of the contents."""
-
-    @abstractmethod
-    def _discard(self, staged: Any) -> None:
-        """Give up what was staged."""
-
-    # What every engine shares.
+        run(self._operations.upsert_latest(snapshot, expected))
 
     def upsert_many(self, snapshots: Iterable[StateSnapshot], *, progress: Progress | None = None) -> int:
         """Write many snapshots in batches, each as ``upsert_latest`` would; returns how many were written.
@@ -6759,19 +7586,7 @@ class StateStore(StoreBase):
         carries in ``written`` how many had been written. ``progress(done, total)`` is called after each
         batch, ``total`` None where it is unknown.
         """
-        self._ensure_open()
-        progress = check_progress(progress)
-        self._open()
-        total, written = known_length(snapshots), 0
-        try:
-            for batch in check_batches(snapshots, self._check, self._batch_size()):
-                self._write_batch(batch)
-                written += len(batch)
-                progress(written, total)
-        except StoreError as error:
-            error.written = written
-            raise
-        return written
+        return run(self._operations.upsert_many(snapshots, progress))
 
     def patch(
         self, user_id: str, axes: Mapping[str, float], **fields: Unpack[SnapshotFields]
@@ -6781,7 +7596,7 @@ class StateStore(StoreBase):
         Fields are kept unless given; the time is now, and at least 1 ms after the one before. Raises
         ValidationError, ConflictError when other writers never let it through, BackendError.
         """
-        return cast("StateSnapshot", self.update(user_id, patch_function(user_id, axes, fields)))
+        return run(self._operations.patch(user_id, axes, fields))
 
     def update(
         self,
@@ -6796,32 +7611,19 @@ class StateStore(StoreBase):
         to leave things as they are. It runs without a lock, may use the store, and may run several times.
         Returns the latest afterwards; raises ConflictError after ``attempts`` conflicts, ValidationError.
         """
-        check_callable("fn", fn)
-        for attempt in range(check_integer("attempts", attempts, 1, MAX_INTEGER)):
-            latest = self.get_latest(user_id)
-            new = check_update(user_id, latest, fn(latest))
-            if new is None:
-                return latest
-            try:
-                self.upsert_latest(new, expected=latest)
-            except ConflictError as conflict:
-                if conflict.ambiguous:
-                    raise
-                time.sleep(backoff(attempt))
-            else:
-                return new
-        raise gave_up_error(user_id, attempts)
+        return run(self._operations.update(user_id, fn, attempts))
+
+    def get_latest(self, user_id: str) -> StateSnapshot | None:
+        """The latest snapshot of a user; None where there is none. Raises ValidationError, BackendError."""
+        operations = self._operations
+        return operations.backend.cached(user_id) or run(operations.get_latest(user_id))
 
     def get_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
         """The latest snapshots of those of these users who have one, by user id.
 
         Each user is read at one moment, not all of them at the same. Raises ValidationError, BackendError.
         """
-        self._ensure_open()
-        found: dict[str, StateSnapshot] = {}
-        for batch in id_batches(user_ids, self._batch_size()):
-            found.update(self._find(batch))
-        return found
+        return run(self._operations.get_many(user_ids))
 
     def get_history(
         self, user_id: str, limit: int = 100, *, since: int | None = None, until: int | None = None
@@ -6832,7 +7634,7 @@ class StateStore(StoreBase):
         first: its newest ``max_history_per_user``, of these what is younger than ``history_retention_days``.
         Raises ValidationError, BackendError.
         """
-        return History(self._history(check_user_id(user_id), HistoryWindow.of(limit, since, until)))
+        return run(self._operations.get_history(user_id, limit, since, until))
 
     def plot_history(self, user_id: str, axes: Iterable[str] | None = None) -> Any:
         """Plot how a user's axes went, as one line each around neutral; returns matplotlib's Axes.
@@ -6841,8 +7643,7 @@ class StateStore(StoreBase):
         newest 1,000 snapshots of the history are shown, or the latest where there is no history. Raises
         UserNotFoundError, ValidationError for an axis that the store does not have, MissingDependencyError.
         """
-        shown = self.get_history(user_id, MAX_PLOTTED) or latest_alone(user_id, self.get_latest(user_id))
-        return plot_states(shown, plotted_axes(shown, axes, self.axes))
+        return plot_states(run(self._operations.states_to_plot(user_id, MAX_PLOTTED)), axes, self.axes)
 
     def search_similar(
         self,
@@ -6868,43 +7669,45 @@ class StateStore(StoreBase):
         searches all snapshots in history instead of the latest ones. Raises UserNotFoundError where the query
         is an unknown user, ValidationError, BackendError.
         """
-        if isinstance(query, str):
-            asked = self.get_latest(query)
-            if asked is None:
-                raise unknown_user_error(query)
-            if exclude_user_id is None:
-                exclude_user_id = query
-            query = asked
-        search = SearchRequest(
-            axes=query,
-            limit=limit,
-            score_threshold=score_threshold,
-            user_id=user_id,
-            exclude_user_id=exclude_user_id,
-            source=source,
-            min_confidence=min_confidence,
-            since=since,
-            until=until,
-            history=history,
+        return run(
+            self._operations.search(
+                query,
+                limit=limit,
+                score_threshold=score_threshold,
+                user_id=user_id,
+                exclude_user_id=exclude_user_id,
+                source=source,
+                min_confidence=min_confidence,
+                since=since,
+                until=until,
+                history=history,
+            )
         )
-        return self._search(search)
 
     def users(self) -> Iterator[str]:
         """All user ids, read in pages while the iteration goes on; the order is unspecified.
 
         A user who is written or deleted meanwhile may be among them or not. Raises BackendError.
         """
-        pages = iterate_pages(self._page_of_users)
-        first = next(pages)  # a store that is closed says so at once
-        return itertools.chain(first, itertools.chain.from_iterable(pages))
+        users = UserIterator(self._operations.users())
+        run(users.fill())  # a store that is closed says so at once
+        return users
 
     def count(self, *, history: bool = False) -> int:
         """How many users there are; with ``history`` how many snapshots get_history can return for all."""
-        return sum(iterate_pages(self._count_page)) if check_history_flag(history) else self._count_users()
+        return run(self._operations.count(history=history))
+
+    def delete(self, user_id: str) -> bool:
+        """Remove the latest snapshot and the history of a user; True if there was anything.
+
+        No tombstone is left: an older state written afterwards recreates the user. Raises ValidationError,
+        BackendError.
+        """
+        return run(self._operations.delete(user_id))
 
     def prune(self) -> int:
         """Remove the history that the bounds hide already; returns how many snapshots were removed."""
-        return sum(iterate_pages(self._prune_page))
+        return run(self._operations.prune())
 
     def create_snapshot(
         self,
@@ -6928,18 +7731,11 @@ class StateStore(StoreBase):
         ``progress(done, None)`` is called with the number of states written. Raises SnapshotError,
         ValidationError, BackendError; then there is no new file, and none was removed.
         """
-        self._ensure_open()
-        progress = check_progress(progress)
-        fields = SnapshotRequestFields(reason=reason, keep=keep, keep_remote=keep_remote)
-        return self._take(SnapshotRequest.of(directory, kind, fields, native=self._has_native), progress)
-
-    def _take(self, order: SnapshotRequest, progress: Progress) -> SnapshotReport:
-        self._open()
-        with PortableSnapshotWriter(order, self._origin(), self.axes) as taking:
-            for states in iterate_pages(self._page_of_states):
-                done = taking.add(states)
-                progress(done, None)
-            return taking.finish()
+        return run(
+            self._operations.create_snapshot(
+                progress, directory=directory, kind=kind, reason=reason, keep=keep, keep_remote=keep_remote
+            )
+        )
 
     def restore_snapshot(
         self,
@@ -6958,65 +7754,34 @@ class StateStore(StoreBase):
         verified, where the file is read twice. Raises SnapshotError for a file that is damaged or of other
         axes, and changes nothing then.
         """
-        self._ensure_open()
-        progress = check_progress(progress)
-        saved = SnapshotFile(path)
-        saved.check_mode(mode, native=self._has_native)
-        self._bring_back(saved, mode, progress)
-        return saved.report(self._target())
+        return run(self._operations.restore_snapshot(path, mode, progress))
 
-    def _bring_back(self, saved: SnapshotFile, mode: RestoreMode, progress: Progress) -> None:
-        self._open()
-        if mode == "replace":
-            self._replace_by(saved, progress)
-        else:
-            self._add_from(saved, mode, progress)
-
-    @contextlib.contextmanager
-    def _replacement(self, token: str) -> Generator[Self]:
-        """A store to be filled, which takes this one's place at the end, or is given up at a failure."""
-        staged = self._stage(token)
-        try:
-            yield staged
-            self._adopt(staged)
-        except BaseException:
-            self._discard(staged)
-            raise
-
-    def _replace_by(self, saved: SnapshotFile, progress: Progress) -> None:
-        if self._has_native:  # a server is changed in place: all must be known to be right before
-            saved.verify(self.axes, progress)
-        with self._replacement(saved.sha256) as staged:
-            for done, batch in numbered_batches(saved.batches(self._batch_size(), self.axes)):
-                staged._write_batch(batch)
-                progress(done, saved.total)
-
-    def _add_from(self, saved: SnapshotFile, mode: RestoreMode, progress: Progress) -> None:
-        saved.verify(self.axes, progress)
-        newcomers = NewUsers()
-        for done, batch in numbered_batches(saved.batches(self._batch_size(), self.axes)):
-            if mode == "skip":
-                batch = newcomers.among(batch, self._find(distinct_users(batch)))  # noqa: PLW2901 - what is left of it
-            if batch:
-                self._write_batch(batch)
-            progress(done, saved.total)
+    def health(self) -> Health:
+        """How the store is, and how much it holds; never raises: what is wrong is in the ``message``."""
+        return run(self._operations.health())
 
     def wait_until_ready(self, timeout: float = 30.0) -> None:
         """Wait until a server answers, at most ``timeout`` seconds; any other store is ready at once.
 
         Raises what the server answers last, such as BackendUnavailableError, ValidationError.
         """
-        self._ensure_open()
-        check_positive("timeout", timeout, zero=True)
+        run(self._operations.wait_until_ready(timeout))
+
+    def close(self) -> None:
+        """Release everything; harmless when repeated. Afterwards every other call but health() raises."""
+        run(self._operations.close())
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The names of the axes that this store keeps, in the order of its vectors."""
+        run(self._operations.open())
+        return self._operations.axes()
 
     def __getitem__(self, user_id: str) -> StateSnapshot:
-        latest = self.get_latest(user_id)
-        if latest is None:
-            raise unknown_user_error(user_id)
-        return latest
+        return self.get_latest(user_id) or run(self._operations.latest_or_raise(user_id))
 
     def __contains__(self, user_id: object) -> bool:
-        self._ensure_open()
+        self._operations.check_open()
         try:
             return self.get_latest(cast("str", user_id)) is not None
         except ValidationError:
@@ -7032,7 +7797,7 @@ class StateStore(StoreBase):
         return True
 
     def __enter__(self) -> Self:
-        self._ensure_open()
+        self._operations.check_open()
         return self
 
     def __exit__(
@@ -7043,9 +7808,6 @@ class StateStore(StoreBase):
     def _repr_html_(self) -> str:
         return store_html(self, None if self.is_closed else self.health())
 
-    def _open(self) -> None:
-        """Make ready what checks need; a store that connects on first use does so here."""
-
 
 class AsyncStateStore(StoreBase):
     """The contract of every asynchronous store: that of StateStore, to be awaited.
@@ -7053,89 +7815,21 @@ class AsyncStateStore(StoreBase):
     Cancelling a write leaves it done or not done, never half done. ``close`` is ``aclose``.
     """
 
-    @abstractmethod
     async def upsert_latest(self, snapshot: StateSnapshot, *, expected: Expected = ANY) -> None:
         """See StateStore.upsert_latest."""
-
-    @abstractmethod
-    async def get_latest(self, user_id: str) -> StateSnapshot | None:
-        """See StateStore.get_latest."""
-
-    @abstractmethod
-    async def delete(self, user_id: str) -> bool:
-        """See StateStore.delete."""
-
-    @abstractmethod
-    async def health(self) -> Health:
-        """See StateStore.health."""
-
-    @abstractmethod
-    async def aclose(self) -> None:
-        """See StateStore.close."""
-
-    @abstractmethod
-    async def _open(self) -> None: ...
-
-    @abstractmethod
-    async def _write_batch(self, snapshots: Sequence[StateSnapshot]) -> None: ...
-
-    @abstractmethod
-    async def _find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]: ...
-
-    @abstractmethod
-    async def _history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]: ...
-
-    @abstractmethod
-    async def _search(self, search: SearchRequest) -> list[Match]: ...
-
-    @abstractmethod
-    async def _page_of_users(self, cursor: Cursor) -> tuple[list[str], Cursor]: ...
-
-    @abstractmethod
-    async def _count_users(self) -> int: ...
-
-    @abstractmethod
-    async def _count_page(self, cursor: Cursor) -> tuple[int, Cursor]: ...
-
-    @abstractmethod
-    async def _prune_page(self, cursor: Cursor) -> tuple[int, Cursor]: ...
-
-    @abstractmethod
-    async def _page_of_states(self, cursor: Cursor) -> tuple[list[StateSnapshot], Cursor]: ...
-
-    @abstractmethod
-    async def _stage(self, token: str) -> Self: ...
-
-    @abstractmethod
-    async def _adopt(self, staged: Any) -> None: ...
-
-    @abstractmethod
-    async def _discard(self, staged: Any) -> None: ...
+        await self._operations.upsert_latest(snapshot, expected)
 
     async def upsert_many(
         self, snapshots: Iterable[StateSnapshot], *, progress: Progress | None = None
     ) -> int:
         """See StateStore.upsert_many; other tasks run between batches."""
-        self._ensure_open()
-        progress = check_progress(progress)
-        await self._open()
-        total, written = known_length(snapshots), 0
-        try:
-            for batch in check_batches(snapshots, self._check, self._batch_size()):
-                await self._write_batch(batch)
-                written += len(batch)
-                progress(written, total)
-                await async_sleep(0)
-        except StoreError as error:
-            error.written = written
-            raise
-        return written
+        return await self._operations.upsert_many(snapshots, progress)
 
     async def patch(
         self, user_id: str, axes: Mapping[str, float], **fields: Unpack[SnapshotFields]
     ) -> StateSnapshot:
         """See StateStore.patch."""
-        return cast("StateSnapshot", await self.update(user_id, patch_function(user_id, axes, fields)))
+        return await self._operations.patch(user_id, axes, fields)
 
     async def update(
         self,
@@ -7145,45 +7839,26 @@ class AsyncStateStore(StoreBase):
         attempts: int = 32,
     ) -> StateSnapshot | None:
         """See StateStore.update; ``fn`` may be an ``async def``."""
-        check_callable("fn", fn)
-        for attempt in range(check_integer("attempts", attempts, 1, MAX_INTEGER)):
-            latest = await self.get_latest(user_id)
-            answer = fn(latest)
-            new = check_update(user_id, latest, await answer if inspect.isawaitable(answer) else answer)
-            if new is None:
-                return latest
-            try:
-                await self.upsert_latest(new, expected=latest)
-            except ConflictError as conflict:
-                if conflict.ambiguous:
-                    raise
-                await async_sleep(backoff(attempt))
-            else:
-                return new
-        raise gave_up_error(user_id, attempts)
+        return await self._operations.update(user_id, fn, attempts)
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        """See StateStore.get_latest."""
+        operations = self._operations
+        return operations.backend.cached(user_id) or await operations.get_latest(user_id)
 
     async def get_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
         """See StateStore.get_many."""
-        self._ensure_open()
-        found: dict[str, StateSnapshot] = {}
-        for batch in id_batches(user_ids, self._batch_size()):
-            if found:
-                await async_sleep(0)
-            found.update(await self._find(batch))
-        return found
+        return await self._operations.get_many(user_ids)
 
     async def get_history(
         self, user_id: str, limit: int = 100, *, since: int | None = None, until: int | None = None
     ) -> list[StateSnapshot]:
         """See StateStore.get_history."""
-        return History(await self._history(check_user_id(user_id), HistoryWindow.of(limit, since, until)))
+        return await self._operations.get_history(user_id, limit, since, until)
 
     async def plot_history(self, user_id: str, axes: Iterable[str] | None = None) -> Any:
         """See StateStore.plot_history."""
-        shown = await self.get_history(user_id, MAX_PLOTTED) or latest_alone(
-            user_id, await self.get_latest(user_id)
-        )
-        return plot_states(shown, plotted_axes(shown, axes, self.axes))
+        return plot_states(await self._operations.states_to_plot(user_id, MAX_PLOTTED), axes, self.axes)
 
     async def search_similar(
         self,
@@ -7200,15 +7875,8 @@ class AsyncStateStore(StoreBase):
         history: bool = False,
     ) -> list[Match]:
         """See StateStore.search_similar."""
-        if isinstance(query, str):
-            asked = await self.get_latest(query)
-            if asked is None:
-                raise unknown_user_error(query)
-            if exclude_user_id is None:
-                exclude_user_id = query
-            query = asked
-        search = SearchRequest(
-            axes=query,
+        return await self._operations.search(
+            query,
             limit=limit,
             score_threshold=score_threshold,
             user_id=user_id,
@@ -7219,22 +7887,23 @@ class AsyncStateStore(StoreBase):
             until=until,
             history=history,
         )
-        return await self._search(search)
 
     def users(self) -> AsyncIterator[str]:
         """See StateStore.users."""
-        self._ensure_open()
-        return UserPages(AsyncPages(self._page_of_users))
+        self._operations.check_open()
+        return UserIterator(self._operations.users())
 
     async def count(self, *, history: bool = False) -> int:
         """See StateStore.count."""
-        if check_history_flag(history):
-            return await sum_pages(AsyncPages(self._count_page))
-        return await self._count_users()
+        return await self._operations.count(history=history)
+
+    async def delete(self, user_id: str) -> bool:
+        """See StateStore.delete."""
+        return await self._operations.delete(user_id)
 
     async def prune(self) -> int:
         """See StateStore.prune."""
-        return await sum_pages(AsyncPages(self._prune_page))
+        return await self._operations.prune()
 
     async def create_snapshot(
         self,
@@ -7247,20 +7916,9 @@ class AsyncStateStore(StoreBase):
         progress: Progress | None = None,
     ) -> SnapshotReport:
         """See StateStore.create_snapshot; cancelled, it leaves the finished file or none."""
-        self._ensure_open()
-        progress = check_progress(progress)
-        fields = SnapshotRequestFields(reason=reason, keep=keep, keep_remote=keep_remote)
-        return await self._take(
-            SnapshotRequest.of(directory, kind, fields, native=self._has_native), progress
+        return await self._operations.create_snapshot(
+            progress, directory=directory, kind=kind, reason=reason, keep=keep, keep_remote=keep_remote
         )
-
-    async def _take(self, order: SnapshotRequest, progress: Progress) -> SnapshotReport:
-        await self._open()
-        with PortableSnapshotWriter(order, self._origin(), self.axes) as taking:
-            async for states in AsyncPages(self._page_of_states):
-                done = taking.add(states)
-                progress(done, None)
-            return await run_in_thread(taking.finish)
 
     async def restore_snapshot(
         self,
@@ -7270,66 +7928,27 @@ class AsyncStateStore(StoreBase):
         progress: Progress | None = None,
     ) -> SnapshotReport:
         """See StateStore.restore_snapshot; cancelled, a replacement changes nothing, but on a server."""
-        self._ensure_open()
-        progress = check_progress(progress)
-        saved = SnapshotFile(path)
-        saved.check_mode(mode, native=self._has_native)
-        await self._bring_back(saved, mode, progress)
-        return saved.report(self._target())
+        return await self._operations.restore_snapshot(path, mode, progress)
 
-    async def _bring_back(self, saved: SnapshotFile, mode: RestoreMode, progress: Progress) -> None:
-        await self._open()
-        if mode == "replace":
-            await self._replace_by(saved, progress)
-        else:
-            await self._add_from(saved, mode, progress)
-
-    @contextlib.asynccontextmanager
-    async def _replacement(self, token: str) -> AsyncGenerator[Self]:
-        staged = await self._stage(token)
-        try:
-            yield staged
-            await self._adopt(staged)
-        except BaseException:
-            await shielded(self._discard(staged))
-            raise
-
-    async def _replace_by(self, saved: SnapshotFile, progress: Progress) -> None:
-        if self._has_native:  # a server is changed in place: all must be known to be right before
-            await self._verify(saved, progress)
-        async with self._replacement(saved.sha256) as staged:
-            for done, batch in numbered_batches(saved.batches(self._batch_size(), self.axes)):
-                await staged._write_batch(batch)
-                progress(done, saved.total)
-                await async_sleep(0)
-
-    async def _add_from(self, saved: SnapshotFile, mode: RestoreMode, progress: Progress) -> None:
-        await self._verify(saved, progress)
-        newcomers = NewUsers()
-        for done, batch in numbered_batches(saved.batches(self._batch_size(), self.axes)):
-            if mode == "skip":
-                batch = newcomers.among(batch, await self._find(distinct_users(batch)))  # noqa: PLW2901 - what is left of it
-            if batch:
-                await self._write_batch(batch)
-            progress(done, saved.total)
-            await async_sleep(0)
-
-    async def _verify(self, saved: SnapshotFile, progress: Progress) -> None:
-        for done in saved.verifying(self.axes):
-            progress(done, None)
-            await async_sleep(0)
+    async def health(self) -> Health:
+        """See StateStore.health."""
+        return await self._operations.health()
 
     async def wait_until_ready(self, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - as in the other form
         """See StateStore.wait_until_ready."""
-        self._ensure_open()
-        check_positive("timeout", timeout, zero=True)
+        await self._operations.wait_until_ready(timeout)
+
+    async def aclose(self) -> None:
+        """See StateStore.close."""
+        await self._operations.close()
 
     def __aiter__(self) -> AsyncIterator[str]:
         return self.users()
 
     async def __aenter__(self) -> Self:
-        self._ensure_open()
-        await self._open()
+        self._operations.check_open()
+        if self._operations.backend is UNOPENED:  # a server need not be there when an application starts
+            await self._operations.open()
         return self
 
     async def __aexit__(
@@ -7337,28 +7956,8 @@ class AsyncStateStore(StoreBase):
     ) -> None:
         await self.aclose()
 
-    def _repr_html_(self) -> str:
-        return store_html(self, None if self.is_closed else self._glance())
 
-    def _glance(self) -> Health | None:
-        """How the store is, as far as that can be told without awaiting."""
-        return None
-
-
-class _InMemory(StoreBase):
-    """What both memory stores say of themselves."""
-
-    def _target(self) -> str:
-        return "memory://"
-
-    def _engine_name(self) -> str:
-        return "memory"
-
-    def _collection(self) -> str:
-        return DEFAULT_COLLECTION
-
-
-class MemoryStore(_InMemory, StateStore):
+class MemoryStore(StateStore):
     """A store in this process's memory: nothing survives it, and nothing is faster.
 
     Reads take no lock, unless on a free-threaded Python a write comes between. Options are the fields of
@@ -7370,440 +7969,57 @@ class MemoryStore(_InMemory, StateStore):
     (1, 1.0)
     """
 
-    _reports = True
-
     def __init__(self, config: MemoryStoreConfig | None = None, **options: Unpack[MemoryOptions]) -> None:
         self.config = make_config(MemoryStoreConfig, config, options)
-        self._schema = Schema.of(self.config)
-        self._retention = Retention.of(self.config)
-        # One deque a user, ascending in time, the latest at its end: one append changes both at one moment.
-        self._timelines: dict[str, deque[StateSnapshot]] = {}
-        self._capacity = max(1, self._retention.maximum)
-        self._lock = threading.Lock()
-        self._similarity = VectorIndex(self._schema)
-        self._closed = False
-        if self._reports:
-            observe(self)
+        self._backend, self._operations = _in_memory(self.config, BLOCKING)
+        observe(self)
 
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """See StateStore.axes."""
-        return self._schema.axes
-
-    @property
-    def is_closed(self) -> bool:
-        """See StateStore.is_closed."""
-        return self._closed
+    # Plain methods, as nothing here is to be waited for: a body would take longer than what it does.
 
     def upsert_latest(self, snapshot: StateSnapshot, *, expected: Expected = ANY) -> None:
         """See StateStore.upsert_latest."""
-        self._check(snapshot)
+        check_state(self._backend.schema, snapshot)
         if expected is not ANY:
             check_expected(expected)
-        with self._lock:
-            self._put(snapshot, expected)
+        self._backend.upsert_latest(snapshot, expected)
 
     def get_latest(self, user_id: str) -> StateSnapshot | None:
         """See StateStore.get_latest."""
         try:
-            return self._timelines[user_id][-1]
-        except (KeyError, TypeError):
-            self._ensure_open()
-            check_user_id(user_id)
-            return None
-        except IndexError:  # free threading: it got shorter between the looks at its length and at its end
-            with self._lock:
-                timeline = self._timelines.get(user_id)
-                return timeline[-1] if timeline else None
-
-    _latest_of = get_latest  # as a step of other operations, which is not reported as one of its own
-
-    def delete(self, user_id: str) -> bool:
-        """See StateStore.delete."""
-        check_user_id(user_id)
-        with self._lock:
-            self._ensure_open()
-            self._similarity.stale.add(user_id)
-            return self._timelines.pop(user_id, None) is not None
-
-    def health(self) -> Health:
-        """See StateStore.health."""
-        started = time.perf_counter()
-        if self._closed:
-            return Health("unhealthy", "memory", 0.0, message="the store is closed")
-        timelines = list(self._timelines.values())
-        points = len(timelines) + (sum(map(len, timelines)) if self._retention.maximum else 0)
-        return Health("healthy", "memory", (time.perf_counter() - started) * 1000, len(timelines), points)
-
-    def close(self) -> None:
-        """Forget everything; harmless when repeated."""
-        with self._lock:
-            self._closed = True
-            self._timelines = {}
-            self._similarity = VectorIndex(self._schema)
-
-    def _check(self, snapshot: StateSnapshot) -> None:
-        if snapshot.__class__ is not StateSnapshot:
-            check_snapshot(snapshot)
-        self._schema.check(snapshot.axes)
-
-    def _put(self, snapshot: StateSnapshot, expected: Expected = ANY) -> None:
-        if self._closed:
-            raise closed_error()
-        user_id = snapshot.user_id
-        timeline = self._timelines.get(user_id)
-        if expected is not ANY:
-            latest = timeline[-1] if timeline else None
-            if latest != expected:
-                raise conflict_error(user_id, expected, latest)
-        self._similarity.stale.add(user_id)  # first: an interrupt may come after any line
-        if timeline is None:
-            self._timelines[user_id] = deque((snapshot,), self._capacity)
-        elif snapshot.updated_at_unix_ms > timeline[-1].updated_at_unix_ms:
-            timeline.append(snapshot)
-            if self._retention.days is not None:
-                self._trim(timeline)
-        else:
-            self._timelines[user_id] = self._with_older(timeline, snapshot)
-
-    def _with_older(self, timeline: deque[StateSnapshot], snapshot: StateSnapshot) -> deque[StateSnapshot]:
-        others = [entry for entry in timeline if entry.updated_at_unix_ms != snapshot.updated_at_unix_ms]
-        return deque(sorted([*others, snapshot], key=time_of), self._capacity)
-
-    def _moment(self, user_id: str) -> list[StateSnapshot]:
-        """All that is kept of a user, oldest first, as it is at one moment."""
-        timeline = self._timelines.get(user_id)
-        if timeline is None:
-            return []
-        try:
-            return list(timeline.copy())
-        except RuntimeError:  # free threading: a write came between two entries
-            with self._lock:
-                return list(timeline)
-
-    def _trim(self, timeline: deque[StateSnapshot]) -> int:
-        removable = self._retention.removable([entry.updated_at_unix_ms for entry in timeline])
-        removable = min(removable, len(timeline) - 1)  # the newest is the latest snapshot, which stays
-        for _ in range(removable):
-            timeline.popleft()
-        return removable
-
-    def _entries(self, user_id: str) -> list[StateSnapshot]:
-        """What history shows of a user, oldest first."""
-        entries = self._moment(user_id)
-        return entries[self._retention.hidden([entry.updated_at_unix_ms for entry in entries]) :]
-
-    def _write_batch(self, snapshots: Sequence[StateSnapshot]) -> None:
-        with self._lock:
-            for snapshot in snapshots:
-                self._put(snapshot)
-
-    def _find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
-        found = ((user_id, self._latest_of(user_id)) for user_id in user_ids)
-        return {user_id: latest for user_id, latest in found if latest is not None}
-
-    def _history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]:
-        self._ensure_open()
-        newest_first = reversed(self._entries(user_id))
-        chosen = (entry for entry in newest_first if window.since <= entry.updated_at_unix_ms <= window.until)
-        return list(itertools.islice(chosen, window.limit))
-
-    def _search(self, search: SearchRequest) -> list[Match]:
-        steps = self._searching(search)
-        while True:
-            try:
-                next(steps)
-            except StopIteration as stop:
-                return cast("list[Match]", stop.value)
-
-    def _searching(self, search: SearchRequest) -> Generator[None, None, list[Match]]:
-        """Search in steps of a few milliseconds, between which others may run."""
-        self._ensure_open()
-        self._schema.check(search.axes)
-        if search.history or search.user_id is not None:
-            return (yield from self._scan(search))
-        while not self._caught_up():
-            yield
-        with self._lock:
-            return self._similarity.search(search)
-
-    def _caught_up(self) -> bool:
-        with self._lock:
-            try:
-                return self._similarity.catch_up(self._latest_of)
-            except BaseException:  # an interrupt, say: begin anew
-                self._similarity = VectorIndex(self._schema)
-                self._similarity.stale.update(self._timelines)
-                raise
-
-    def _scan(self, search: SearchRequest) -> Generator[None, None, list[Match]]:
-        """Look at snapshots one by one, where the vectors of the latest ones do not serve."""
-        direction, best = self._schema.vector(search.axes), list[Match]()
-        for user_id in list(self._timelines) if search.user_id is None else [search.user_id]:
-            entries = self._entries(user_id) if search.history else self._find([user_id]).values()
-            for snapshot in filter(search.admits, entries):
-                score = sum(map(operator.mul, direction, self._schema.vector(snapshot.axes)))
-                if score >= search.score_threshold:
-                    best.append(Match(snapshot, clamp_score(score)))
-            if len(best) > 4 * search.limit + BATCH_SIZE:
-                best = heapq.nlargest(search.limit, best, key=score_of)
-            yield
-        return heapq.nlargest(search.limit, best, key=score_of)
-
-    def _page_of_users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
-        self._ensure_open()
-        return next_page(iter(list(self._timelines)) if cursor is None else cursor)
-
-    def _count_users(self) -> int:
-        self._ensure_open()
-        return len(self._timelines)
-
-    def _count_page(self, cursor: Cursor) -> tuple[int, Cursor]:
-        page, cursor = self._page_of_users(cursor)
-        return sum(len(self._entries(user_id)) for user_id in page), cursor
-
-    def _prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
-        page, cursor = self._page_of_users(cursor)
-        with self._lock:
-            timelines = [self._timelines[user_id] for user_id in page if user_id in self._timelines]
-            return sum(self._trim(timeline) for timeline in timelines), cursor
-
-    def _page_of_states(self, cursor: Cursor) -> tuple[list[StateSnapshot], Cursor]:
-        self._ensure_open()
-        remaining: Iterator[str] = iter(list(self._timelines)) if cursor is None else cursor
-        states: list[StateSnapshot] = []
-        for user_id in remaining:
-            states += self._states(user_id)
-            if len(states) >= BATCH_SIZE:
-                return states, remaining
-        return states, None
-
-    def _states(self, user_id: str) -> list[StateSnapshot]:
-        """What history shows of a user, and the latest."""
-        entries = self._moment(user_id)
-        hidden = self._retention.hidden([entry.updated_at_unix_ms for entry in entries])
-        return entries[min(hidden, len(entries) - 1) :]
-
-    def _stage(self, token: str) -> Self:  # noqa: ARG002 - nothing of this one can be left
-        return cast("Self", MemoryStore(self.config))
-
-    def _adopt(self, staged: Any) -> None:
-        with self._lock:
-            self._ensure_open()
-            self._timelines, self._similarity = staged._timelines, staged._similarity
-
-    def _discard(self, staged: Any) -> None:
-        staged.close()
+            return self._backend.timelines[user_id][-1]
+        except (KeyError, TypeError, IndexError):
+            return self._backend.get_latest(user_id)
 
 
-class _InnerMemoryStore(MemoryStore):
-    """A store within an asynchronous one, which reports for it."""
-
-    _reports = False
-
-
-class AsyncMemoryStore(_InMemory, AsyncStateStore):
+class AsyncMemoryStore(AsyncStateStore):
     """MemoryStore for asyncio and trio (which needs anyio).
 
     Single operations run at once and never suspend; long ones let other tasks run every few milliseconds.
     """
 
     def __init__(self, config: MemoryStoreConfig | None = None, **options: Unpack[MemoryOptions]) -> None:
-        self._store = _InnerMemoryStore(config, **options)
-        self.config = self._store.config
+        self.config = make_config(MemoryStoreConfig, config, options)
+        self._backend, self._operations = _in_memory(self.config, Suspending())
         observe(self)
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """See StateStore.axes."""
-        return self._store.axes
-
-    @property
-    def is_closed(self) -> bool:
-        """See StateStore.is_closed."""
-        return self._store.is_closed
 
     async def upsert_latest(self, snapshot: StateSnapshot, *, expected: Expected = ANY) -> None:
         """See StateStore.upsert_latest."""
-        self._store.upsert_latest(snapshot, expected=expected)
+        check_state(self._backend.schema, snapshot)
+        if expected is not ANY:
+            check_expected(expected)
+        self._backend.upsert_latest(snapshot, expected)
 
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
         """See StateStore.get_latest."""
-        return self._store.get_latest(user_id)
-
-    async def delete(self, user_id: str) -> bool:
-        """See StateStore.delete."""
-        return self._store.delete(user_id)
-
-    async def health(self) -> Health:
-        """See StateStore.health."""
-        return self._store.health()
-
-    async def aclose(self) -> None:
-        """See StateStore.close."""
-        self._store.close()
-
-    async def _open(self) -> None:
-        """Nothing to do: memory is always there."""
-
-    def _check(self, snapshot: StateSnapshot) -> None:
-        self._store._check(snapshot)
-
-    async def _write_batch(self, snapshots: Sequence[StateSnapshot]) -> None:
-        self._store._write_batch(snapshots)
-
-    async def _find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
-        return self._store._find(user_ids)
-
-    async def _history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]:
-        return self._store._history(user_id, window)
-
-    async def _search(self, search: SearchRequest) -> list[Match]:
-        steps = self._store._searching(search)
-        while True:
-            try:
-                next(steps)
-            except StopIteration as stop:
-                return cast("list[Match]", stop.value)
-            await async_sleep(0)
-
-    async def _page_of_users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
-        return self._store._page_of_users(cursor)
-
-    async def _count_users(self) -> int:
-        return self._store._count_users()
-
-    async def _count_page(self, cursor: Cursor) -> tuple[int, Cursor]:
-        return self._store._count_page(cursor)
-
-    async def _prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
-        return self._store._prune_page(cursor)
-
-    async def _page_of_states(self, cursor: Cursor) -> tuple[list[StateSnapshot], Cursor]:
-        return self._store._page_of_states(cursor)
-
-    async def _stage(self, token: str) -> Self:  # noqa: ARG002 - nothing of this one can be left
-        return cast("Self", AsyncMemoryStore(self.config))
-
-    async def _adopt(self, staged: Any) -> None:
-        self._store._adopt(staged._store)
-
-    async def _discard(self, staged: Any) -> None:
-        staged._store.close()
-
-    def _glance(self) -> Health:
-        return self._store.health()
+        return self._backend.get_latest(user_id)
 
 
-class ClosedBackend:
-    """What a closed store has in place of its core: every use raises."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise closed_error()
+def _in_memory(config: MemoryStoreConfig, waits: Waits) -> tuple[MemoryBackend, Operations]:
+    backend = MemoryBackend(config, waits)
+    return backend, Operations(backend, MemoryPlace(backend), waits, collection=DEFAULT_COLLECTION)
 
 
-class UnopenedBackend:
-    """What an asynchronous store has in place of its core until it is first awaited."""
-
-    batch = BATCH_SIZE
-
-    def cached(self, user_id: str) -> None:
-        """Nothing is known before opening."""
-
-
-CLOSED = cast("PointsBackend", ClosedBackend())
-
-
-UNOPENED = cast("PointsBackend", UnopenedBackend())
-
-
-def health_tries(timeout: float) -> Iterator[tuple[float, float]]:
-    """For every try, the seconds that it may take and the moment after which there is no other."""
-    check_positive("timeout", timeout, zero=True)
-    deadline = time.monotonic() + timeout
-    while True:
-        yield max(0.01, min(deadline - time.monotonic(), STATUS_TIMEOUT)), deadline
-
-
-TURN_S = 0.005  # how long an asynchronous store goes on without letting other tasks run
-
-
-SLOW_HEALTH_MS = 1_000.0  # a look at a server that takes longer is a sign of trouble
-
-
-def health_report(
-    place: Directory | ServerConnection | None, started: float, found: Health | StoreError
-) -> Health:
-    """What a look found, and what is known besides."""
-    backend, location = (place.engine.name, place.path) if place is not None else ("qdrant", None)
-    latency_ms = (time.perf_counter() - started) * 1000
-    if isinstance(found, StoreError):
-        return Health("unhealthy", backend, latency_ms, location=location, message=str(found))
-    signs = [found.message] if found.message else []
-    if isinstance(place, ServerConnection):
-        state = place.engine.resilience.breaker.state
-        signs += [f"the circuit breaker is {state}"] if state != "closed" else []
-        signs += [f"it took {latency_ms:.0f} ms to answer"] if latency_ms > SLOW_HEALTH_MS else []
-    status = "degraded" if found.status == "healthy" and len(signs) > bool(found.message) else found.status
-    return attrs.evolve(
-        found, status=status, latency_ms=latency_ms, location=location, message="; ".join(signs)
-    )
-
-
-def look_at(place: Directory | ServerConnection, core: PointsBackend) -> Health:
-    """How a store is that can be asked without awaiting."""
-    started = time.perf_counter()
-    try:
-        found: Health | StoreError = place.drive(core.look(STATUS_TIMEOUT))
-    except StoreError as error:
-        found = error
-    return health_report(place, started, found)
-
-
-_AnyQdrantStore = TypeVar("_AnyQdrantStore", bound="QdrantStore | AsyncQdrantStore")
-
-
-def _with_core(store: _AnyQdrantStore, core: PointsBackend) -> _AnyQdrantStore:
-    """The same store over another core, which shares its connection or directory; it is not to be closed."""
-    other = object.__new__(type(store))
-    vars(other).update(vars(store), _core=core)
-    return other
-
-
-class _OnQdrant(StoreBase):
-    """What both stores over Qdrant say of themselves."""
-
-    config: QdrantStoreConfig
-    _core: PointsBackend
-
-    @property
-    def is_closed(self) -> bool:
-        """See StateStore.is_closed."""
-        return self._core is CLOSED
-
-    def _check(self, snapshot: StateSnapshot) -> None:
-        self._core.check(snapshot)
-
-    def _target(self) -> str:
-        return cast("str", self.config.path or self.config.url)
-
-    def _collection(self) -> str:
-        return self.config.collection_name
-
-    def _place(self) -> str:
-        return repr(self._target())
-
-    def _batch_size(self) -> int:
-        return self._core.batch
-
-    @property
-    def _has_native(self) -> bool:
-        return self.config.url is not None
-
-
-class QdrantStore(_OnQdrant, StateStore):
+class QdrantStore(StateStore):
     """A store on disk, through Qdrant embedded in this process, or on a Qdrant server.
 
     Options are the fields of QdrantStoreConfig. ``path`` is a directory, which one process owns; within it
@@ -7820,138 +8036,17 @@ class QdrantStore(_OnQdrant, StateStore):
     0.8
     """
 
+    config: QdrantStoreConfig
+
     def __init__(self, config: QdrantStoreConfig | None = None, **options: Unpack[QdrantOptions]) -> None:
         self.config = make_qdrant_config(config, options)
+        self._operations = _on_qdrant(self.config, BLOCKING)
         observe(self)  # before it is opened, which is reported too
-        self._held: Directory | ServerConnection
         if self.config.url is None:
-            self._held, self._core = self._acquire()
-        else:
-            self._held, self._core = connect_server(self.config, "in place")
-        self._finalizer = weakref.finalize(self, release_unclosed, self._held)
-
-    def _acquire(self) -> tuple[Directory, OwnedBackend]:
-        for wait in lock_waits(self.config.lock_timeout):
-            try:
-                return open_directory(self.config)
-            except StoreLockedError:
-                time.sleep(wait)
-        return open_directory(self.config)
-
-    def _drive(
-        self, operation: str, start: Callable[[PointsBackend], Coroutine[Any, Any, T]], about: object = None
-    ) -> T:
-        began = time.perf_counter()
-        try:
-            return self._held.drive(self._core.begin(start))
-        finally:
-            warn_if_slow(self, operation, began, about)
-
-    def _open(self) -> None:
-        if isinstance(self._core, SharedBackend):
-            self._held.drive(self._core.ensure_open())
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """See StateStore.axes."""
-        self._open()
-        return self._core.schema.axes
-
-    def upsert_latest(self, snapshot: StateSnapshot, *, expected: Expected = ANY) -> None:
-        """See StateStore.upsert_latest."""
-        return self._drive("upsert", lambda core: core.upsert_latest(snapshot, expected), snapshot)
-
-    def get_latest(self, user_id: str) -> StateSnapshot | None:
-        """See StateStore.get_latest."""
-        return self._core.cached(user_id) or self._drive(
-            "get", lambda core: core.get_latest(check_user_id(user_id)), user_id
-        )
-
-    def delete(self, user_id: str) -> bool:
-        """See StateStore.delete."""
-        return self._drive("delete", lambda core: core.delete(check_user_id(user_id)), user_id)
-
-    def health(self) -> Health:
-        """See StateStore.health."""
-        return look_at(self._held, self._core)
-
-    def wait_until_ready(self, timeout: float = 30.0) -> None:
-        """See StateStore.wait_until_ready."""
-        for seconds, deadline in health_tries(timeout):
-            try:
-                self._held.drive(self._core.look(seconds))
-            except BackendError as error:
-                left = deadline - time.monotonic()
-                if left <= 0 or not error.retryable:
-                    raise
-                time.sleep(min(0.25, left))
-            else:
-                return
-
-    def close(self) -> None:
-        """See StateStore.close."""
-        self._core = CLOSED
-        if self._finalizer.detach():
-            self._held.release()
-
-    def _write_batch(self, snapshots: Sequence[StateSnapshot]) -> None:
-        return self._drive("upsert_many", lambda core: core.write(snapshots))
-
-    def _find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
-        return self._drive("get_many", lambda core: core.find(user_ids))
-
-    def _history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]:
-        return self._drive("history", lambda core: core.get_history(user_id, window), user_id)
-
-    def _search(self, search: SearchRequest) -> list[Match]:
-        return self._drive("search", lambda core: core.search(search))
-
-    def _page_of_users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
-        return self._drive("users", lambda core: core.page_of_users(cursor))
-
-    def _count_users(self) -> int:
-        return self._drive("count", lambda core: core.count_users())
-
-    def _count_page(self, cursor: Cursor) -> tuple[int, Cursor]:
-        return self._drive("count", lambda core: core.count_page(cursor))
-
-    def _prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
-        return self._drive("prune", lambda core: core.prune_page(cursor))
-
-    def _engine_name(self) -> str:
-        return self._held.engine.name
-
-    def _page_of_states(self, cursor: Cursor) -> tuple[list[StateSnapshot], Cursor]:
-        return self._drive("read", lambda core: core.page_of_states(cursor))
-
-    def _stage(self, token: str) -> Self:
-        return _with_core(self, self._held.drive(self._core.begin(lambda core: core.stage(token))))
-
-    def _adopt(self, staged: Any) -> None:
-        self._held.drive(self._core.begin(lambda core: core.adopt(staged._core)))
-
-    def _discard(self, staged: Any) -> None:
-        with contextlib.suppress(StoreClosedError):  # opening removes it
-            self._held.drive(self._core.begin(lambda core: core.discard(staged._core)))
-
-    def _take(self, order: SnapshotRequest, progress: Progress) -> SnapshotReport:
-        if order.kind == "native":
-            self._open()
-            core = cast("SharedBackend", self._core)
-            report = self._held.drive(core.create_native(order, self._target()))
-            if report is not None:
-                return report
-            order = attrs.evolve(order, kind="portable")
-        return super()._take(order, progress)
-
-    def _bring_back(self, saved: SnapshotFile, mode: RestoreMode, progress: Progress) -> None:
-        if saved.kind == "portable":
-            return super()._bring_back(saved, mode, progress)
-        saved.verify()
-        return self._held.drive(cast("SharedBackend", self._core).restore_native(saved.path, saved.sha256))
+            run(self._operations.open())
 
 
-class AsyncQdrantStore(_OnQdrant, AsyncStateStore):
+class AsyncQdrantStore(AsyncStateStore):
     """QdrantStore for asyncio and trio; it opens on entering ``async with`` or at the first await.
 
     With a server it connects at the first operation, so that an application may start before its server.
@@ -7959,205 +8054,24 @@ class AsyncQdrantStore(_OnQdrant, AsyncStateStore):
     qdrant-client's local mode they run in a worker thread. A write that is cancelled is done or not done.
     """
 
+    config: QdrantStoreConfig
+
     def __init__(self, config: QdrantStoreConfig | None = None, **options: Unpack[QdrantOptions]) -> None:
         self.config = make_qdrant_config(config, options)
-        self._held: Directory | ServerConnection | None = None
-        self._core = UNOPENED
-        self._yielded = 0.0  # when other tasks were last let run
-        self._finalizer: weakref.finalize[..., Any] | None = None
-        if self.config.url is not None:
-            self._held, self._core = connect_server(self.config, "on loop")
+        self._operations = _on_qdrant(self.config, Suspending())
         observe(self)
 
-    async def __aenter__(self) -> Self:
-        if self.config.url is None:
-            return await super().__aenter__()
-        self._ensure_open()  # but no more: an application may start before its server
-        return self
 
-    async def _open(self) -> None:
-        if isinstance(self._core, SharedBackend):
-            await self._core.ensure_open()
-        elif self._held is None and self._core is not CLOSED:
-            await self._open_directory()
-
-    async def _open_directory(self) -> None:
-        directory, core = await self._acquire()
-        if self._core is not UNOPENED:  # another task was faster, or has closed the store
-            directory.release()
-            return
-        self._held, self._core = directory, core
-        self._finalizer = weakref.finalize(self, release_unclosed, directory)
-
-    async def _acquire(self) -> tuple[Directory, OwnedBackend]:
-        for wait in lock_waits(self.config.lock_timeout):
-            try:
-                return await open_in_worker(self.config)
-            except StoreLockedError:
-                await async_sleep(wait)
-        return await open_in_worker(self.config)
-
-    async def _drive(
-        self, operation: str, start: Callable[[PointsBackend], Coroutine[Any, Any, T]], about: object = None
-    ) -> T:
-        if self._held is None:
-            await self._open()
-        began = time.perf_counter()
-        try:
-            return await self._run(self._core.begin(start))
-        finally:
-            warn_if_slow(self, operation, began, about)
-
-    async def _run(self, flow: Coroutine[Any, Any, T], *, apart: bool = False) -> T:
-        """Run a coroutine of the core; ``apart`` in a worker thread, where it would take long in place."""
-        if isinstance(self._held, ServerConnection):
-            try:
-                self._held.check_process()
-                return await flow
-            finally:
-                flow.close()
-        directory = cast("Directory", self._held)
-        if cast("EmbeddedEngine", directory.engine).runs == "in place" and not apart:
-            answer, written = await self._in_place(directory, flow)
-        else:
-            answer, written = await run_in_worker(directory, flow)
-        if written is not None:
-            await settle_in_worker(directory, written)
-        return answer
-
-    async def _in_place(
-        self, directory: Directory, flow: Coroutine[Any, Any, T]
-    ) -> tuple[T, FlushRound | None]:
-        """Drive a coroutine here, after a turn for other tasks if they have had none for 5 ms."""
-        try:
-            now = time.monotonic()
-            if now - self._yielded > TURN_S:
-                self._yielded = now
-                await async_sleep(0)
-            return directory.apply(flow)
-        finally:
-            flow.close()
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """See StateStore.axes; raises StoreError before the store is open."""
-        if self._core is UNOPENED or (isinstance(self._core, SharedBackend) and not self._core.is_open):
-            raise StoreError("the axes are known once the store is open: await an operation first")
-        return self._core.schema.axes
-
-    async def upsert_latest(self, snapshot: StateSnapshot, *, expected: Expected = ANY) -> None:
-        """See StateStore.upsert_latest."""
-        return await self._drive("upsert", lambda core: core.upsert_latest(snapshot, expected), snapshot)
-
-    async def get_latest(self, user_id: str) -> StateSnapshot | None:
-        """See StateStore.get_latest."""
-        return self._core.cached(user_id) or await self._drive(
-            "get", lambda core: core.get_latest(check_user_id(user_id)), user_id
-        )
-
-    async def delete(self, user_id: str) -> bool:
-        """See StateStore.delete."""
-        return await self._drive("delete", lambda core: core.delete(check_user_id(user_id)), user_id)
-
-    async def health(self) -> Health:
-        """See StateStore.health."""
-        started = time.perf_counter()
-        try:
-            found: Health | StoreError = await self._look(STATUS_TIMEOUT)
-        except StoreError as error:
-            found = error
-        return health_report(self._held, started, found)
-
-    async def wait_until_ready(self, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - as in the other form
-        """See StateStore.wait_until_ready."""
-        for seconds, deadline in health_tries(timeout):
-            try:
-                await self._look(seconds)
-            except BackendError as error:
-                left = deadline - time.monotonic()
-                if left <= 0 or not error.retryable:
-                    raise
-                await async_sleep(min(0.25, left))
-            else:
-                return
-
-    async def _look(self, seconds: float) -> Health:
-        if self._held is None:
-            await self._open()
-        return await self._run(self._core.look(seconds))
-
-    def _glance(self) -> Health | None:
-        if not isinstance(self._held, Directory):
-            return None  # not open yet, or on a server
-        return look_at(self._held, self._core)
-
-    async def aclose(self) -> None:
-        """See StateStore.close."""
-        was_open, self._core = self._core is not CLOSED, CLOSED
-        if isinstance(self._held, ServerConnection):
-            if was_open:
-                await shielded(self._held.engine.close())
-        elif self._finalizer is not None:
-            await release_in_worker(cast("Directory", self._held), self._finalizer)
-
-    async def _write_batch(self, snapshots: Sequence[StateSnapshot]) -> None:
-        return await self._drive("upsert_many", lambda core: core.write(snapshots))
-
-    async def _find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
-        return await self._drive("get_many", lambda core: core.find(user_ids))
-
-    async def _history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]:
-        return await self._drive("history", lambda core: core.get_history(user_id, window), user_id)
-
-    async def _search(self, search: SearchRequest) -> list[Match]:
-        return await self._drive("search", lambda core: core.search(search))
-
-    async def _page_of_users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
-        return await self._drive("users", lambda core: core.page_of_users(cursor))
-
-    async def _count_users(self) -> int:
-        return await self._drive("count", lambda core: core.count_users())
-
-    async def _count_page(self, cursor: Cursor) -> tuple[int, Cursor]:
-        return await self._drive("count", lambda core: core.count_page(cursor))
-
-    async def _prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
-        return await self._drive("prune", lambda core: core.prune_page(cursor))
-
-    def _engine_name(self) -> str:
-        return "qdrant" if self._held is None else self._held.engine.name
-
-    async def _page_of_states(self, cursor: Cursor) -> tuple[list[StateSnapshot], Cursor]:
-        return await self._drive("read", lambda core: core.page_of_states(cursor))
-
-    async def _stage(self, token: str) -> Self:
-        await self._open()
-        stage = self._core.begin(lambda core: core.stage(token))
-        return _with_core(self, await self._run(stage, apart=True))
-
-    async def _adopt(self, staged: Any) -> None:
-        await self._run(self._core.begin(lambda core: core.adopt(staged._core)), apart=True)
-
-    async def _discard(self, staged: Any) -> None:
-        with contextlib.suppress(StoreClosedError):  # opening removes it
-            await self._run(self._core.begin(lambda core: core.discard(staged._core)), apart=True)
-
-    async def _take(self, order: SnapshotRequest, progress: Progress) -> SnapshotReport:
-        if order.kind == "native":
-            await self._open()
-            core = cast("SharedBackend", self._core)
-            report = await self._run(core.create_native(order, self._target()))
-            if report is not None:
-                return report
-            order = attrs.evolve(order, kind="portable")
-        return await super()._take(order, progress)
-
-    async def _bring_back(self, saved: SnapshotFile, mode: RestoreMode, progress: Progress) -> None:
-        if saved.kind == "portable":
-            return await super()._bring_back(saved, mode, progress)
-        await run_in_thread(saved.verify)
-        core = cast("SharedBackend", self._core)
-        return await self._run(core.restore_native(saved.path, saved.sha256))
+def _on_qdrant(config: QdrantStoreConfig, waits: Waits) -> Operations:
+    if config.url is None:
+        place: DirectoryPlace | ServerPlace = DirectoryPlace(config, waits)
+        backend: Any = UNOPENED
+    else:
+        place = ServerPlace(config, waits)
+        backend = place.connection.backend
+    operations = Operations(backend, place, waits, collection=config.collection_name)
+    operations.slow_ms = config.slow_operation_ms
+    return operations
 
 
 # -----------------------------------------------------------------------------
@@ -8196,6 +8110,7 @@ def target_options(target: str | os.PathLike[str] | None) -> tuple[bool, dict[st
 
 
 def default_target() -> str:
+    """What open_store opens without a target."""
     named = map(os.environ.get, ("ATTUNED_STORE", "QDRANT_URL", "ATTUNED_STORE_PATH"))
     return next(filter(None, named), _DEFAULT_TARGET)
 
@@ -8224,22 +8139,52 @@ def open_async_store(
     return AsyncQdrantStore(attrs.evolve(QdrantStoreConfig.from_env(), **place), **options)
 
 
-def is_absent(target: str | os.PathLike[str]) -> bool:
-    """Whether opening the target would make a new directory or collection."""
-    _, place = target_options(target)
-    if not place:
+def store_exists(target: str | os.PathLike[str] | None = None) -> bool:
+    """Whether there is a store at a target, so that open_store would not make a new one.
+
+    False for "memory://"; True for a server that cannot be asked, so that opening tells why.
+    """
+    in_memory, place = target_options(target)
+    if in_memory:
         return False
     config = attrs.evolve(QdrantStoreConfig.from_env(), **place)
     if config.url is None:
-        return not collection_exists(config) and not absolute_path(cast("str", config.path)).is_file()
+        return collection_exists(config) or absolute_path(cast("str", config.path)).is_file()
     with QdrantStore(config) as store:
         health = store.health()
-        return health.status != "unhealthy" and health.collection_status is None
+        return health.status == "unhealthy" or health.collection_status is not None
 
 
 # -----------------------------------------------------------------------------
-# copying: From store to store, and snapshots when an application starts
+# copying: From store to store, from files to stores, and snapshots when an application starts
 # -----------------------------------------------------------------------------
+
+AnyStore = StateStore | AsyncStateStore
+Kind = TypeVar("Kind", bound=AnyStore)
+
+
+@attrs.frozen
+class Form(Generic[Kind]):
+    """One of the two forms of stores."""
+
+    kind: type[Kind]
+    open: Callable[..., Kind]
+    words: str
+    make_waits: Callable[[], Waits]
+
+    def check(self, name: str, store: object) -> None:
+        """Raise ValidationError unless this is a store of the form."""
+        if not isinstance(store, self.kind):
+            raise ValidationError(f"{name}: {self.words} is needed, got {type_name(store)}")
+
+
+SYNCHRONOUS = Form(StateStore, open_store, "a synchronous store (open_store)", lambda: BLOCKING)
+ASYNCHRONOUS = Form(
+    AsyncStateStore, open_async_store, "an asynchronous store (open_async_store)", lambda: Suspending()
+)
+
+
+# Files
 
 
 def verify_snapshot(path: str | os.PathLike[str], *, progress: Progress | None = None) -> SnapshotReport:
@@ -8259,7 +8204,7 @@ async def averify_snapshot(
     path: str | os.PathLike[str], *, progress: Progress | None = None
 ) -> SnapshotReport:
     """As verify_snapshot, in a worker thread, where ``progress`` is called too."""
-    return await run_in_thread(lambda: verify_snapshot(path, progress=progress))
+    return await Suspending().call(lambda: verify_snapshot(path, progress=progress))
 
 
 def list_snapshots(directory: str | os.PathLike[str]) -> list[SnapshotReport]:
@@ -8279,10 +8224,99 @@ def list_snapshots(directory: str | os.PathLike[str]) -> list[SnapshotReport]:
 
 async def alist_snapshots(directory: str | os.PathLike[str]) -> list[SnapshotReport]:
     """As list_snapshots, in a worker thread."""
-    return await run_in_thread(lambda: list_snapshots(directory))
+    return await Suspending().call(lambda: list_snapshots(directory))
 
 
-_Target = str | os.PathLike[str]
+def restore(
+    path: str | os.PathLike[str],
+    target: StateStore | str | os.PathLike[str],
+    *,
+    mode: RestoreMode = "replace",
+    progress: Progress | None = None,
+) -> SnapshotReport:
+    """Bring back what a snapshot file holds into a store, which is made where there is none.
+
+    ``target`` is a store, or a path or url as open_store takes it; a new store gets the axes of the file, which is
+    verified before. Otherwise as restore_snapshot. Raises SnapshotError, ValidationError.
+    """
+    return run(_restore(SYNCHRONOUS, path, target, mode, progress))
+
+
+async def arestore(
+    path: str | os.PathLike[str],
+    target: AsyncStateStore | str | os.PathLike[str],
+    *,
+    mode: RestoreMode = "replace",
+    progress: Progress | None = None,
+) -> SnapshotReport:
+    """As restore, into an asynchronous store."""
+    return await _restore(ASYNCHRONOUS, path, target, mode, progress)
+
+
+async def _restore(
+    form: Form[Kind],
+    path: str | os.PathLike[str],
+    target: Kind | str | os.PathLike[str],
+    mode: RestoreMode,
+    progress: Progress | None,
+) -> SnapshotReport:
+    waits = form.make_waits()
+    heard = check_progress(progress)
+    ends = _Ends(form, waits)
+    ends.check("target", target, writes=True)
+    options: dict[str, Any] = {}
+    if isinstance(target, str | os.PathLike) and not await waits.call(lambda: store_exists(target)):
+        saved = SnapshotFile(path)
+        saved.check_mode(mode, native=target_options(target)[1].get("url") is not None)
+        await waits.call(lambda: saved.verify(progress=heard))
+        if saved.contents is not None:
+            options["axes"] = MemoryStoreConfig.from_env().axes or saved.contents.axes
+            unknown = sorted(set(saved.contents.axes).difference(options["axes"]))
+            if unknown:
+                raise SnapshotError(
+                    f"{saved.path}: the configured axes (ATTUNED_STORE_AXES) lack {', '.join(unknown[:10])}"
+                )
+    try:
+        return await (await ends.open(target, **options)).restore_snapshot(path, mode, progress)
+    finally:
+        await ends.close()
+
+
+# Stores
+
+
+class _Ends(Generic[Kind]):
+    """The stores that something is copied between: those opened for it are closed at the end."""
+
+    def __init__(self, form: Form[Kind], waits: Waits) -> None:
+        self._form, self._waits = form, waits
+        self._opened: list[Operations] = []
+
+    def check(self, name: str, end: object, *, writes: bool = False) -> None:
+        """Raise ValidationError for what is neither a store of this form nor the place of one."""
+        if not isinstance(end, self._form.kind | str | os.PathLike):
+            raise ValidationError(
+                f"{name}: {self._form.words}, a path or a url is needed, got {type_name(end)}"
+            )
+        if writes and isinstance(end, str) and target_options(end)[0]:
+            raise ValidationError(
+                f"{name}: what is written to {end} alone is gone at once; give an open store"
+            )
+
+    async def open(self, end: Kind | str | os.PathLike[str], **options: Any) -> Operations:
+        """The operations of a store, opened where it is given by its place."""
+        if isinstance(end, self._form.kind):
+            operations = end._operations
+        else:
+            operations = self._form.open(end, **options)._operations
+            self._opened.append(operations)
+        await operations.open()
+        return operations
+
+    async def close(self) -> None:
+        """Close what was opened, the last first."""
+        while self._opened:
+            await self._waits.shielded(self._opened.pop().close())
 
 
 class _Digest:
@@ -8317,37 +8351,6 @@ class _Digest:
             )
 
 
-def _copied(target: str, began: float, digest: _Digest) -> SnapshotReport:
-    duration_ms = (time.perf_counter() - began) * 1000
-    return SnapshotReport(
-        status="completed", target=target, kind="portable", points=digest.count, duration_ms=duration_ms
-    )
-
-
-STORE_FORMS: dict[type, str] = {
-    StateStore: "a synchronous store (open_store)",
-    AsyncStateStore: "an asynchronous store (open_async_store)",
-}
-
-
-def _check_ends(source: object, target: object, kind: type[StateStore | AsyncStateStore]) -> None:
-    """Raise where a copy has no source, or an end that is neither a store nor the place of one."""
-    for name, end in (("source", source), ("target", target)):
-        if not isinstance(end, kind | str | os.PathLike):
-            raise ValidationError(
-                f"{name}: {STORE_FORMS[kind]}, a path or a url is needed, got {type_name(end)}"
-            )
-    if isinstance(source, str | os.PathLike) and is_absent(cast("_Target", source)):
-        raise StoreError(f"there is no store at {source}")
-
-
-def _check_free(users: int, target: str, *, replace: bool) -> None:
-    if users and not replace:
-        raise ValidationError(
-            f"replace: {target} holds {users} users; replace=True (or --replace) replaces them"
-        )
-
-
 def copy(
     source: StateStore | str | os.PathLike[str],
     target: StateStore | str | os.PathLike[str],
@@ -8362,31 +8365,7 @@ def copy(
     and compared with what was read from the source. ``progress(done, None)`` is called with the number of
     states copied. Raises SchemaMismatchError, ValidationError, SnapshotError where the copy is not the same.
     """
-    began, read = time.perf_counter(), _Digest()
-    check_flag("replace", replace)
-    progress = check_progress(progress)
-    _check_ends(source, target, StateStore)
-    with contextlib.ExitStack() as stack:
-        origin = source if isinstance(source, StateStore) else stack.enter_context(open_store(source))
-        if not isinstance(target, StateStore):
-            target = stack.enter_context(open_store(target, axes=origin.axes))
-        _check_free(target.count(), target._target(), replace=replace)
-        with target._replacement(secrets.token_hex(16)) as staged:
-            for states in iterate_pages(origin._page_of_states):
-                read.add(states)
-                staged.upsert_many(states)
-                progress(read.count, None)
-            if not target._has_native:  # a server is changed in place: nothing is beside it
-                read.check(_digest(staged))
-        read.check(_digest(target))
-        return _copied(target._target(), began, read)
-
-
-def _digest(store: StateStore) -> _Digest:
-    digest = _Digest()
-    for states in iterate_pages(store._page_of_states):
-        digest.add(states)
-    return digest
+    return run(_copy_states(SYNCHRONOUS, source, target, replace=replace, progress=progress))
 
 
 async def acopy(
@@ -8397,44 +8376,96 @@ async def acopy(
     progress: Progress | None = None,
 ) -> SnapshotReport:
     """As copy, between asynchronous stores; other tasks run between batches."""
-    began, read = time.perf_counter(), _Digest()
+    return await _copy_states(ASYNCHRONOUS, source, target, replace=replace, progress=progress)
+
+
+async def _copy_states(
+    form: Form[Kind],
+    source: Kind | str | os.PathLike[str],
+    target: Kind | str | os.PathLike[str],
+    *,
+    replace: bool,
+    progress: Progress | None,
+) -> SnapshotReport:
+    began, read, waits = time.perf_counter(), _Digest(), form.make_waits()
     check_flag("replace", replace)
-    progress = check_progress(progress)
-    await run_in_thread(lambda: _check_ends(source, target, AsyncStateStore))
-    async with contextlib.AsyncExitStack() as stack:
-        if not isinstance(source, AsyncStateStore):
-            source = await stack.enter_async_context(open_async_store(source))
-        await source._open()
-        if not isinstance(target, AsyncStateStore):
-            target = await stack.enter_async_context(open_async_store(target, axes=source.axes))
-        _check_free(await target.count(), target._target(), replace=replace)
-        async with target._replacement(secrets.token_hex(16)) as staged:
-            async for states in AsyncPages(source._page_of_states):
+    heard = check_progress(progress)
+    ends = _Ends(form, waits)
+    ends.check("source", source)
+    ends.check("target", target, writes=True)
+    if isinstance(source, str | os.PathLike) and not await waits.call(lambda: store_exists(source)):
+        raise StoreError(f"there is no store at {source}")
+    try:
+        origin = await ends.open(source)
+        end = await ends.open(target, axes=origin.axes())
+        users = await end.count(history=False)
+        if users and not replace:
+            raise ValidationError(
+                f"replace: {end.place.location} holds {users} users; replace=True (or --replace) replaces them"
+            )
+
+        async def fill(staged: Operations) -> None:
+            pages = origin.states()
+            while (states := await pages.next()) is not None:
                 read.add(states)
-                await staged.upsert_many(states)
-                progress(read.count, None)
-            if not target._has_native:  # as in copy
-                read.check(await _adigest(staged))
-        read.check(await _adigest(target))
-        return _copied(target._target(), began, read)
+                await staged.upsert_many(states, None)
+                heard(read.count, None)
+            if not end.backend.native_snapshots:  # a server is changed in place: nothing is beside it
+                read.check(await _digest(staged))
+
+        await end.replace(secrets.token_hex(16), fill)
+        read.check(await _digest(end))
+    finally:
+        await ends.close()
+    return SnapshotReport(
+        status="completed",
+        target=end.place.location,
+        kind="portable",
+        points=read.count,
+        duration_ms=(time.perf_counter() - began) * 1000,
+    )
 
 
-async def _adigest(store: AsyncStateStore) -> _Digest:
-    digest = _Digest()
-    async for states in AsyncPages(store._page_of_states):
+async def _digest(store: Operations) -> _Digest:
+    digest, pages = _Digest(), store.states()
+    while (states := await pages.next()) is not None:
         digest.add(states)
     return digest
 
 
 # On start
 
-STARTED: set[tuple[str, str]] = set()  # what was done in this process, by target and collection
+
+class Starts:
+    """The stores of which a snapshot on start was taken or tried in this process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._places: set[tuple[str, str]] = set()  # by target and collection
+        self._stores: weakref.WeakSet[Any] = weakref.WeakSet()  # those in memory, which have no place
+
+    def is_first(self, store: AnyStore) -> bool:
+        """Whether this store has not been here before."""
+        seen: Any
+        key: Any
+        if isinstance(store, QdrantStore | AsyncQdrantStore):
+            config = store.config
+            place = config.url or os.path.realpath(absolute_path(cast("str", config.path)))
+            seen, key = self._places, (place, config.collection_name)
+        else:
+            seen, key = self._stores, store
+        with self._lock:
+            first = key not in seen
+            seen.add(key)
+        return first
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._places.clear()
+        self._stores.clear()
 
 
-STARTED_STORES: weakref.WeakSet[Any] = weakref.WeakSet()  # of those in memory, which have no place
-
-
-_started_lock = threading.Lock()
+STARTS = Starts()
 
 
 def snapshot_on_start(store: StateStore, *, timeout: float = 60.0, keep: int | None = None) -> SnapshotReport:
@@ -8445,14 +8476,8 @@ def snapshot_on_start(store: StateStore, *, timeout: float = 60.0, keep: int | N
     directory cannot be made or written, before the store is contacted. Any other failure is logged and
     returned as a report with the status "failed": it does not keep the application from starting.
     """
-    skipped, directory = _start(store, StateStore)
-    if skipped is not None:
-        return skipped
-    try:
-        store.wait_until_ready(timeout)
-        return store.create_snapshot(directory, reason="startup", keep=keep)
-    except Exception as error:  # noqa: BLE001 - no backup is worse than no application, but not by much
-        return failed_report(store._target(), "startup", error)
+    SYNCHRONOUS.check("store", store)
+    return run(_snapshot_on_start(store, timeout, keep))
 
 
 async def asnapshot_on_start(
@@ -8462,26 +8487,13 @@ async def asnapshot_on_start(
     keep: int | None = None,
 ) -> SnapshotReport:
     """As snapshot_on_start, for an asynchronous store."""
-    skipped, directory = _start(store, AsyncStateStore)
-    if skipped is not None:
-        return skipped
-    try:
-        await store.wait_until_ready(timeout)
-        return await store.create_snapshot(directory, reason="startup", keep=keep)
-    except Exception as error:  # noqa: BLE001 - as in the other form
-        return failed_report(store._target(), "startup", error)
+    ASYNCHRONOUS.check("store", store)
+    return await _snapshot_on_start(store, timeout, keep)
 
 
-def _start(
-    store: StateStore | AsyncStateStore, kind: type[StateStore | AsyncStateStore]
-) -> tuple[SnapshotReport | None, Path | None]:
-    """The report where there is nothing to do, else the directory, which can be written to."""
-    if not isinstance(store, kind):
-        raise ValidationError(f"store: {STORE_FORMS[kind]} is needed, got {type_name(store)}")
-
-    def skipped(message: str) -> tuple[SnapshotReport, None]:
-        report = SnapshotReport(status="skipped", target=store._target(), reason="startup", message=message)
-        return report, None
+async def _snapshot_on_start(store: AnyStore, timeout: float, keep: int | None) -> SnapshotReport:  # noqa: ASYNC109
+    def skipped(message: str) -> SnapshotReport:
+        return SnapshotReport(status="skipped", target=store.location, reason="startup", message=message)
 
     wish = os.environ.get("QDRANT_SNAPSHOT_ON_START", "").strip().lower()
     if wish not in TRUE_WORDS:
@@ -8493,26 +8505,20 @@ def _start(
     directory = make_snapshot_directory(None)
     with snapshot_errors(directory, "cannot be written"):
         NewFile(directory).discard()
-    if not _is_first_start(store):
+    if not STARTS.is_first(store):
         return skipped("the snapshot on start was taken or tried in this process already")
-    return None, directory
-
-
-def _is_first_start(store: StateStore | AsyncStateStore) -> bool:
-    if isinstance(store, QdrantStore | AsyncQdrantStore):
-        config = store.config
-        place = config.url or os.path.realpath(absolute_path(cast("str", config.path)))
-        started: Any = STARTED
-        key: Any = (place, config.collection_name)
-    else:
-        started, key = STARTED_STORES, store
-    with _started_lock:
-        first = key not in started
-        started.add(key)
-    return first
+    operations = store._operations
+    try:
+        await operations.wait_until_ready(timeout)
+        return await operations.create_snapshot(
+            None, directory=directory, kind="auto", reason="startup", keep=keep, keep_remote=False
+        )
+    except Exception as error:  # noqa: BLE001 - no backup is worse than no application, but not by much
+        return failed_report(store.location, "startup", error)
 
 
 def failed_report(target: str, reason: SnapshotReason, error: Exception) -> SnapshotReport:
+    """Log that a snapshot failed; the report says so."""
     LOGGER.error("the snapshot of %s failed: %s", target, error)
     return SnapshotReport(status="failed", target=target, reason=reason, message=str(error))
 
@@ -8520,9 +8526,6 @@ def failed_report(target: str, reason: SnapshotReason, error: Exception) -> Snap
 # -----------------------------------------------------------------------------
 # service: Stores over HTTP
 # -----------------------------------------------------------------------------
-
-AnyStore = StateStore | AsyncStateStore
-
 
 _Answering = Callable[["Request"], Awaitable["Response"]]
 
@@ -8598,14 +8601,14 @@ class _Requested:
                 try:
                     report = store.create_snapshot(self._directory, reason="api", keep=self._keep)
                 except Exception as error:  # noqa: BLE001 - the other stores come next
-                    report = failed_report(store._target(), "api", error)
+                    report = failed_report(store.location, "api", error)
                 self.reports.append(report)
 
     async def _async_take(self, store: AsyncStateStore) -> SnapshotReport:
         try:
             return await store.create_snapshot(self._directory, reason="api", keep=self._keep)
         except Exception as error:  # noqa: BLE001 - the other stores come next
-            return failed_report(store._target(), "api", error)
+            return failed_report(store.location, "api", error)
 
 
 class Endpoint:
@@ -8668,7 +8671,7 @@ def _check_app(stores: Sequence[AnyStore], authorize: _Authorize | None, keep: i
         check_callable("authorize", authorize)
     if keep is not None:
         check_integer("keep", keep, 1, MAX_INTEGER)
-        names = [store._origin().collection for store in stores]
+        names = [store._operations.collection for store in stores]
         if len(set(names)) < len(names):
             raise ValidationError(
                 "keep: the stores' collections are to have different names, or each its own app"
@@ -9221,6 +9224,10 @@ class _ProgressLine:
 # The store
 
 
+def _is_absent(target: str) -> bool:
+    return not store_exists(target) and not target_options(target)[0]
+
+
 def _target_of(args: argparse.Namespace) -> str:
     """Say which store is meant."""
     named: str | None = getattr(args, "store", None)
@@ -9232,7 +9239,7 @@ def _target_of(args: argparse.Namespace) -> str:
 def _require_store(args: argparse.Namespace) -> None:
     """Refuse to go on without a store, which reading must not make."""
     target = _target_of(args)
-    if is_absent(target):
+    if _is_absent(target):
         make = f"attuned-store --store {target} import FILE"
         raise _CommandError(f"there is no store at {target}; 'put' makes one, or '{make}'")
 
@@ -9251,7 +9258,7 @@ def _open_target(
 
 def _rehearse(args: argparse.Namespace, snapshot: StateSnapshot) -> None:
     """Write to memory first, so that a bad first write leaves no empty store behind."""
-    if is_absent(_target_of(args)):
+    if _is_absent(_target_of(args)):
         with MemoryStore(MemoryStoreConfig.from_env()) as store:
             store.upsert_latest(snapshot)
 
@@ -9362,7 +9369,7 @@ def _write_table(store: StateStore, table: _Table, found: _Survey) -> int:
 def _import_table(args: argparse.Namespace, table: _Table, stack: contextlib.ExitStack) -> int:
     """Check the heading, then every row, and only then make a new store and write."""
     target = _target_of(args)
-    fresh = is_absent(target) or target_options(target)[0]
+    fresh = _is_absent(target) or target_options(target)[0]
     axes = [column for column in table.columns if column not in _FIELD_READERS]
     _check_axis_columns(axes, table.name)
     store = None if fresh else stack.enter_context(_open_target(args))
@@ -9694,7 +9701,7 @@ def _axes_of_snapshot(args: argparse.Namespace) -> Sequence[str] | None:
 def _open_to_restore(args: argparse.Namespace) -> StateStore:
     """Open the store, or make one that a snapshot file fits into."""
     target = _target_of(args)
-    if is_absent(target) or target_options(target)[0]:
+    if _is_absent(target) or target_options(target)[0]:
         return _open_target(args, create=True, axes=_axes_of_snapshot(args))
     SnapshotFile(args.file)  # a file that is not there is no reason to ask anything
     return _open_target(args)

@@ -103,6 +103,21 @@ BACKENDS = {
 FACES = ("sync", "asyncio", "trio")
 
 
+def synchronous(store: StateStore | AsyncStateStore) -> StateStore:
+    """A store in memory, as a synchronous one over the same memory."""
+    if isinstance(store, StateStore):
+        return store
+    other = MemoryStore()
+    other._backend, other._operations = store._backend, store._operations  # type: ignore[attr-defined]
+    return other
+
+
+def fill_memory(store: StateStore | AsyncStateStore, states: Sequence[StateSnapshot]) -> None:
+    """Write to a store in memory of either form."""
+    for each in states:
+        synchronous(store).upsert_latest(each)
+
+
 def collection_of(path: Path) -> str:
     """A collection of its own for what other backends keep in a directory."""
     return f"test_{hashlib.sha256(str(path).encode()).hexdigest()[:40]}"

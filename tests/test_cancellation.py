@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 import pytest
-from conformance import BACKENDS, needs, state
+from conformance import BACKENDS, fill_memory, needs, state
 
 import attuned_store
 from attuned_store import (
@@ -45,7 +45,7 @@ pytestmark = [pytest.mark.once, pytest.mark.usefixtures("clock")]
 @pytest.fixture(autouse=True)
 def turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stores on Edge let other tasks run before every step, not only every 5 ms."""
-    monkeypatch.setattr(attuned_store, "TURN_S", -1.0)
+    monkeypatch.setattr(attuned_store.Suspending, "TURN_S", -1.0)
 
 
 # ------------------------------------------------------------------------------
@@ -354,7 +354,7 @@ def asynchronous(store: Any) -> bool:
 def memory_like(store: Any, states: list[StateSnapshot]) -> Any:
     """A store in memory of the same form."""
     other = AsyncMemoryStore(**OPTIONS) if asynchronous(store) else MemoryStore(**OPTIONS)
-    getattr(other, "_store", other).upsert_many(states)
+    fill_memory(other, states)
     return other
 
 
@@ -364,8 +364,7 @@ def twin(name: str, store: Any) -> Any:
 
 
 def start(store: Any) -> Any:
-    attuned_store.STARTED.clear()
-    attuned_store.STARTED_STORES.clear()
+    attuned_store.STARTS.clear()
     return twin("snapshot_on_start", store)(store)
 
 
@@ -396,9 +395,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QDRANT_SNAPSHOT_ON_START", "1")
     monkeypatch.setenv("QDRANT_SNAPSHOT_DIR", str(TAKEN))
-    monkeypatch.setattr(attuned_store, "BATCH_SIZE", STEP)
-    for core in (attuned_store.PointsBackend, attuned_store.SharedBackend, attuned_store.UnopenedBackend):
-        monkeypatch.setattr(core, "batch", STEP)
+    for backend in (attuned_store.MemoryBackend, attuned_store.PointsBackend, attuned_store.SharedBackend):
+        monkeypatch.setattr(backend, "batch_size", STEP)
     with MemoryStore(**OPTIONS) as store:
         store.upsert_many(HELD)
         cast("Path", store.create_snapshot("made").path).rename(GIVEN)

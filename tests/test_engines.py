@@ -157,7 +157,7 @@ def is_open(path: Path) -> bool:
 
 def engine_of(store: StateStore | AsyncStateStore) -> Any:
     """The engine below a store."""
-    return store._held.engine  # type: ignore[union-attr]
+    return cast("Any", store)._operations.place.directory.engine
 
 
 def run_file(path: Path, code: str, *arguments: object) -> list[str]:
@@ -238,7 +238,7 @@ class Driven:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         method = getattr(self.engine, name)
-        return lambda *arguments, **options: attuned_store.run_blocking(method(*arguments, **options))
+        return lambda *arguments, **options: attuned_store.run(method(*arguments, **options))
 
 
 def start(engine: Engine, path: Path) -> Driven:
@@ -617,7 +617,7 @@ def no_flush(store: StateStore, patch: pytest.MonkeyPatch) -> Iterator[None]:
 @contextmanager
 def forgetful(store: StateStore, patch: pytest.MonkeyPatch) -> Iterator[None]:
     """An interrupt comes after the engine has written, before the store has taken notice of all."""
-    core: Any = store._core  # type: ignore[attr-defined]
+    core: Any = store._operations.backend
     remember, forget = core._remember, core._forget
     left = iter([True])
 
@@ -1014,7 +1014,8 @@ from attuned_store import QdrantStore, StateSnapshot
 path = sys.argv[1]
 store = QdrantStore(path=path + "/one")
 forgotten = [QdrantStore(path=path + "/two")]
-write, inside = store._held.engine.write, threading.Event()
+engine = store._operations.place.directory.engine
+write, inside = engine.write, threading.Event()
 
 async def collecting(*arguments):
     inside.set()
@@ -1023,7 +1024,7 @@ async def collecting(*arguments):
     gc.collect()
     return await write(*arguments)
 
-store._held.engine.write = collecting
+engine.write = collecting
 closer = threading.Thread(target=lambda: inside.wait() and store.close(), daemon=True)
 closer.start()
 writer = threading.Thread(target=store.upsert_latest, args=[StateSnapshot("ann", {}, 1)], daemon=True)
@@ -1578,7 +1579,7 @@ def test_a_task_cancelled_before_its_thread_has_the_lock_writes_nothing(
 
     async def main() -> None:
         async with AsyncQdrantStore(path=path, engine="local") as store:
-            directory: Any = store._held
+            directory: Any = cast("Any", store)._operations.place.directory
             apply, reached = directory.apply, threading.Event()
 
             def noted(flow: Any) -> Any:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, cast
 import hypothesis.strategies as st
 import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
-from conformance import BACKENDS, COMMANDS, NOW, needs, state
+from conformance import BACKENDS, COMMANDS, NOW, fill_memory, needs, state, synchronous
 from hypothesis import HealthCheck, given, note, settings
 
 import attuned_store
@@ -394,7 +394,7 @@ def this_store(store: Any) -> Any:
 
 def other_store(store: Any) -> Any:
     other = AsyncMemoryStore() if isinstance(store, AsyncStateStore) else MemoryStore()
-    getattr(other, "_store", other).upsert_many(SAVED)
+    fill_memory(other, SAVED)
     return other
 
 
@@ -408,8 +408,7 @@ def on_store(name: str, *places: st.SearchStrategy[Call], **options: Any) -> st.
 
     def call(places: tuple[Call, ...], fields: dict[str, Any]) -> Call:
         def called(store: Any) -> Any:
-            attuned_store.STARTED.clear()
-            attuned_store.STARTED_STORES.clear()
+            attuned_store.STARTS.clear()
             has_twin = isinstance(store, AsyncStateStore) and name != "snapshot_app"
             function = getattr(attuned_store, f"a{name}" if has_twin else name)
             return function(*(place(store) for place in places), **fields)
@@ -491,7 +490,9 @@ BEGINNING = [*(state("ann", at) for at in (1, 2, 3)), state("bob", 1, source="in
 
 def content(store: StateStore) -> Any:
     """What a store holds, as it is read, and page by page past what it remembers."""
-    pages = [state for page in attuned_store.iterate_pages(store._page_of_states) for state in page]
+    pager, pages = store._operations.states(), list[StateSnapshot]()
+    while (page := attuned_store.run(pager.next())) is not None:
+        pages += page
     return (
         {user_id: (store.get_latest(user_id), store.get_history(user_id)) for user_id in store},
         sorted(pages, key=lambda state: (state.user_id, state.updated_at_unix_ms)),
@@ -534,7 +535,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, portal: BlockingPortal) -> I
                 store = BACKENDS[backend].asynchronous(root / backend)
                 stack.enter_context(portal.wrap_async_context_manager(store))
             if backend == "memory":
-                return Pair(store, getattr(store, "_store", store))
+                return Pair(store, synchronous(store))
             return Pair(store, stack.enter_context(BACKENDS[backend].sync(root / backend)))
 
         yield pair

@@ -31,7 +31,16 @@ from linearizability import (
 )
 
 import attuned_store
-from attuned_store import AsyncMemoryStore, AsyncStateStore, MemoryStore, StateSnapshot, StateStore
+from attuned_store import (
+    AsyncMemoryStore,
+    AsyncStateStore,
+    MemoryBackend,
+    MemoryPlace,
+    MemoryStore,
+    Operations,
+    StateSnapshot,
+    StateStore,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -320,21 +329,36 @@ def hesitate() -> None:
     time.sleep(0)
 
 
-class Unguarded(MemoryStore):
-    """Updates without looking whether the state is still the one that was read."""
+class Broken(MemoryStore):
+    """A store over a backend with a defect."""
 
-    def upsert_latest(self, snapshot: StateSnapshot, *, expected: Any = attuned_store.ANY) -> None:
-        if expected is not attuned_store.ANY and self.get_latest(snapshot.user_id) != expected:
-            raise attuned_store.ConflictError("changed")
-        hesitate()
-        super().upsert_latest(snapshot)
-
-
-class Forgetful(MemoryStore):
-    """Keeps what was read in a cache, which a write empties before it writes."""
+    backend_class: type[MemoryBackend] = MemoryBackend
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        waits = self._operations.waits
+        self._backend = self.backend_class(self.config, waits)
+        self._operations = Operations(self._backend, MemoryPlace(self._backend), waits, collection="")
+
+    def get_latest(self, user_id: str) -> StateSnapshot | None:
+        return self._backend.get_latest(user_id)
+
+
+class UnguardedBackend(MemoryBackend):
+    """Updates without looking whether the state is still the one that was read."""
+
+    def upsert_latest(self, snapshot: StateSnapshot, expected: Any) -> None:
+        if expected is not attuned_store.ANY and self.get_latest(snapshot.user_id) != expected:
+            raise attuned_store.ConflictError("changed")
+        hesitate()
+        super().upsert_latest(snapshot, attuned_store.ANY)
+
+
+class ForgetfulBackend(MemoryBackend):
+    """Keeps what was read in a cache, which a write empties before it writes."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self._cache: dict[str, StateSnapshot | None] = {}
 
     def get_latest(self, user_id: str) -> StateSnapshot | None:
@@ -342,28 +366,43 @@ class Forgetful(MemoryStore):
             self._cache[user_id] = super().get_latest(user_id)
         return self._cache.get(user_id)
 
-    def upsert_latest(self, snapshot: StateSnapshot, *, expected: Any = attuned_store.ANY) -> None:
+    def upsert_latest(self, snapshot: StateSnapshot, expected: Any) -> None:
         self._cache.pop(snapshot.user_id, None)
         hesitate()
-        super().upsert_latest(snapshot, expected=expected)
+        super().upsert_latest(snapshot, expected)
 
-    def delete(self, user_id: str) -> bool:
+    async def delete(self, user_id: str) -> bool:
         self._cache.pop(user_id, None)
-        return super().delete(user_id)
+        return await super().delete(user_id)
 
-    def _write_batch(self, snapshots: Any) -> None:
-        super()._write_batch(snapshots)
+    async def write(self, snapshots: Any) -> None:
+        await super().write(snapshots)
         for snapshot in snapshots:
             self._cache.pop(snapshot.user_id, None)
 
 
-class Torn(MemoryStore):
+class TornBackend(MemoryBackend):
     """Deletes and writes anew where it should replace."""
 
-    def _with_older(self, timeline: Any, snapshot: StateSnapshot) -> Any:
-        self._timelines.pop(snapshot.user_id)
-        hesitate()
-        return super()._with_older(timeline, snapshot)
+    def _put(self, snapshot: StateSnapshot, expected: Any = attuned_store.ANY) -> None:
+        timeline = self.timelines.get(snapshot.user_id)
+        if timeline is not None and snapshot.updated_at_unix_ms <= timeline[-1].updated_at_unix_ms:
+            self.timelines.pop(snapshot.user_id)
+            hesitate()
+            self.timelines[snapshot.user_id] = timeline
+        super()._put(snapshot, expected)
+
+
+class Unguarded(Broken):
+    backend_class = UnguardedBackend
+
+
+class Forgetful(Broken):
+    backend_class = ForgetfulBackend
+
+
+class Torn(Broken):
+    backend_class = TornBackend
 
 
 @pytest.mark.parametrize("broken", [Unguarded, Forgetful, Torn])
@@ -377,13 +416,19 @@ def test_broken_stores_are_found_out(often: None, broken: type[MemoryStore]) -> 
 def test_a_broken_asynchronous_store_is_found_out(loop: str) -> None:
     """A store whose conditional write lets other tasks run between looking and writing is found out."""
 
-    class Suspending(AsyncMemoryStore):
-        async def upsert_latest(self, snapshot: StateSnapshot, *, expected: Any = attuned_store.ANY) -> None:
+    class Suspending(Operations):
+        async def upsert_latest(self, snapshot: StateSnapshot, expected: Any = attuned_store.ANY) -> None:
             if expected is not attuned_store.ANY and await self.get_latest(snapshot.user_id) != expected:
                 raise attuned_store.ConflictError("changed")
             await anyio.lowlevel.checkpoint()
             await super().upsert_latest(snapshot)
 
-    store = Suspending(max_history_per_user=MAXIMUM)
+    class Broken(AsyncMemoryStore):
+        async def upsert_latest(self, snapshot: StateSnapshot, *, expected: Any = attuned_store.ANY) -> None:
+            await self._operations.upsert_latest(snapshot, expected)
+
+    store = Broken(max_history_per_user=MAXIMUM)
+    right = store._operations
+    store._operations = Suspending(right.backend, right.place, right.waits, collection="")
     with pytest.raises(AssertionError, match="no order explains"):
         anyio.run(check_tasks, Setting("memory", loop), store, 200, backend=loop)

@@ -215,7 +215,8 @@ def test_a_datetime_is_told_how_to_become_milliseconds(moment: datetime) -> None
 def test_single_operations_of_an_async_store_in_memory_never_suspend() -> None:
     """A single operation of AsyncMemoryStore is done at once: it needs no event loop at all."""
     store = AsyncMemoryStore()
-    beneath = store._store  # what it keeps, past its coroutines
+    beneath = MemoryStore()  # what it keeps, past its coroutines
+    beneath._backend, beneath._operations = store._backend, store._operations
 
     run(store.upsert_latest(state()))
     assert beneath.get_latest("ann") == run(store.get_latest("ann")) == state()
@@ -326,7 +327,7 @@ def test_searches_with_many_sets_of_axes_do_not_disturb_each_other(
     often: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a store has noted of a set of axes may be dropped by another thread at any moment."""
-    monkeypatch.setattr(attuned_store, "MAX_SHAPES", 1)
+    monkeypatch.setattr(attuned_store.SHAPES, "maximum", 1)
     store = MemoryStore()
     store.upsert_many(random_states(10, seed=3))
 

@@ -814,7 +814,7 @@ def on_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The directory of snapshots on start, which are switched on; nothing was taken in this process yet."""
     monkeypatch.setenv("QDRANT_SNAPSHOT_ON_START", "yes")
     monkeypatch.setenv("QDRANT_SNAPSHOT_DIR", str(tmp_path / "start"))
-    monkeypatch.setattr(attuned_store, "STARTED", set())
+    attuned_store.STARTS.clear()
     return tmp_path / "start"
 
 
@@ -882,6 +882,11 @@ def saved(directory: Path, users: int, prefix: str = "user") -> Path:
     return path
 
 
+def stage(store: QdrantStore, token: str) -> None:
+    """Begin to replace what a store holds."""
+    attuned_store.run(store._operations._drive("", lambda backend: backend.stage(token)))
+
+
 def interfere(then: Any) -> Any:
     """A progress that does something once, when the first states of a restore have been written."""
     pending = [then]
@@ -897,7 +902,7 @@ def test_a_restore_notices_another_one(server: QdrantServer, tmp_path: Path) -> 
     """Of two restores at once into a server, the overtaken one fails, and the collection is marked."""
     first, second = QdrantStore(url=server.url, **OPTIONS), QdrantStore(url=server.url, **OPTIONS)
     other = saved(tmp_path / "other", 3, "other")
-    overtake = interfere(lambda: second._stage("another"))
+    overtake = interfere(lambda: stage(second, "another"))
 
     with pytest.raises(SnapshotError, match="another snapshot was restored meanwhile"):
         first.restore_snapshot(saved(tmp_path, 1_200), progress=overtake)

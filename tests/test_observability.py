@@ -492,7 +492,7 @@ with tempfile.TemporaryDirectory() as folder, a.QdrantStore(path=folder) as stor
     assert type(store) is a.QdrantStore
     store.patch("ann", {"warmth": 0.5})
 assert a.REPORTING.telemetry is None
-assert a._reported("server", "get") is a._reported("server", "upsert") is a._UNREPORTED
+assert a.report_request("server", "get") is a._reported("server", "upsert") is a.UNREPORTED
 print(sorted({name.partition(".")[0] for name in sys.modules} & {"opentelemetry", "prometheus_client"}))
 """
 

@@ -96,7 +96,7 @@ def test_writes_during_a_flush_share_the_next(path: Path, engine: Engine) -> Non
 def test_a_write_returns_after_a_flush_that_began_after_it(path: Path, engine: Engine) -> None:
     """No write, delete or batch is acknowledged by a flush that began before it was applied."""
     with QdrantStore(path=path, engine=engine, durability="power", max_history_per_user=1) as store:
-        flushing, below = Flushing(store), cast("Any", store)._held.engine
+        flushing, below = Flushing(store), cast("Any", store)._operations.place.directory.engine
         operations: dict[str, Callable[[], object]] = {
             "write": lambda: store.upsert_latest(state("ann", 1)),
             "conditional write": lambda: store.upsert_latest(state("bob", 1), expected=None),
@@ -153,7 +153,7 @@ def test_only_a_collection_that_was_written_to_is_flushed(path: Path) -> None:
     """A flush leaves the shards alone that have nothing to be flushed, and reads make no work for it."""
     options: Any = {"path": path, "engine": "edge", "durability": "power"}
     with QdrantStore(**options) as store, QdrantStore(**options, collection_name="other") as other:
-        shards, flushed = cast("Any", store)._held.engine._shards, list[str]()
+        shards, flushed = cast("Any", store)._operations.place.directory.engine._shards, list[str]()
 
         class Watched:
             def __init__(self, name: str) -> None:
@@ -248,7 +248,7 @@ def test_a_flush_while_a_write_is_under_way_is_not_taken_for_its_own(tmp_path: P
     """What a write is about to change does not count as flushed by the flush of another one."""
     with QdrantStore(path=tmp_path / "store", engine="edge", durability="power") as store:
         store.upsert_latest(state("ann", 1))
-        shard = Shard(store._held.engine, "attuned_state")
+        shard = Shard(cast("Any", store)._operations.place.directory.engine, "attuned_state")
         for at in range(2, 5):
             store.upsert_latest(state("ann", at))
             assert shard.calls[-2:] == ["update", "flush"]

@@ -23,21 +23,22 @@ from linearizability import KINDS, MAXIMUM, Order, Recorder, find_order, make_pr
 import attuned_store
 from attuned_store import (
     ANY,
-    AsyncQdrantStore,
-    QdrantStoreConfig,
-    StateSnapshot,
     AnyOf,
+    AsyncQdrantStore,
     CollectionSpec,
-    PointsBackend,
     Equal,
     Filter,
+    Operations,
     OwnedBackend,
     Page,
     Point,
+    PointsBackend,
     Put,
+    QdrantStoreConfig,
     Range,
     Record,
     SharedBackend,
+    StateSnapshot,
 )
 
 if TYPE_CHECKING:
@@ -146,9 +147,7 @@ class Points:
 
     def _found(self, where: Filter) -> Iterator[Record]:
         return (
-            Record(point.id, point.payload)
-            for point in self.points.values()
-            if matches(point.payload, where)
+            Record(point.id, point.payload) for point in self.points.values() if matches(point.payload, where)
         )
 
     async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[Record]:
@@ -214,10 +213,10 @@ class Points:
 # ------------------------------------------------------------------------------
 
 
-class Owned(AsyncQdrantStore):
-    """The asynchronous store over a core of its own, whose operations hold a lock, as in a directory."""
+class Owned(Operations):
+    """The operations of a store over a backend of its own, whose pieces hold a lock, as in a directory."""
 
-    core_class: type[OwnedBackend | SharedBackend] = OwnedBackend
+    backend_class: type[OwnedBackend | SharedBackend] = OwnedBackend
     engine_class: type[Points] = Points
     indexed = True
 
@@ -225,14 +224,26 @@ class Owned(AsyncQdrantStore):
         self.config = QdrantStoreConfig(path="unused", max_history_per_user=MAXIMUM, **options)
         self.engine = self.engine_class(indexed=self.indexed)
         self.lock = Turns()
-        self._core = self.core = cast("Any", self.core_class)(self.engine, self.config)
-        self._held = cast("Any", object())
+        backend = cast("Any", self.backend_class)(self.engine, self.config)
+        super().__init__(backend, cast("Any", None), attuned_store.Suspending(), collection="unused")
+
+    @property
+    def store(self) -> AsyncQdrantStore:
+        """The asynchronous store with these operations."""
+        store = object.__new__(AsyncQdrantStore)
+        store.config, store._operations = self.config, self
+        return store
 
     async def _drive(
-        self, operation: str, start: Callable[[PointsBackend], Coroutine[Any, Any, T]], about: object = None
+        self,
+        name: str,
+        operation: Callable[[Any], Coroutine[Any, Any, T]],
+        about: object = None,
+        *,
+        long: bool = False,
     ) -> T:
         async with self.lock():
-            return await self._core.begin(start)
+            return await self.backend.begin(operation)
 
 
 class Unindexed(Owned):
@@ -241,29 +252,29 @@ class Unindexed(Owned):
     indexed = False
 
 
-class Shared(Owned):
-    """The store of a server: no lock, and an engine that others use as well."""
-
-    core_class = SharedBackend
+class Unlocked(Owned):
+    """No lock at all."""
 
     async def _drive(
-        self, operation: str, start: Callable[[PointsBackend], Coroutine[Any, Any, T]], about: object = None
+        self,
+        name: str,
+        operation: Callable[[Any], Coroutine[Any, Any, T]],
+        about: object = None,
+        *,
+        long: bool = False,
     ) -> T:
-        return await self._core.begin(start)
+        return await self.backend.begin(operation)
+
+
+class Shared(Unlocked):
+    """The store of a server: no lock, and an engine that others use as well."""
+
+    backend_class = SharedBackend
 
 
 # ------------------------------------------------------------------------------
 # Broken ones
 # ------------------------------------------------------------------------------
-
-
-class Unlocked(Owned):
-    """No lock at all."""
-
-    async def _drive(
-        self, operation: str, start: Callable[[PointsBackend], Coroutine[Any, Any, T]], about: object = None
-    ) -> T:
-        return await self._core.begin(start)
 
 
 class UnlockedWithoutIndexes(Unlocked):
@@ -281,7 +292,7 @@ class LockedByCall(Unlocked):
 class CheckedOutside(Owned):
     """The condition of a write is looked at before the lock is taken for writing."""
 
-    async def upsert_latest(self, snapshot: StateSnapshot, *, expected: Any = ANY) -> None:
+    async def upsert_latest(self, snapshot: StateSnapshot, expected: Any = ANY) -> None:
         if expected is not ANY and await self.get_latest(snapshot.user_id) != expected:
             raise attuned_store.conflict_error(snapshot.user_id, expected, None)
         await super().upsert_latest(snapshot)
@@ -291,19 +302,20 @@ class FilledLate(Owned):
     """A state that was read goes into the cache after the lock has been released."""
 
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
-        cached = self.core.cached(user_id)
+        backend: Any = self.backend
+        cached: StateSnapshot | None = backend.cached(user_id)
         if cached is not None:
             return cached
 
-        async def read(core: PointsBackend) -> StateSnapshot | None:
-            found = await core.get_latest(user_id)
-            self.core._latest.pop(user_id, None)
+        async def read(_: object) -> StateSnapshot | None:
+            found: StateSnapshot | None = await backend.get_latest(user_id)
+            backend._latest.pop(user_id, None)
             return found
 
         found = await self._drive("get", read)
         await turn()
         if found is not None:
-            self.core._latest[user_id] = found
+            backend._latest[user_id] = found
         return found
 
 
@@ -311,39 +323,43 @@ class EmptiedLate(Owned):
     """What was deleted leaves the cache after the lock has been released."""
 
     async def delete(self, user_id: str) -> bool:
-        cached = self.core.cached(user_id)
+        backend: Any = self.backend
+        cached = backend.cached(user_id)
         answer = await super().delete(user_id)
         if cached is not None:
-            self.core._latest[user_id] = cached
+            backend._latest[user_id] = cached
             await turn()
-            self.core._latest.pop(user_id, None)
+            backend._latest.pop(user_id, None)
         return answer
 
 
 class WrittenInTwo(Owned):
     """The latest point and the history are written under two locks."""
 
-    async def upsert_latest(self, snapshot: StateSnapshot, *, expected: Any = ANY) -> None:
+    async def upsert_latest(self, snapshot: StateSnapshot, expected: Any = ANY) -> None:
         later = list[Sequence[Point]]()
-        write = self.engine.write
+        write, backend = self.engine.write, cast("Any", self.backend)
 
         async def first_half(collection: str, points: Sequence[Point], deleted: Sequence[str] = ()) -> None:
             self.engine.write = write  # type: ignore[method-assign]
             await write(collection, points[:1])
             later.append(points[1:])
 
-        async def start(core: PointsBackend) -> None:
+        async def start(_: object) -> None:
             self.engine.write = first_half  # type: ignore[method-assign]
             try:
-                await core.upsert_latest(snapshot, expected)
+                if expected is ANY:
+                    await backend.write([snapshot])
+                else:
+                    await backend.write_expected(snapshot, expected)
             finally:
                 self.engine.write = write  # type: ignore[method-assign]
-                self.core._forget(snapshot.user_id)
+                backend._forget(snapshot.user_id)
 
         await self._drive("upsert", start)
         if later:
             await self._drive("upsert", lambda _: write("", later[0]))
-            self.core._forget(snapshot.user_id)
+            backend._forget(snapshot.user_id)
 
 
 class Ungoverned(Points):
@@ -366,7 +382,7 @@ class Hopeful(SharedBackend):
 
 
 class SharedAndHopeful(Shared):
-    core_class = Hopeful
+    backend_class = Hopeful
 
 
 class Unconditional(SharedBackend):
@@ -379,7 +395,7 @@ class Unconditional(SharedBackend):
 
 
 class SharedAndUnconditional(Shared):
-    core_class = Unconditional
+    backend_class = Unconditional
 
 
 class AlwaysNewest(SharedBackend):
@@ -390,7 +406,7 @@ class AlwaysNewest(SharedBackend):
 
 
 class SharedWithoutNewest(Shared):
-    core_class = AlwaysNewest
+    backend_class = AlwaysNewest
 
 
 # ------------------------------------------------------------------------------
@@ -408,10 +424,10 @@ GENERATE = settings(max_examples=3_000, database=None, deadline=None, phases=[Ph
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock stands still, and waiting is a turn for the others."""
 
-    async def sleep(seconds: float) -> None:
+    async def sleep(_: object, seconds: float) -> None:
         await turn()
 
-    monkeypatch.setattr(attuned_store, "async_sleep", sleep)
+    monkeypatch.setattr(attuned_store.Suspending, "sleep", sleep)
     monkeypatch.setattr(attuned_store.wall_clock, "now_ms", lambda: NOW)
 
 
@@ -422,9 +438,9 @@ def play(kind: type[Owned], seed: int, schedule: Sequence[int], **options: Any) 
     names = [f"user-{number}" for number in range(1 + seed % 2)]
     recorder = Recorder(names, whole_batches=not shared)
     programs = make_programs(str(seed), names, callers=4, kinds=SHARED_KINDS if shared else KINDS)
-    interleave([store.core.ensure_open() if shared else store.core.open()], [])
-    interleave([recorder.run(store, program, turn) for program in programs], schedule)
-    interleave([recorder.run(store, last_look(len(names), history=not shared))], [])
+    interleave([store.backend.open()], [])
+    interleave([recorder.run(store.store, program, turn) for program in programs], schedule)
+    interleave([recorder.run(store.store, last_look(len(names), history=not shared))], [])
     return "" if find_order(recorder.events, len(names)) else shown(recorder.events)
 
 

@@ -68,6 +68,7 @@ from attuned_store import (
     BackendUnavailableError,
     BreakerPolicy,
     ConflictError,
+    Put,
     QdrantStore,
     QdrantStoreConfig,
     RetryPolicy,
@@ -78,7 +79,6 @@ from attuned_store import (
     UnsupportedServerError,
     UserNotFoundError,
     ValidationError,
-    Put,
     open_store,
 )
 
@@ -267,7 +267,7 @@ async def test_the_pool_is_used_to_the_full(
     size: int, connect: Any, server: QdrantServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many callers as there are connections are served at the same time."""
-    monkeypatch.setattr(attuned_store, "CONNECTIONS_PER_POOL", 3)
+    monkeypatch.setattr(attuned_store.ConnectionPools, "CONNECTIONS", 3)
     store = connect(pool_size=size)
     await store.count()
     server.clear()
@@ -367,7 +367,7 @@ def test_a_store_outlives_its_event_loop(first: str, second: str, server: Qdrant
         anyio.run(counts_on, store, backend=backend)
         anyio.run(ended, server)
         gc.collect()  # what was left open would warn
-        assert store._held.engine._clients_of == {}  # type: ignore[union-attr]
+        assert cast("Any", store)._operations.place.connection.engine._clients_of == {}
 
     anyio.run(store.aclose, backend=second)
     assert len(times_kept(server)) == 3
@@ -1765,7 +1765,7 @@ async def test_slow_answers_degrade_health(
     store: AsyncStateStore, server: QdrantServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A look that takes longer than it should is degraded, and says how long it took."""
-    monkeypatch.setattr(attuned_store, "SLOW_HEALTH_MS", 5.0)
+    monkeypatch.setattr(attuned_store.ServerPlace, "SLOW_MS", 5.0)
     server.on(delay(0.01))
 
     health = await store.health()
@@ -1822,7 +1822,7 @@ async def test_health_is_bounded_by_a_timeout_of_its_own(
     store: AsyncStateStore, server: QdrantServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that hangs is unhealthy after health's own timeout, not after that of requests."""
-    monkeypatch.setattr(attuned_store, "STATUS_TIMEOUT", 0.05)
+    monkeypatch.setattr(attuned_store.Operations, "STATUS_TIMEOUT", 0.05)
     server.on(hang(30))
     started = time.monotonic()
 
@@ -1837,7 +1837,7 @@ async def test_health_is_bounded_as_a_whole(
     store: AsyncStateStore, server: QdrantServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three answers, each just in time, are together too late."""
-    monkeypatch.setattr(attuned_store, "STATUS_TIMEOUT", 0.2)
+    monkeypatch.setattr(attuned_store.Operations, "STATUS_TIMEOUT", 0.2)
     server.on(delay(0.19))
     started = time.monotonic()
 
@@ -1851,7 +1851,7 @@ async def test_health_does_not_wait_for_an_answer_in_drips(
     route: str, store: AsyncStateStore, server: QdrantServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that sends its answer byte by byte, each of them in time, is unhealthy after the timeout."""
-    monkeypatch.setattr(attuned_store, "STATUS_TIMEOUT", 0.1)
+    monkeypatch.setattr(attuned_store.Operations, "STATUS_TIMEOUT", 0.1)
     server.on(drip(0.05), route=route)
     started = time.monotonic()
 
@@ -1910,16 +1910,11 @@ def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         naps.append(seconds)
         await anyio.lowlevel.checkpoint()
 
-    class Time:
-        """The module time, but for sleep."""
+    async def blocking_nap(_: object, seconds: float) -> None:
+        naps.append(seconds)
 
-        sleep = staticmethod(naps.append)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(time, name)
-
-    monkeypatch.setattr(attuned_store, "async_sleep", nap)
-    monkeypatch.setattr(attuned_store, "time", Time())
+    monkeypatch.setattr(attuned_store.Suspending, "sleep", nap)
+    monkeypatch.setattr(attuned_store.Blocking, "sleep", blocking_nap)
     return naps
 
 
@@ -1959,7 +1954,7 @@ async def test_waiting_for_a_server_that_hangs_is_bounded(
     connect: Any, server: QdrantServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that accepts connections and says nothing is given no more time than was asked for."""
-    monkeypatch.setattr(attuned_store, "STATUS_TIMEOUT", 20.0)
+    monkeypatch.setattr(attuned_store.Operations, "STATUS_TIMEOUT", 20.0)
     server.on(hang(30))
     started = time.monotonic()
 
@@ -2178,10 +2173,8 @@ def test_of_two_of_one_time_history_shows_the_latest(server: QdrantServer) -> No
     store.upsert_many([state("ann", 1), state("ann", 2)])
     latest = store["ann"]
     crossed = attrs.evolve(latest, axes={"warmth": 0.123})
-    core: Any = store._core
-    store._drive(
-        "put", lambda _: core._server.put(C, [Put([core._point(crossed, latest.updated_at_unix_ms)])])
-    )
+    backend: Any = store._operations.backend
+    attuned_store.run(backend._server.put(C, [Put([backend._point(crossed, latest.updated_at_unix_ms)])]))
 
     assert store.get_history("ann") == [latest, state("ann", 1)]
     copy = attuned_store.MemoryStore()

@@ -114,7 +114,7 @@ def itself(store: AsyncStateStore) -> Any:
 
 
 def resilience(store: AsyncStateStore) -> Any:
-    return itself(store)._held.engine.resilience
+    return itself(store)._operations.place.connection.engine.resilience
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def connect(server: QdrantServer, fake: Time, connect: Callable[..., AsyncStateS
     async def opening(*, opened: bool = True, real: bool = False, **options: Any) -> AsyncStateStore:
         store = connect(**options)
         if not real:
-            engine = itself(store)._held.engine
+            engine = itself(store)._operations.place.connection.engine
             engine.resilience = attuned_store.Resilience(itself(store).config, fake.sleep, fake.clock)
         if opened:
             await store.count()

@@ -1192,7 +1192,7 @@ FAULTS: dict[str, list[tuple[Any, str]]] = {
         (Path, "rename"),
         (Path, "replace"),
         (os, "fsync"),
-        (attuned_store, "_write_file"),
+        (attuned_store, "write_atomically"),
         (attuned_store.EdgeEngine, "_move"),
         (EdgeShard, "load"),
     ],
@@ -1322,17 +1322,22 @@ def test_one_snapshot_is_restored_at_a_time(kept: QdrantStore, tmp_path: Path) -
     assert kept.count() == 150
 
 
+def driven(store: QdrantStore, operation: Any) -> Any:
+    """What an operation on the backend of a store gives."""
+    return attuned_store.run(store._operations._drive("", operation))
+
+
 def test_what_was_staged_for_nobody_is_in_nobodys_way(kept: QdrantStore, tmp_path: Path) -> None:
     """A replacement whose task never heard that it had begun does not block the next one."""
-    kept._stage("")
+    driven(kept, lambda backend: backend.stage(""))
 
     kept.restore_snapshot(snapshot_of(random_states(150, 5), tmp_path / "snapshots"))
 
     assert kept.count() == 150
-    staged = kept._stage("")
-    kept._discard(staged)
+    staged = driven(kept, lambda backend: backend.stage(""))
+    driven(kept, lambda backend: backend.discard(staged))
     with pytest.raises(StoreError, match="given up"):
-        kept._adopt(staged)
+        driven(kept, lambda backend: backend.adopt(staged))
 
 
 # ------------------------------------------------------------------------------

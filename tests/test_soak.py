@@ -165,6 +165,6 @@ def form_of(store: StateStore, kind: Backend, path: Path) -> Callable[[], AsyncS
     if not isinstance(store, MemoryStore):
         return partial(kind.asynchronous, path, **OPTIONS)
     other = AsyncMemoryStore(**OPTIONS)
-    other._store = store
+    other._backend, other._operations = store._backend, store._operations
     other.aclose = other.health  # type: ignore[method-assign, assignment] - it goes on being used
     return lambda: other

@@ -49,7 +49,7 @@ from attuned.base.values import (
     wall_clock,
 )
 from attuned.copying import copy, list_snapshots, snapshot_on_start, verify_snapshot
-from attuned.open import default_target, is_absent, open_store, target_options
+from attuned.open import default_target, open_store, store_exists, target_options
 from attuned.service import snapshot_app
 from attuned.snapshots.directory import DEFAULT_SNAPSHOT_DIRECTORY, SnapshotFile, snapshot_directory
 from attuned.stores import MemoryStore, StateStore
@@ -570,6 +570,10 @@ class _ProgressLine:
 # The store
 
 
+def _is_absent(target: str) -> bool:
+    return not store_exists(target) and not target_options(target)[0]
+
+
 def _target_of(args: argparse.Namespace) -> str:
     """Say which store is meant."""
     named: str | None = getattr(args, "store", None)
@@ -581,7 +585,7 @@ def _target_of(args: argparse.Namespace) -> str:
 def _require_store(args: argparse.Namespace) -> None:
     """Refuse to go on without a store, which reading must not make."""
     target = _target_of(args)
-    if is_absent(target):
+    if _is_absent(target):
         make = f"attuned-store --store {target} import FILE"
         raise _CommandError(f"there is no store at {target}; 'put' makes one, or '{make}'")
 
@@ -600,7 +604,7 @@ def _open_target(
 
 def _rehearse(args: argparse.Namespace, snapshot: StateSnapshot) -> None:
     """Write to memory first, so that a bad first write leaves no empty store behind."""
-    if is_absent(_target_of(args)):
+    if _is_absent(_target_of(args)):
         with MemoryStore(MemoryStoreConfig.from_env()) as store:
             store.upsert_latest(snapshot)
 
@@ -711,7 +715,7 @@ def _write_table(store: StateStore, table: _Table, found: _Survey) -> int:
 def _import_table(args: argparse.Namespace, table: _Table, stack: contextlib.ExitStack) -> int:
     """Check the heading, then every row, and only then make a new store and write."""
     target = _target_of(args)
-    fresh = is_absent(target) or target_options(target)[0]
+    fresh = _is_absent(target) or target_options(target)[0]
     axes = [column for column in table.columns if column not in _FIELD_READERS]
     _check_axis_columns(axes, table.name)
     store = None if fresh else stack.enter_context(_open_target(args))
@@ -1043,7 +1047,7 @@ def _axes_of_snapshot(args: argparse.Namespace) -> Sequence[str] | None:
 def _open_to_restore(args: argparse.Namespace) -> StateStore:
     """Open the store, or make one that a snapshot file fits into."""
     target = _target_of(args)
-    if is_absent(target) or target_options(target)[0]:
+    if _is_absent(target) or target_options(target)[0]:
         return _open_target(args, create=True, axes=_axes_of_snapshot(args))
     SnapshotFile(args.file)  # a file that is not there is no reason to ask anything
     return _open_target(args)

@@ -1,8 +1,7 @@
-"""From store to store, and snapshots when an application starts."""
+"""From store to store, from files to stores, and snapshots when an application starts."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import os
@@ -10,28 +9,56 @@ import secrets
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
-from attuned.base.config import FALSE_WORDS, TRUE_WORDS, check_flag
+import attrs
+
+from attuned.base.config import FALSE_WORDS, TRUE_WORDS, MemoryStoreConfig, absolute_path, check_flag
 from attuned.base.errors import LOGGER, SnapshotError, StoreError, ValidationError, type_name
 from attuned.base.values import SnapshotReason, SnapshotReport, StateSnapshot
-from attuned.connections.runtime import run_in_thread
-from attuned.open import is_absent, open_async_store, open_store
-from attuned.snapshots.archive import Progress, check_progress
+from attuned.connections.runtime import BLOCKING, Suspending, Waits, run
+from attuned.open import open_async_store, open_store, store_exists, target_options
+from attuned.snapshots.archive import Progress, RestoreMode, check_progress
 from attuned.snapshots.directory import (
     NewFile,
     SnapshotFile,
-    absolute_path,
     make_snapshot_directory,
     snapshot_errors,
     snapshots_in,
 )
-from attuned.states.operations import AsyncPages, iterate_pages
 from attuned.stores import AsyncQdrantStore, AsyncStateStore, QdrantStore, StateStore
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
+    from collections.abc import Callable, Iterable
+
+    from attuned.states.operations import Operations
+
+AnyStore = StateStore | AsyncStateStore
+Kind = TypeVar("Kind", bound=AnyStore)
+
+
+@attrs.frozen
+class Form(Generic[Kind]):
+    """One of the two forms of stores."""
+
+    kind: type[Kind]
+    open: Callable[..., Kind]
+    words: str
+    make_waits: Callable[[], Waits]
+
+    def check(self, name: str, store: object) -> None:
+        """Raise ValidationError unless this is a store of the form."""
+        if not isinstance(store, self.kind):
+            raise ValidationError(f"{name}: {self.words} is needed, got {type_name(store)}")
+
+
+SYNCHRONOUS = Form(StateStore, open_store, "a synchronous store (open_store)", lambda: BLOCKING)
+ASYNCHRONOUS = Form(
+    AsyncStateStore, open_async_store, "an asynchronous store (open_async_store)", lambda: Suspending()
+)
+
+
+# Files
 
 
 def verify_snapshot(path: str | os.PathLike[str], *, progress: Progress | None = None) -> SnapshotReport:
@@ -51,7 +78,7 @@ async def averify_snapshot(
     path: str | os.PathLike[str], *, progress: Progress | None = None
 ) -> SnapshotReport:
     """As verify_snapshot, in a worker thread, where ``progress`` is called too."""
-    return await run_in_thread(lambda: verify_snapshot(path, progress=progress))
+    return await Suspending().call(lambda: verify_snapshot(path, progress=progress))
 
 
 def list_snapshots(directory: str | os.PathLike[str]) -> list[SnapshotReport]:
@@ -71,10 +98,99 @@ def list_snapshots(directory: str | os.PathLike[str]) -> list[SnapshotReport]:
 
 async def alist_snapshots(directory: str | os.PathLike[str]) -> list[SnapshotReport]:
     """As list_snapshots, in a worker thread."""
-    return await run_in_thread(lambda: list_snapshots(directory))
+    return await Suspending().call(lambda: list_snapshots(directory))
 
 
-_Target = str | os.PathLike[str]
+def restore(
+    path: str | os.PathLike[str],
+    target: StateStore | str | os.PathLike[str],
+    *,
+    mode: RestoreMode = "replace",
+    progress: Progress | None = None,
+) -> SnapshotReport:
+    """Bring back what a snapshot file holds into a store, which is made where there is none.
+
+    ``target`` is a store, or a path or url as open_store takes it; a new store gets the axes of the file, which is
+    verified before. Otherwise as restore_snapshot. Raises SnapshotError, ValidationError.
+    """
+    return run(_restore(SYNCHRONOUS, path, target, mode, progress))
+
+
+async def arestore(
+    path: str | os.PathLike[str],
+    target: AsyncStateStore | str | os.PathLike[str],
+    *,
+    mode: RestoreMode = "replace",
+    progress: Progress | None = None,
+) -> SnapshotReport:
+    """As restore, into an asynchronous store."""
+    return await _restore(ASYNCHRONOUS, path, target, mode, progress)
+
+
+async def _restore(
+    form: Form[Kind],
+    path: str | os.PathLike[str],
+    target: Kind | str | os.PathLike[str],
+    mode: RestoreMode,
+    progress: Progress | None,
+) -> SnapshotReport:
+    waits = form.make_waits()
+    heard = check_progress(progress)
+    ends = _Ends(form, waits)
+    ends.check("target", target, writes=True)
+    options: dict[str, Any] = {}
+    if isinstance(target, str | os.PathLike) and not await waits.call(lambda: store_exists(target)):
+        saved = SnapshotFile(path)
+        saved.check_mode(mode, native=target_options(target)[1].get("url") is not None)
+        await waits.call(lambda: saved.verify(progress=heard))
+        if saved.contents is not None:
+            options["axes"] = MemoryStoreConfig.from_env().axes or saved.contents.axes
+            unknown = sorted(set(saved.contents.axes).difference(options["axes"]))
+            if unknown:
+                raise SnapshotError(
+                    f"{saved.path}: the configured axes (ATTUNED_STORE_AXES) lack {', '.join(unknown[:10])}"
+                )
+    try:
+        return await (await ends.open(target, **options)).restore_snapshot(path, mode, progress)
+    finally:
+        await ends.close()
+
+
+# Stores
+
+
+class _Ends(Generic[Kind]):
+    """The stores that something is copied between: those opened for it are closed at the end."""
+
+    def __init__(self, form: Form[Kind], waits: Waits) -> None:
+        self._form, self._waits = form, waits
+        self._opened: list[Operations] = []
+
+    def check(self, name: str, end: object, *, writes: bool = False) -> None:
+        """Raise ValidationError for what is neither a store of this form nor the place of one."""
+        if not isinstance(end, self._form.kind | str | os.PathLike):
+            raise ValidationError(
+                f"{name}: {self._form.words}, a path or a url is needed, got {type_name(end)}"
+            )
+        if writes and isinstance(end, str) and target_options(end)[0]:
+            raise ValidationError(
+                f"{name}: what is written to {end} alone is gone at once; give an open store"
+            )
+
+    async def open(self, end: Kind | str | os.PathLike[str], **options: Any) -> Operations:
+        """The operations of a store, opened where it is given by its place."""
+        if isinstance(end, self._form.kind):
+            operations = end._operations
+        else:
+            operations = self._form.open(end, **options)._operations
+            self._opened.append(operations)
+        await operations.open()
+        return operations
+
+    async def close(self) -> None:
+        """Close what was opened, the last first."""
+        while self._opened:
+            await self._waits.shielded(self._opened.pop().close())
 
 
 class _Digest:
@@ -109,37 +225,6 @@ class _Digest:
             )
 
 
-def _copied(target: str, began: float, digest: _Digest) -> SnapshotReport:
-    duration_ms = (time.perf_counter() - began) * 1000
-    return SnapshotReport(
-        status="completed", target=target, kind="portable", points=digest.count, duration_ms=duration_ms
-    )
-
-
-STORE_FORMS: dict[type, str] = {
-    StateStore: "a synchronous store (open_store)",
-    AsyncStateStore: "an asynchronous store (open_async_store)",
-}
-
-
-def _check_ends(source: object, target: object, kind: type[StateStore | AsyncStateStore]) -> None:
-    """Raise where a copy has no source, or an end that is neither a store nor the place of one."""
-    for name, end in (("source", source), ("target", target)):
-        if not isinstance(end, kind | str | os.PathLike):
-            raise ValidationError(
-                f"{name}: {STORE_FORMS[kind]}, a path or a url is needed, got {type_name(end)}"
-            )
-    if isinstance(source, str | os.PathLike) and is_absent(cast("_Target", source)):
-        raise StoreError(f"there is no store at {source}")
-
-
-def _check_free(users: int, target: str, *, replace: bool) -> None:
-    if users and not replace:
-        raise ValidationError(
-            f"replace: {target} holds {users} users; replace=True (or --replace) replaces them"
-        )
-
-
 def copy(
     source: StateStore | str | os.PathLike[str],
     target: StateStore | str | os.PathLike[str],
@@ -154,31 +239,7 @@ def copy(
     and compared with what was read from the source. ``progress(done, None)`` is called with the number of
     states copied. Raises SchemaMismatchError, ValidationError, SnapshotError where the copy is not the same.
     """
-    began, read = time.perf_counter(), _Digest()
-    check_flag("replace", replace)
-    progress = check_progress(progress)
-    _check_ends(source, target, StateStore)
-    with contextlib.ExitStack() as stack:
-        origin = source if isinstance(source, StateStore) else stack.enter_context(open_store(source))
-        if not isinstance(target, StateStore):
-            target = stack.enter_context(open_store(target, axes=origin.axes))
-        _check_free(target.count(), target._target(), replace=replace)
-        with target._replacement(secrets.token_hex(16)) as staged:
-            for states in iterate_pages(origin._page_of_states):
-                read.add(states)
-                staged.upsert_many(states)
-                progress(read.count, None)
-            if not target._has_native:  # a server is changed in place: nothing is beside it
-                read.check(_digest(staged))
-        read.check(_digest(target))
-        return _copied(target._target(), began, read)
-
-
-def _digest(store: StateStore) -> _Digest:
-    digest = _Digest()
-    for states in iterate_pages(store._page_of_states):
-        digest.add(states)
-    return digest
+    return run(_copy_states(SYNCHRONOUS, source, target, replace=replace, progress=progress))
 
 
 async def acopy(
@@ -189,44 +250,96 @@ async def acopy(
     progress: Progress | None = None,
 ) -> SnapshotReport:
     """As copy, between asynchronous stores; other tasks run between batches."""
-    began, read = time.perf_counter(), _Digest()
+    return await _copy_states(ASYNCHRONOUS, source, target, replace=replace, progress=progress)
+
+
+async def _copy_states(
+    form: Form[Kind],
+    source: Kind | str | os.PathLike[str],
+    target: Kind | str | os.PathLike[str],
+    *,
+    replace: bool,
+    progress: Progress | None,
+) -> SnapshotReport:
+    began, read, waits = time.perf_counter(), _Digest(), form.make_waits()
     check_flag("replace", replace)
-    progress = check_progress(progress)
-    await run_in_thread(lambda: _check_ends(source, target, AsyncStateStore))
-    async with contextlib.AsyncExitStack() as stack:
-        if not isinstance(source, AsyncStateStore):
-            source = await stack.enter_async_context(open_async_store(source))
-        await source._open()
-        if not isinstance(target, AsyncStateStore):
-            target = await stack.enter_async_context(open_async_store(target, axes=source.axes))
-        _check_free(await target.count(), target._target(), replace=replace)
-        async with target._replacement(secrets.token_hex(16)) as staged:
-            async for states in AsyncPages(source._page_of_states):
+    heard = check_progress(progress)
+    ends = _Ends(form, waits)
+    ends.check("source", source)
+    ends.check("target", target, writes=True)
+    if isinstance(source, str | os.PathLike) and not await waits.call(lambda: store_exists(source)):
+        raise StoreError(f"there is no store at {source}")
+    try:
+        origin = await ends.open(source)
+        end = await ends.open(target, axes=origin.axes())
+        users = await end.count(history=False)
+        if users and not replace:
+            raise ValidationError(
+                f"replace: {end.place.location} holds {users} users; replace=True (or --replace) replaces them"
+            )
+
+        async def fill(staged: Operations) -> None:
+            pages = origin.states()
+            while (states := await pages.next()) is not None:
                 read.add(states)
-                await staged.upsert_many(states)
-                progress(read.count, None)
-            if not target._has_native:  # as in copy
-                read.check(await _adigest(staged))
-        read.check(await _adigest(target))
-        return _copied(target._target(), began, read)
+                await staged.upsert_many(states, None)
+                heard(read.count, None)
+            if not end.backend.native_snapshots:  # a server is changed in place: nothing is beside it
+                read.check(await _digest(staged))
+
+        await end.replace(secrets.token_hex(16), fill)
+        read.check(await _digest(end))
+    finally:
+        await ends.close()
+    return SnapshotReport(
+        status="completed",
+        target=end.place.location,
+        kind="portable",
+        points=read.count,
+        duration_ms=(time.perf_counter() - began) * 1000,
+    )
 
 
-async def _adigest(store: AsyncStateStore) -> _Digest:
-    digest = _Digest()
-    async for states in AsyncPages(store._page_of_states):
+async def _digest(store: Operations) -> _Digest:
+    digest, pages = _Digest(), store.states()
+    while (states := await pages.next()) is not None:
         digest.add(states)
     return digest
 
 
 # On start
 
-STARTED: set[tuple[str, str]] = set()  # what was done in this process, by target and collection
+
+class Starts:
+    """The stores of which a snapshot on start was taken or tried in this process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._places: set[tuple[str, str]] = set()  # by target and collection
+        self._stores: weakref.WeakSet[Any] = weakref.WeakSet()  # those in memory, which have no place
+
+    def is_first(self, store: AnyStore) -> bool:
+        """Whether this store has not been here before."""
+        seen: Any
+        key: Any
+        if isinstance(store, QdrantStore | AsyncQdrantStore):
+            config = store.config
+            place = config.url or os.path.realpath(absolute_path(cast("str", config.path)))
+            seen, key = self._places, (place, config.collection_name)
+        else:
+            seen, key = self._stores, store
+        with self._lock:
+            first = key not in seen
+            seen.add(key)
+        return first
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._places.clear()
+        self._stores.clear()
 
 
-STARTED_STORES: weakref.WeakSet[Any] = weakref.WeakSet()  # of those in memory, which have no place
-
-
-_started_lock = threading.Lock()
+STARTS = Starts()
 
 
 def snapshot_on_start(store: StateStore, *, timeout: float = 60.0, keep: int | None = None) -> SnapshotReport:
@@ -237,14 +350,8 @@ def snapshot_on_start(store: StateStore, *, timeout: float = 60.0, keep: int | N
     directory cannot be made or written, before the store is contacted. Any other failure is logged and
     returned as a report with the status "failed": it does not keep the application from starting.
     """
-    skipped, directory = _start(store, StateStore)
-    if skipped is not None:
-        return skipped
-    try:
-        store.wait_until_ready(timeout)
-        return store.create_snapshot(directory, reason="startup", keep=keep)
-    except Exception as error:  # noqa: BLE001 - no backup is worse than no application, but not by much
-        return failed_report(store._target(), "startup", error)
+    SYNCHRONOUS.check("store", store)
+    return run(_snapshot_on_start(store, timeout, keep))
 
 
 async def asnapshot_on_start(
@@ -254,26 +361,13 @@ async def asnapshot_on_start(
     keep: int | None = None,
 ) -> SnapshotReport:
     """As snapshot_on_start, for an asynchronous store."""
-    skipped, directory = _start(store, AsyncStateStore)
-    if skipped is not None:
-        return skipped
-    try:
-        await store.wait_until_ready(timeout)
-        return await store.create_snapshot(directory, reason="startup", keep=keep)
-    except Exception as error:  # noqa: BLE001 - as in the other form
-        return failed_report(store._target(), "startup", error)
+    ASYNCHRONOUS.check("store", store)
+    return await _snapshot_on_start(store, timeout, keep)
 
 
-def _start(
-    store: StateStore | AsyncStateStore, kind: type[StateStore | AsyncStateStore]
-) -> tuple[SnapshotReport | None, Path | None]:
-    """The report where there is nothing to do, else the directory, which can be written to."""
-    if not isinstance(store, kind):
-        raise ValidationError(f"store: {STORE_FORMS[kind]} is needed, got {type_name(store)}")
-
-    def skipped(message: str) -> tuple[SnapshotReport, None]:
-        report = SnapshotReport(status="skipped", target=store._target(), reason="startup", message=message)
-        return report, None
+async def _snapshot_on_start(store: AnyStore, timeout: float, keep: int | None) -> SnapshotReport:  # noqa: ASYNC109
+    def skipped(message: str) -> SnapshotReport:
+        return SnapshotReport(status="skipped", target=store.location, reason="startup", message=message)
 
     wish = os.environ.get("QDRANT_SNAPSHOT_ON_START", "").strip().lower()
     if wish not in TRUE_WORDS:
@@ -285,25 +379,19 @@ def _start(
     directory = make_snapshot_directory(None)
     with snapshot_errors(directory, "cannot be written"):
         NewFile(directory).discard()
-    if not _is_first_start(store):
+    if not STARTS.is_first(store):
         return skipped("the snapshot on start was taken or tried in this process already")
-    return None, directory
-
-
-def _is_first_start(store: StateStore | AsyncStateStore) -> bool:
-    if isinstance(store, QdrantStore | AsyncQdrantStore):
-        config = store.config
-        place = config.url or os.path.realpath(absolute_path(cast("str", config.path)))
-        started: Any = STARTED
-        key: Any = (place, config.collection_name)
-    else:
-        started, key = STARTED_STORES, store
-    with _started_lock:
-        first = key not in started
-        started.add(key)
-    return first
+    operations = store._operations
+    try:
+        await operations.wait_until_ready(timeout)
+        return await operations.create_snapshot(
+            None, directory=directory, kind="auto", reason="startup", keep=keep, keep_remote=False
+        )
+    except Exception as error:  # noqa: BLE001 - no backup is worse than no application, but not by much
+        return failed_report(store.location, "startup", error)
 
 
 def failed_report(target: str, reason: SnapshotReason, error: Exception) -> SnapshotReport:
+    """Log that a snapshot failed; the report says so."""
     LOGGER.error("the snapshot of %s failed: %s", target, error)
     return SnapshotReport(status="failed", target=target, reason=reason, message=str(error))

@@ -8,10 +8,16 @@ from typing import Any, Unpack, cast
 
 import attrs
 
-from attuned.base.config import MemoryOptions, MemoryStoreConfig, QdrantOptions, QdrantStoreConfig, check_path
+from attuned.base.config import (
+    MemoryOptions,
+    MemoryStoreConfig,
+    QdrantOptions,
+    QdrantStoreConfig,
+    absolute_path,
+    check_path,
+)
 from attuned.base.errors import ValidationError, brief
 from attuned.engines.embedded import collection_exists
-from attuned.snapshots.directory import absolute_path
 from attuned.stores import (
     AsyncMemoryStore,
     AsyncQdrantStore,
@@ -53,6 +59,7 @@ def target_options(target: str | os.PathLike[str] | None) -> tuple[bool, dict[st
 
 
 def default_target() -> str:
+    """What open_store opens without a target."""
     named = map(os.environ.get, ("ATTUNED_STORE", "QDRANT_URL", "ATTUNED_STORE_PATH"))
     return next(filter(None, named), _DEFAULT_TARGET)
 
@@ -81,14 +88,17 @@ def open_async_store(
     return AsyncQdrantStore(attrs.evolve(QdrantStoreConfig.from_env(), **place), **options)
 
 
-def is_absent(target: str | os.PathLike[str]) -> bool:
-    """Whether opening the target would make a new directory or collection."""
-    _, place = target_options(target)
-    if not place:
+def store_exists(target: str | os.PathLike[str] | None = None) -> bool:
+    """Whether there is a store at a target, so that open_store would not make a new one.
+
+    False for "memory://"; True for a server that cannot be asked, so that opening tells why.
+    """
+    in_memory, place = target_options(target)
+    if in_memory:
         return False
     config = attrs.evolve(QdrantStoreConfig.from_env(), **place)
     if config.url is None:
-        return not collection_exists(config) and not absolute_path(cast("str", config.path)).is_file()
+        return collection_exists(config) or absolute_path(cast("str", config.path)).is_file()
     with QdrantStore(config) as store:
         health = store.health()
-        return health.status != "unhealthy" and health.collection_status is None
+        return health.status == "unhealthy" or health.collection_status is not None

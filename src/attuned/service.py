@@ -16,7 +16,7 @@ from attuned.base.config import check_callable, check_path
 from attuned.base.errors import MissingDependencyError, ValidationError, type_name
 from attuned.base.values import MAX_INTEGER, Health, SnapshotReport, check_integer
 from attuned.connections.runtime import run_in_thread
-from attuned.copying import failed_report
+from attuned.copying import AnyStore, failed_report
 from attuned.stores import AsyncStateStore, StateStore
 
 if TYPE_CHECKING:
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
-
-AnyStore = StateStore | AsyncStateStore
-
 
 _Answering = Callable[["Request"], Awaitable["Response"]]
 
@@ -103,14 +100,14 @@ class _Requested:
                 try:
                     report = store.create_snapshot(self._directory, reason="api", keep=self._keep)
                 except Exception as error:  # noqa: BLE001 - the other stores come next
-                    report = failed_report(store._target(), "api", error)
+                    report = failed_report(store.location, "api", error)
                 self.reports.append(report)
 
     async def _async_take(self, store: AsyncStateStore) -> SnapshotReport:
         try:
             return await store.create_snapshot(self._directory, reason="api", keep=self._keep)
         except Exception as error:  # noqa: BLE001 - the other stores come next
-            return failed_report(store._target(), "api", error)
+            return failed_report(store.location, "api", error)
 
 
 class Endpoint:
@@ -173,7 +170,7 @@ def _check_app(stores: Sequence[AnyStore], authorize: _Authorize | None, keep: i
         check_callable("authorize", authorize)
     if keep is not None:
         check_integer("keep", keep, 1, MAX_INTEGER)
-        names = [store._origin().collection for store in stores]
+        names = [store._operations.collection for store in stores]
         if len(set(names)) < len(names):
             raise ValidationError(
                 "keep: the stores' collections are to have different names, or each its own app"

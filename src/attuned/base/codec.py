@@ -14,8 +14,8 @@ from attuned.base.errors import ValidationError
 from attuned.base.values import (
     CANONICAL_AXES,
     CANONICAL_VECTOR_SIZE,
-    MAX_SHAPES,
     NEUTRAL,
+    SHAPES,
     Axes,
     Shape,
     make_axes,
@@ -66,7 +66,7 @@ def unpack_axes(text: str) -> Axes:
         raise ValueError(f"axes: {error}") from None
 
 
-@functools.lru_cache(MAX_SHAPES)
+@functools.lru_cache(SHAPES.maximum)
 def _shape_of_heading(heading: str) -> Shape:
     names = tuple(heading.split(",")) if heading else ()
     if len(set(names)) < len(names):
@@ -100,7 +100,7 @@ class Schema:
         for name in shape.names:
             if name not in own:
                 raise ValidationError(f"axes: the store has no axis {name!r}; it has {', '.join(self.axes)}")
-        if len(self._positions) >= MAX_SHAPES:
+        if len(self._positions) >= SHAPES.maximum:
             self._positions.clear()
         positions = self._positions[shape] = tuple(own[name] for name in shape.names)
         return positions

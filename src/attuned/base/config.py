@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, Self, TypedDict, TypeVar
 from urllib.parse import urlsplit
 
@@ -68,6 +69,12 @@ def check_path(value: str | os.PathLike[str]) -> str:
     if isinstance(path, str) and encoded and b"\0" not in encoded:
         return path
     raise ValidationError(f"path: a directory is needed, got {brief(value)}")
+
+
+def absolute_path(path: str | os.PathLike[str]) -> Path:
+    """A path as it is meant now: absolute, with ~ expanded."""
+    expanded = os.path.expanduser(check_path(path))  # noqa: PTH111 - Path.expanduser raises for an unknown user
+    return Path(expanded).absolute()
 
 
 def _check_url(url: object) -> None:

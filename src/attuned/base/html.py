@@ -15,9 +15,8 @@ from attuned.base.errors import (
     brief,
     plural,
     short_id,
-    unknown_user_error,
 )
-from attuned.base.values import NEUTRAL, StateSnapshot, distinct_users, iso_time
+from attuned.base.values import NEUTRAL, Health, StateSnapshot, distinct_users, iso_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -143,24 +142,25 @@ class History(list[StateSnapshot]):
         return _history_html(self)
 
 
-def latest_alone(user_id: str, latest: StateSnapshot | None) -> list[StateSnapshot]:
-    """What is shown of a user without a history."""
-    if latest is None:
-        raise unknown_user_error(user_id)
-    return [latest]
-
-
-def plotted_axes(
-    history: Sequence[StateSnapshot], asked: Iterable[str] | None, order: Sequence[str]
-) -> list[str]:
-    """The axes to plot: those asked for, which the store must have, else those that there is anything of."""
-    if asked is None:
-        return _names_in(history, order) or list(order)
-    names = list(check_axis_names(asked) or ())
-    for name in names:
-        if name not in order:
-            raise ValidationError(f"axes: the store has no axis {brief(name)}; it has {', '.join(order)}")
-    return names
+def store_html(store: Any, health: Health | None) -> str:
+    """A store: where it is, how it is and how much it holds; ``health`` None where nobody asked."""
+    facts: dict[str, object] = {
+        "place": "" if store.engine == "memory" else store.location,
+        "engine": store.engine,
+    }
+    if store.is_closed:
+        facts["health"] = "closed"
+    elif health is None:
+        facts["health"] = "not asked: await store.health()"
+    else:
+        facts |= {"health": health.status, "users": health.users, "points": health.points}
+        facts |= {"server": health.version, "message": health.message}
+    rows = [
+        table_row(name, html.escape(f"{fact:,}" if isinstance(fact, int) else str(fact)))
+        for name, fact in facts.items()
+        if fact not in (None, "")
+    ]
+    return element("div", FONT, f"<b>{type(store).__name__}</b>", element("table", TABLE, *rows))
 
 
 def _matplotlib() -> tuple[Any, Any]:
@@ -171,8 +171,18 @@ def _matplotlib() -> tuple[Any, Any]:
         raise MissingDependencyError("plotting needs matplotlib: pip install matplotlib") from error
 
 
-def plot_states(history: Sequence[StateSnapshot], names: Sequence[str]) -> Any:
-    """Each axis as a line of its own, one below the other: its steps through time, around neutral."""
+def plot_states(history: Sequence[StateSnapshot], axes: Iterable[str] | None, known: Sequence[str]) -> Any:
+    """Each axis as a line of its own, one below the other: its steps through time, around neutral.
+
+    ``axes`` are those to plot, of those that the store knows; None for all that there is anything of.
+    """
+    if axes is None:
+        names = _names_in(history, known) or list(known)
+    else:
+        names = list(check_axis_names(axes) or ())
+        for name in names:
+            if name not in known:
+                raise ValidationError(f"axes: the store has no axis {brief(name)}; it has {', '.join(known)}")
     pyplot, dates = _matplotlib()
     entries = history[::-1]
     times = [datetime.fromtimestamp(each.updated_at_unix_ms / 1000, UTC) for each in entries]

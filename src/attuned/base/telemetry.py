@@ -131,18 +131,18 @@ class Telemetry:
     def operation(self, name: str, store: _Observable, user_id: str | None) -> Generator[None]:
         """Report an operation of a store."""
         began, status, operation = time.perf_counter(), "error", name.rpartition(".")[2]
-        known = {"backend": store._engine_name(), "operation": operation, "user": user_id}
+        known = {"backend": store.engine, "operation": operation, "user": user_id}
         try:
             with self._span(name, known) as span:
                 try:
                     yield
                 finally:
                     if span is not None:  # an asynchronous store may have been opened only now
-                        span.set_attribute("attuned.backend", store._engine_name())
+                        span.set_attribute("attuned.backend", store.engine)
             status = "ok"
         finally:
             if self._metrics is not None:
-                counter, histogram = self._metrics.of(store._engine_name(), operation, status)
+                counter, histogram = self._metrics.of(store.engine, operation, status)
                 counter.inc()
                 histogram.observe(time.perf_counter() - began)
 
@@ -230,7 +230,8 @@ SPANS = {
 
 
 class _Observable(Protocol):
-    def _engine_name(self) -> str: ...
+    @property
+    def engine(self) -> str: ...
 
 
 ObservableStore = TypeVar("ObservableStore", bound=_Observable)

@@ -110,22 +110,26 @@ class Shape:
         self.packing = struct.Struct(f">{len(names)}d")
 
 
-_SHAPES: dict[tuple[str, ...], Shape] = {}
+class Shapes(dict[tuple[str, ...], Shape]):
+    """The shapes in use, by their names. An application has a handful; the bound is for generated names."""
+
+    maximum = 1024
 
 
-MAX_SHAPES = 1024  # an application has a handful; the bound is for generated names
+SHAPES = Shapes()
 
 
 def shape_of(names: tuple[Any, ...]) -> Shape:
-    shape = _SHAPES.get(names)
+    """The shape with these names, which are checked where it is a new one."""
+    shape = SHAPES.get(names)
     if shape is None:
         if len(names) > MAX_AXES:
             raise ValidationError(f"axes: at most {MAX_AXES} names, got {len(names)}")
         for name in names:
             _check_axis_name(name)
-        if len(_SHAPES) >= MAX_SHAPES:
-            _SHAPES.clear()
-        shape = _SHAPES[names] = Shape(tuple(str(name) for name in names))
+        if len(SHAPES) >= SHAPES.maximum:
+            SHAPES.clear()
+        shape = SHAPES[names] = Shape(tuple(str(name) for name in names))
     return shape
 
 
@@ -205,7 +209,7 @@ def _checked_axes(axes: Mapping[str, float] | Iterable[tuple[str, float]]) -> Ax
         return cast("Axes", cast("object", axes))
     given = _as_dict(axes)
     names = tuple(given)
-    return make_axes(_SHAPES.get(names) or shape_of(names), tuple(given.values()))
+    return make_axes(SHAPES.get(names) or shape_of(names), tuple(given.values()))
 
 
 def make_axes(shape: Shape, values: tuple[Any, ...]) -> Axes:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
 import os
 import threading
 import time
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from attuned.base.disk import LockFile
-from attuned.base.errors import LOGGER, BackendError, StoreError, T, closed_error, forked_error, locked_error
-from attuned.connections.runtime import run_blocking, run_in_thread, shielded
+from attuned.base.errors import BackendError, StoreError, T, closed_error, forked_error, locked_error
+from attuned.connections.runtime import Worker, run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Callable, Coroutine
 
 
 class Files(Protocol):
@@ -25,6 +22,9 @@ class Files(Protocol):
 
     name: str
     writes: int  # how many have been done
+    runs: Literal[
+        "in place", "in thread", "on loop"
+    ]  # "in thread": calls block; "in place": they are short and hold the interpreter anyway
 
     @property
     def flush_due(self) -> bool:
@@ -107,25 +107,30 @@ class GroupCommit:
 class Directory:
     """A directory of embedded Qdrant, opened once in this process and shared by every store on it."""
 
-    def __init__(self, path: str, durability: str, make_engine: Callable[[Path, str], Files]) -> None:
+    def __init__(self, path: str, durability: str, make_engine: Callable[[Path, str], Any]) -> None:
         self.path = path
         self.durability = durability
         self.stores = 0
         self.used = False  # by a store, now or before
         self.gone = threading.Event()
         self.opening = threading.Lock()  # of collections; the other lock may be waited for while it is held
-        self.cores: dict[str, Any] = {}  # by collection; the core stands below
-        self.limiters: dict[str, Any] = {}  # of the worker threads of asynchronous stores, by purpose
+        self.backends: dict[str, Any] = {}  # by collection
+        self.writer, self.flusher = Worker(), Worker()  # of asynchronous stores
         self._orphaned = self._closed = False
         self._lock = threading.Lock()
         _make_directory(path)
         self._lock_file = self._take_lock()
         try:
-            self.engine = make_engine(Path(path), durability)
+            self.engine: Files = make_engine(Path(path), durability)
         except BaseException:
             self._lock_file.release()
             raise
         self.flushes = GroupCommit(self.engine)
+
+    @property
+    def blocks(self) -> bool:
+        """Whether calls of the engine block, so that an event loop leaves them to a worker thread."""
+        return self.engine.runs == "in thread"
 
     def _take_lock(self) -> LockFile:
         try:
@@ -135,15 +140,15 @@ class Directory:
         except OSError as error:
             raise StoreError(f"{self.path}: cannot be locked, is it writable? {error}") from error
 
-    def drive(self, flow: Coroutine[Any, Any, T]) -> T:
-        """Run one coroutine of a core to its end, alone; what it wrote is kept."""
-        answer, written = self.apply(flow)
+    def drive(self, body: Coroutine[Any, Any, T]) -> T:
+        """Run one body to its end, alone; what it wrote is kept."""
+        answer, written = self.apply(body)
         if written is not None:
             self.flushes.settle(written)
         return answer
 
-    def apply(self, flow: Coroutine[Any, Any, T]) -> tuple[T, FlushRound | None]:
-        """Run one coroutine of a core to its end, alone; returns its answer, and what is to be settled."""
+    def apply(self, body: Coroutine[Any, Any, T]) -> tuple[T, FlushRound | None]:
+        """Run one body to its end, alone; returns its answer, and what is to be settled."""
         try:
             if self._orphaned:
                 raise forked_error(self.path)
@@ -151,12 +156,12 @@ class Directory:
                 if self._closed:
                     raise closed_error()
                 before = self.engine.writes
-                answer = run_blocking(flow)
+                answer = run(body)
                 wrote = self.engine.writes > before
                 flush = wrote and (self.durability == "power" or self.engine.flush_due)
                 return answer, self.flushes.join() if flush else None
         finally:
-            flow.close()
+            body.close()
 
     def release(self) -> None:
         """Give up a store's hold on the directory, and close it with the last."""
@@ -180,15 +185,15 @@ class Directory:
         with self._lock, self.flushes.flushing:  # those that wait for a flush find all flushed
             self._closed = True
             try:
-                run_blocking(self.engine.close())
+                run(self.engine.close())
             finally:
                 self._lock_file.release()
 
     def abandon(self) -> None:
         """Make every use in a forked child an error, and leave the parent's files and locks alone."""
         self._orphaned = True
-        for core in self.cores.values():
-            core.forget_everything()
+        for backend in self.backends.values():
+            backend.forget_everything()
         self._lock_file.abandon()
         self.engine.abandon()
 
@@ -202,20 +207,6 @@ def _make_directory(path: str) -> None:
         raise StoreError(f"{path}: cannot be made: {error}") from error
 
 
-class Held(Protocol):
-    """A directory or connection that a store holds until it is closed."""
-
-    path: str
-
-    def release(self) -> None:
-        """Give it up."""
-        ...
-
-    def abandon(self) -> None:
-        """Make every use in a forked child an error, and leave what is the parent's alone."""
-        ...
-
-
 class OpenPlaces:
     """What this process has open, and what becomes of it in a forked child."""
 
@@ -225,9 +216,7 @@ class OpenPlaces:
         self.lock = threading.RLock()  # reentrant: a store may be collected, and released, while it is held
         self._abandoned: list[Directory] = []  # kept, so that a child never cleans up the parent's objects
 
-    def directory_at(
-        self, path: str, durability: str, make_engine: Callable[[Path, str], Files]
-    ) -> Directory:
+    def directory_at(self, path: str, durability: str, make_engine: Callable[[Path, str], Any]) -> Directory:
         """The opened directory, with one store more on it."""
         while True:
             with self.lock:
@@ -255,68 +244,3 @@ OPEN = OpenPlaces()
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=OPEN.after_fork_in_child)
-
-
-def release_unclosed(held: Held) -> None:
-    """Release what a store holds that was collected, or left open at the end of the program.
-
-    What was acknowledged is in the engine's log already: a failure here, as where the directory is gone,
-    loses nothing, and there is nobody to raise it to.
-    """
-    try:
-        held.release()
-    except StoreError as error:
-        LOGGER.info("closing %s failed: %s", held.path, error)
-
-
-def lock_waits(lock_timeout: float) -> Iterator[float]:
-    """Seconds to wait between tries for a lock, until the time is up."""
-    deadline = time.monotonic() + lock_timeout
-    while (left := deadline - time.monotonic()) > 0:
-        yield min(0.05, left)
-
-
-async def run_in_worker(directory: Directory, flow: Coroutine[Any, Any, T]) -> tuple[T, FlushRound | None]:
-    """Drive a coroutine in a worker thread; it is closed here if cancelled before it started."""
-    try:
-        return await run_in_thread(lambda: directory.apply(flow), _limiter(directory, "write"))
-    finally:
-        if inspect.getcoroutinestate(flow) == inspect.CORO_CREATED:
-            with contextlib.suppress(ValueError):  # the worker has started it just now, and will close it
-                flow.close()
-
-
-async def settle_in_worker(directory: Directory, written: FlushRound) -> None:
-    """Settle writes in a worker thread; one task goes there, those of the same round wait for it here."""
-    settle = functools.partial(directory.flushes.settle, written)
-    async with _limiter(directory, "flush"):
-        if not written.ended:
-            return await run_in_thread(settle)
-    return settle()
-
-
-def _limiter(directory: Directory, purpose: str) -> Any:
-    """One worker for a purpose, directory and event loop: more would only wait for each other."""
-    from anyio import CapacityLimiter
-    from anyio.lowlevel import RunVar
-
-    held = directory.limiters.setdefault(purpose, RunVar(purpose))
-    limiter = held.get(None)
-    if limiter is None:
-        limiter = CapacityLimiter(1)
-        held.set(limiter)
-    return limiter
-
-
-async def release_in_worker(directory: Directory, finalizer: weakref.finalize[..., Any]) -> None:
-    """Release in a worker thread, also while being cancelled: nobody would do it later."""
-
-    def release() -> None:
-        if finalizer.detach():  # once, by whoever comes first
-            directory.release()
-
-    try:
-        await shielded(run_in_thread(release))
-    except BaseException:
-        release()  # asyncio's own cancelling knows no shield
-        raise

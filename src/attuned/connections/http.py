@@ -41,10 +41,6 @@ class BlockingClient:
         return call
 
 
-async def sleep_blocking(seconds: float) -> None:
-    time.sleep(seconds)  # noqa: ASYNC251 - the waiting of a store that blocks
-
-
 class ErrorOrigin(TypedDict):
     """What every BackendError says of its origin."""
 

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-CONNECTIONS_PER_POOL = 8
-
 
 class ConnectionPools:
     """Several small connection pools of httpx in the place of a large one.
@@ -21,8 +19,10 @@ class ConnectionPools:
     stays on one connection.
     """
 
+    CONNECTIONS = 8  # of a pool
+
     def __init__(self, make: Callable[[int], Any], connections: int) -> None:
-        number = math.ceil(connections / CONNECTIONS_PER_POOL)
+        number = math.ceil(connections / self.CONNECTIONS)
         self._pools = [make((connections + place) // number) for place in reversed(range(number))]
         self._busy = [0] * len(self._pools)
         self._lock = threading.Lock()

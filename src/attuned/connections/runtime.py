@@ -1,25 +1,30 @@
-"""How one body serves both forms: it is run in place, or awaited."""
+"""How one body serves both forms: a synchronous store runs it, an asynchronous one awaits it.
+
+The operations of stores are coroutines over awaitable primitives. Where a store is synchronous, those block and
+never suspend, so that one ``send(None)`` runs a body to its end; where it is asynchronous, the body is awaited.
+What must differ is one object, ``Waits``: bodies await it, the backend and themselves, never an event loop.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+import inspect
+import time
+from typing import TYPE_CHECKING, Any, Generic, Protocol, cast
+
+from attuned.base.errors import MissingDependencyError, T
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
 
-    from attuned.base.errors import T
 
-
-async def async_sleep(seconds: float) -> None:
-    """Let other tasks run; under trio this needs anyio."""
+def run(body: Coroutine[Any, Any, T]) -> T:
+    """Run a body over primitives that never suspend."""
     try:
-        import anyio
-    except ImportError:
-        import asyncio
-
-        await asyncio.sleep(seconds)
-    else:
-        await anyio.sleep(seconds)
+        body.send(None)
+    except StopIteration as stop:
+        return cast("T", stop.value)
+    body.close()
+    raise RuntimeError("a body over blocking primitives tried to suspend")
 
 
 async def run_in_thread(call: Callable[[], T], limiter: Any = None) -> T:
@@ -27,37 +32,198 @@ async def run_in_thread(call: Callable[[], T], limiter: Any = None) -> T:
     try:
         import anyio.to_thread
     except ImportError:
-        return await _in_thread_of_asyncio(call)
+        import asyncio
+
+        running = asyncio.get_running_loop().run_in_executor(None, call)
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            await asyncio.wait([running])
+            raise
     return await anyio.to_thread.run_sync(call, limiter=limiter)
 
 
-async def _in_thread_of_asyncio(call: Callable[[], T]) -> T:
-    import asyncio
-
-    running = asyncio.get_running_loop().run_in_executor(None, call)
+def require_anyio(what: str) -> None:
+    """Raise MissingDependencyError where anyio is not installed, before anything has been done."""
     try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait([running])
-        raise
+        import anyio  # noqa: F401 - whether it is there is all that is asked
+    except ImportError as error:
+        raise MissingDependencyError(f"{what} needs anyio: pip install anyio") from error
 
 
-async def shielded(last: Awaitable[object]) -> None:
-    """Await something though being cancelled, as far as the event loop allows that."""
-    try:
-        import anyio
-    except ImportError:
-        await last
-    else:
+class Worker:
+    """One worker thread for a purpose and event loop: more would only wait for each other."""
+
+    def __init__(self) -> None:
+        self._limiters: Any = None
+
+    def limiter(self) -> Any:
+        """The limiter of this event loop."""
+        from anyio import CapacityLimiter
+        from anyio.lowlevel import RunVar
+
+        if self._limiters is None:
+            self._limiters = RunVar("worker")
+        limiter = self._limiters.get(None)
+        if limiter is None:
+            limiter = CapacityLimiter(1)
+            self._limiters.set(limiter)
+        return limiter
+
+
+class Waits(Protocol):
+    """How a body waits: in place, or on an event loop."""
+
+    blocking: bool
+
+    async def pause(self) -> None:
+        """Let other tasks run, where there are others."""
+        ...
+
+    async def pause_if_due(self) -> None:
+        """As ``pause``, unless they had a turn a moment ago."""
+        ...
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait for a time."""
+        ...
+
+    async def call(
+        self,
+        function: Callable[[], T],
+        worker: Worker | None = None,
+        done: Callable[[], bool] | None = None,
+    ) -> T:
+        """Call what blocks: in place, or in a worker thread.
+
+        ``done`` says that there is nothing to wait for any more: then it is called in place.
+        """
+        ...
+
+    async def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function of the caller's, which may be a coroutine function in an asynchronous store."""
+        ...
+
+    async def shielded(self, last: Awaitable[T]) -> T:
+        """Await something though being cancelled, as far as the event loop allows that."""
+        ...
+
+
+class Blocking:
+    """The waits of synchronous stores, which never suspend."""
+
+    blocking = True
+
+    async def pause(self) -> None:
+        """See Waits.pause."""
+
+    async def pause_if_due(self) -> None:
+        """See Waits.pause_if_due."""
+
+    async def sleep(self, seconds: float) -> None:
+        """See Waits.sleep."""
+        time.sleep(seconds)  # noqa: ASYNC251 - this is the waiting of what blocks
+
+    async def call(
+        self,
+        function: Callable[[], T],
+        worker: Worker | None = None,  # noqa: ARG002 - there is but this thread
+        done: Callable[[], bool] | None = None,  # noqa: ARG002
+    ) -> T:
+        """See Waits.call."""
+        return function()
+
+    async def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """See Waits.ask; a StopIteration of the function's comes as a RuntimeError, as in every coroutine."""
+        return function(*arguments)
+
+    async def shielded(self, last: Awaitable[T]) -> T:
+        """See Waits.shielded."""
+        return await last
+
+
+class Suspending:
+    """The waits of asynchronous stores, under asyncio and trio (which needs anyio)."""
+
+    blocking = False
+    TURN_S = 0.005  # how long a store goes on without letting other tasks run
+
+    def __init__(self) -> None:
+        self._paused = 0.0  # when other tasks were last let run
+
+    async def pause(self) -> None:
+        """See Waits.pause."""
+        await self.sleep(0)
+
+    async def pause_if_due(self) -> None:
+        """See Waits.pause_if_due."""
+        now = time.monotonic()
+        if now - self._paused > self.TURN_S:
+            self._paused = now
+            await self.sleep(0)
+
+    async def sleep(self, seconds: float) -> None:
+        """See Waits.sleep."""
+        try:
+            import anyio
+        except ImportError:
+            import asyncio
+
+            await asyncio.sleep(seconds)
+        else:
+            await anyio.sleep(seconds)
+
+    async def call(
+        self,
+        function: Callable[[], T],
+        worker: Worker | None = None,
+        done: Callable[[], bool] | None = None,
+    ) -> T:
+        """See Waits.call."""
+        if worker is None:
+            return await run_in_thread(function)
+        if done is None:
+            return await run_in_thread(function, worker.limiter())
+        async with worker.limiter():  # the first goes to the thread, the others wait for it here
+            return function() if done() else await run_in_thread(function)
+
+    async def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """See Waits.ask."""
+        answer = function(*arguments)
+        return await answer if inspect.isawaitable(answer) else answer
+
+    async def shielded(self, last: Awaitable[T]) -> T:
+        """See Waits.shielded."""
+        try:
+            import anyio
+        except ImportError:
+            return await last
         with anyio.CancelScope(shield=True):
-            await last
+            answer = await last
+        return answer
 
 
-def run_blocking(flow: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that never suspends."""
-    try:
-        flow.send(None)
-    except StopIteration as stop:
-        return cast("T", stop.value)
-    flow.close()
-    raise RuntimeError("a coroutine over an embedded engine tried to suspend")
+BLOCKING = Blocking()
+
+
+class Pager(Generic[T]):
+    """What one page after another holds, for bodies: each begins where the one before ended.
+
+    Not an asynchronous generator: an event loop that is running in the thread would adopt one that a synchronous
+    store iterates, and would close it.
+    """
+
+    def __init__(self, fetch: Callable[[Any], Awaitable[tuple[T, Any]]], waits: Waits) -> None:
+        self._fetch, self._waits = fetch, waits
+        self._cursor: Any = None
+        self._begun = False
+
+    async def next(self) -> T | None:
+        """The next page, after a pause between two; None at the end."""
+        if self._begun:
+            if self._cursor is None:
+                return None
+            await self._waits.pause()
+        page, self._cursor = await self._fetch(self._cursor)
+        self._begun = True
+        return page

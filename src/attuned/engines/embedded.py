@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Literal, cast
 
+from attuned.base.config import absolute_path
 from attuned.base.disk import read_manifest
 from attuned.base.errors import MissingDependencyError, SchemaMismatchError, StoreError
 from attuned.engines.edge import EdgeEngine, import_qdrant_edge
 from attuned.engines.local import LocalEngine, import_qdrant_local
-from attuned.snapshots.directory import absolute_path
 
 if TYPE_CHECKING:
     from pathlib import Path

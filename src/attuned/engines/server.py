@@ -36,13 +36,12 @@ from attuned.connections.http import (
     read_blocking,
     run_in_task,
     server_error,
-    sleep_blocking,
     snapshots_path,
     status_error,
 )
 from attuned.connections.pools import ConnectionPools
 from attuned.connections.resilience import Resilience
-from attuned.connections.runtime import async_sleep, run_blocking, run_in_thread, shielded
+from attuned.connections.runtime import Waits, run
 from attuned.engines.client_models import client_filter, import_qdrant_client
 from attuned.engines.waist import (
     AnyOf,
@@ -109,16 +108,17 @@ class ServerEngine:
     indexed = True
     compact = False
 
-    def __init__(self, config: QdrantStoreConfig, runs: ExecutionMode) -> None:
+    def __init__(self, config: QdrantStoreConfig, waits: Waits) -> None:
         self._models = import_qdrant_client().models
         import ssl
 
         import httpx
 
-        self.runs: ExecutionMode = runs
+        self.runs: ExecutionMode = "in place" if waits.blocking else "on loop"
+        self._waits = waits
         self._config = config
         self._url = cast("str", config.url)
-        self._blocking = runs == "in place"
+        self._blocking = waits.blocking
         headers = {} if config.api_key is None else {"api-key": config.api_key}  # as api_key= it would warn
         limits = httpx.Limits(max_connections=config.pool_size, max_keepalive_connections=config.pool_size)
         verify = config.verify
@@ -131,7 +131,7 @@ class ServerEngine:
         clients = self._make_clients()  # the first take 0.1 s, for which no event loop is to be held up
         self._prepared = [clients]
         self._clients_of: dict[object, _Clients] = {None: clients} if self._blocking else {}
-        self.resilience = Resilience(config, sleep_blocking if self._blocking else async_sleep)
+        self.resilience = Resilience(config, waits.sleep)
 
     def _make_clients(self) -> _Clients:
         import httpx
@@ -171,7 +171,7 @@ class ServerEngine:
         except IndexError:
             clients = self._make_clients()
         ending = _until_the_end(loop, clients, weakref.ref(self))
-        run_blocking(cast("Any", anext(ending)))
+        run(cast("Any", anext(ending)))
         clients = self._clients_of[loop] = clients._replace(ending=ending)
         return clients
 
@@ -329,7 +329,7 @@ class ServerEngine:
         return cast("str | None", metadata and metadata.get(key))
 
     async def finish(self, last: Awaitable[object]) -> None:
-        await (last if self._blocking else shielded(last))
+        await self._waits.shielded(last)
 
     async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[Record]:
         found = await self._send(
@@ -508,7 +508,7 @@ class ServerEngine:
         await self._send("restore", upload)
 
     async def apart(self, call: Callable[[], T]) -> T:
-        return call() if self._blocking else await run_in_thread(call)
+        return await self._waits.call(call)
 
     def _check_status(self, operation: str, status: int, body: bytes) -> None:
         if status >= HTTPStatus.BAD_REQUEST:

@@ -16,7 +16,7 @@ from urllib.parse import quote as urlquote
 
 import attrs
 
-from attuned.base.config import check_choice, check_flag, check_path
+from attuned.base.config import absolute_path, check_choice, check_flag
 from attuned.base.disk import fsync, lock_descriptor, open_private
 from attuned.base.errors import LOGGER, SnapshotError, ValidationError
 from attuned.base.values import (
@@ -149,11 +149,6 @@ def _snapshot_names(time_ms: int, collection: str, kind: SnapshotKind) -> Iterat
     """The name of a snapshot, and those of the milliseconds that follow, should it be taken."""
     named = urlquote(collection, safe="", errors="replace")  # a server's own may be anything
     return (f"{time_stamp(moment)}-{named}{SNAPSHOT_SUFFIXES[kind]}" for moment in itertools.count(time_ms))
-
-
-def absolute_path(path: str | os.PathLike[str]) -> Path:
-    expanded = os.path.expanduser(check_path(path))  # noqa: PTH111 - Path.expanduser raises for an unknown user
-    return Path(expanded).absolute()
 
 
 def snapshot_directory(directory: str | os.PathLike[str] | None) -> Path:

@@ -1,16 +1,29 @@
-"""What a backend of states is asked for and answers."""
+"""The upper waist: what a database does for the states of users, and what it is asked.
+
+``Backend`` is what a new database implements, natively and best: the operations in states/operations.py and the
+stores over them need no more. ``Place`` is where a backend is, and how an operation gets there: through the lock
+of a directory, over a connection, or not at all. To write a backend, begin with MemoryBackend.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import bisect_left
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import attrs
 
-from attuned.base.codec import MS_PER_DAY
+from attuned.base.codec import MS_PER_DAY, Schema
 from attuned.base.config import MemoryStoreConfig, check_flag
-from attuned.base.errors import ConflictError, ValidationError, short_id, type_name
+from attuned.base.errors import (
+    ConflictError,
+    T,
+    ValidationError,
+    closed_error,
+    short_id,
+    type_name,
+)
 from attuned.base.values import (
     ANY,
     MAX_INTEGER,
@@ -28,7 +41,15 @@ from attuned.base.values import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from pathlib import Path
+
+    from attuned.base.values import Health, Match, SnapshotReport
+    from attuned.snapshots.directory import SnapshotRequest
+
+BATCH_SIZE = 64  # snapshots or users in one step of a long operation: about 5 ms on the slowest engine
+
+Cursor = Any  # where the next page begins: known to the backend alone; None begins
 
 
 @attrs.frozen
@@ -40,6 +61,7 @@ class Retention:
 
     @classmethod
     def of(cls, config: MemoryStoreConfig) -> Retention:
+        """That of a configuration."""
         return cls(config.max_history_per_user if config.enable_history else 0, config.history_retention_days)
 
     def cutoff(self) -> int:
@@ -56,14 +78,6 @@ class Retention:
         return self.hidden(times) if self.maximum == 0 else min(self.hidden(times), max(0, len(times) - 1))
 
 
-def _since(value: int | None) -> int | None:
-    return None if value is None else check_time_ms(value, "since")
-
-
-def _until(value: int | None) -> int | None:
-    return None if value is None else check_time_ms(value, "until")
-
-
 class HistoryWindow(NamedTuple):
     """What get_history was asked for: times in ms, inclusive."""
 
@@ -73,51 +87,59 @@ class HistoryWindow(NamedTuple):
 
     @classmethod
     def of(cls, limit: int, since: int | None, until: int | None) -> HistoryWindow:
+        """Check what a caller gave."""
         return cls(
             check_integer("limit", limit, 0, MAX_INTEGER),
-            _since(since) or 0,
+            0 if since is None else check_time_ms(since, "since"),
             MAX_TIME_MS if until is None else check_time_ms(until, "until"),
         )
 
 
-def _asked_axes(query: StateSnapshot | Mapping[str, float]) -> Axes:
-    return query.axes if isinstance(query, StateSnapshot) else Axes(query)
-
-
-def _match_limit(value: int) -> int:
-    return check_integer("limit", value, 1, MAX_INTEGER)
-
-
-def _threshold(value: float | None) -> float:
-    return -math.inf if value is None else check_number("score_threshold", value)
-
-
-def _excluded(value: str | None) -> str | None:
-    return None if value in (None, "") else check_user_id(value)
-
-
-def check_history_flag(value: bool) -> bool:  # noqa: FBT001 - a converter has one argument
-    return check_flag("history", value)
-
-
-def _least_confidence(value: float | None) -> float | None:
-    return None if value is None else check_unit("min_confidence", value)
-
-
 @attrs.frozen(kw_only=True)
 class SearchRequest:
-    """What search_similar was asked for; checked at construction."""
+    """What search_similar was asked for."""
 
-    axes: Axes = attrs.field(converter=_asked_axes)
-    limit: int = attrs.field(converter=_match_limit)
-    score_threshold: float = attrs.field(converter=_threshold)
-    user_id: str | None = attrs.field(converter=attrs.converters.optional(check_user_id))
-    exclude_user_id: str | None = attrs.field(converter=_excluded)
-    source: Source | None = attrs.field(converter=attrs.converters.optional(check_source))
-    min_confidence: float | None = attrs.field(converter=_least_confidence)
-    since: int | None = attrs.field(converter=_since)
-    until: int | None = attrs.field(converter=_until)
-    history: bool = attrs.field(converter=check_history_flag)
+    axes: Axes
+    limit: int
+    score_threshold: float
+    user_id: str | None
+    exclude_user_id: str | None
+    source: Source | None
+    min_confidence: float | None
+    since: int | None
+    until: int | None
+    history: bool
+
+    @classmethod
+    def of(
+        cls,
+        query: StateSnapshot | Mapping[str, float],
+        *,
+        limit: int,
+        score_threshold: float | None,
+        user_id: str | None,
+        exclude_user_id: str | None,
+        source: Source | str | None,
+        min_confidence: float | None,
+        since: int | None,
+        until: int | None,
+        history: bool,
+    ) -> SearchRequest:
+        """Check what a caller gave."""
+        return cls(
+            axes=query.axes if isinstance(query, StateSnapshot) else Axes(query),
+            limit=check_integer("limit", limit, 1, MAX_INTEGER),
+            score_threshold=-math.inf
+            if score_threshold is None
+            else check_number("score_threshold", score_threshold),
+            user_id=None if user_id is None else check_user_id(user_id),
+            exclude_user_id=None if exclude_user_id in (None, "") else check_user_id(exclude_user_id),
+            source=None if source is None else check_source(source),
+            min_confidence=None if min_confidence is None else check_unit("min_confidence", min_confidence),
+            since=None if since is None else check_time_ms(since, "since"),
+            until=None if until is None else check_time_ms(until, "until"),
+            history=check_flag("history", history),
+        )
 
     def admits(self, snapshot: StateSnapshot) -> bool:
         """Whether a snapshot passes the filters."""
@@ -131,20 +153,183 @@ class SearchRequest:
         )
 
 
-def check_snapshot(value: object) -> StateSnapshot:
-    if isinstance(value, StateSnapshot):
-        return value
-    raise ValidationError(f"snapshot: a StateSnapshot is needed, got {type_name(value)}")
+class Backend(Protocol):
+    """A database of users and their states.
+
+    ``name`` is that of the engine; ``batch_size`` how many snapshots or users one step of a long operation takes;
+    ``schema`` the axes, known once it ``is_open``. ``native_snapshots``: it takes snapshots of its own, and is changed
+    in place by a restore. A method that a user's id or a snapshot is given gets it checked.
+    """
+
+    name: str
+    batch_size: int
+    is_open: bool
+    schema: Schema
+    native_snapshots: bool
+
+    async def open(self) -> None:
+        """Make ready what is needed, such as tables or a collection; harmless when repeated."""
+        ...
+
+    def begin(self, operation: Callable[[Any], Coroutine[Any, Any, T]]) -> Coroutine[Any, Any, T]:
+        """The coroutine of an operation on this backend; one that opens itself on first use does so there."""
+        ...
+
+    def cached(self, user_id: str) -> StateSnapshot | None:
+        """The latest snapshot where memory has it. Safe without a lock: it only looks."""
+        ...
+
+    async def find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
+        """The latest snapshots of those of these users who have one, in this order."""
+        ...
+
+    async def history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]:
+        """What the history of a user shows within a window, newest first."""
+        ...
+
+    async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
+        """Write each as if it came alone, in this order: the newest time of a user wins."""
+        ...
+
+    async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None:
+        """Write a snapshot if ``expected`` is the latest, None for none; else raise ConflictError."""
+        ...
+
+    async def delete(self, user_id: str) -> bool:
+        """Remove all of a user; True if there was anything."""
+        ...
+
+    async def search(self, request: SearchRequest) -> list[Match]:
+        """The most similar snapshots that the request admits, best first."""
+        ...
+
+    async def users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
+        """A page of users."""
+        ...
+
+    async def states(self, cursor: Cursor) -> tuple[list[StateSnapshot], Cursor]:
+        """A page of users' states, all that history shows of each and the latest, oldest first.
+
+        For each user as it was at one moment.
+        """
+        ...
+
+    async def count(self) -> int:
+        """How many users there are."""
+        ...
+
+    async def count_page(self, cursor: Cursor) -> tuple[int, Cursor]:
+        """How many snapshots the histories of a page of users show."""
+        ...
+
+    async def prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
+        """Remove what the histories of a page of users hide; how many snapshots that was."""
+        ...
+
+    async def stage(self, token: str) -> Backend:
+        """What is written to the backend that this gives takes the place of the contents when adopted."""
+        ...
+
+    async def adopt(self, staged: Any) -> None:
+        """Let what was staged take the place of the contents."""
+        ...
+
+    async def discard(self, staged: Any) -> None:
+        """Give up what was staged."""
+        ...
+
+    async def look(self, seconds: float) -> Health:
+        """How it is and how much it holds, found out within so many seconds."""
+        ...
+
+
+class NativeBackend(Backend, Protocol):
+    """A backend with ``native_snapshots``."""
+
+    async def create_native(self, request: SnapshotRequest, location: str) -> SnapshotReport | None:
+        """Take a snapshot of the database's own; None where a portable one will do and is needed."""
+        ...
+
+    async def restore_native(self, path: Path, sha256: str) -> None:
+        """Let the database replace the collection by what a snapshot of its own holds."""
+        ...
+
+
+class Place(Protocol):
+    """Where the backend of a store is, and how its operations get there.
+
+    ``location`` is what open_store opens it with; ``engine`` the name of the engine, "qdrant" before it is known.
+    ``is_shown``: it can be asked how it is without awaiting, as a notebook does.
+    """
+
+    location: str
+    is_shown: bool
+
+    @property
+    def engine(self) -> str:
+        """See above."""
+        ...
+
+    async def open(self) -> Backend:
+        """Open what the store has not opened yet; raises StoreLockedError, SchemaMismatchError."""
+        ...
+
+    async def drive(self, body: Coroutine[Any, Any, T], *, long: bool = False) -> T:
+        """Run one piece of an operation; ``long``: where it holds up nobody, such as in a worker thread."""
+        ...
+
+    async def close(self) -> None:
+        """Release everything."""
+        ...
+
+    def signs(self, latency_ms: float) -> list[str]:
+        """What is known of trouble besides what a look found."""
+        ...
+
+
+class _ClosedBackend:
+    """What a closed store has in place of its backend: every use raises."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise closed_error()
+
+
+class _UnopenedBackend:
+    """What a store has in place of its backend until it is opened."""
+
+    batch_size = BATCH_SIZE
+    is_open = False
+    native_snapshots = False
+
+    def cached(self, user_id: str) -> None:
+        """Nothing is known before opening."""
+
+
+CLOSED = cast("Backend", _ClosedBackend())
+UNOPENED = cast("Backend", _UnopenedBackend())
 
 
 def check_expected(expected: object) -> None:
+    """Raise ValidationError unless a caller gave what a write can be conditional on."""
     if not (expected is ANY or expected is None or isinstance(expected, StateSnapshot)):
         raise ValidationError(f"expected: a StateSnapshot, None or ANY is needed, got {type_name(expected)}")
+
+
+def check_state(schema: Schema, snapshot: object) -> StateSnapshot:
+    """A snapshot that a store with this schema can keep."""
+    if not isinstance(snapshot, StateSnapshot):
+        raise ValidationError(f"snapshot: a StateSnapshot is needed, got {type_name(snapshot)}")
+    schema.check(snapshot.axes)
+    return snapshot
 
 
 def conflict_error(
     user_id: str, expected: StateSnapshot | None, found: StateSnapshot | None
 ) -> ConflictError:
+    """What a conditional write raises that found another snapshot, or none."""
+
     def at(snapshot: StateSnapshot | None) -> str:
         return "none" if snapshot is None else f"one of {snapshot.updated_at_unix_ms}"
 
@@ -154,14 +339,12 @@ def conflict_error(
     )
 
 
-BATCH_SIZE = 64  # snapshots or users in one step of a long operation: about 5 ms on the slowest engine
-
-
-Cursor = Any  # where the next page begins: known to the engine alone; None begins
-
-
 def clamp_score(score: float) -> float:
-    return max(-1.0, min(1.0, score))  # rounding may lead out of the range of a cosine
+    """A cosine within its range, which rounding may have left."""
+    return max(-1.0, min(1.0, score))
 
 
-STATUS_TIMEOUT = 5.0  # seconds
+def page_of_ids(remaining: Any, size: int) -> tuple[list[str], Any]:
+    """A page of ids that are in memory, and the cursor to the next one."""
+    page = list(itertools.islice(remaining, size))
+    return page, remaining if len(page) == size else None

@@ -1,20 +1,486 @@
-"""The operations of a store, written once for both forms."""
+"""The operations of a store, written once: a synchronous store runs them, an asynchronous one awaits them."""
 
 from __future__ import annotations
 
 import itertools
 import random
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, cast
 
-from attuned.base.errors import ConflictError, T, ValidationError, short_id, type_name
-from attuned.base.values import SnapshotFields, StateSnapshot, check_user_id
-from attuned.connections.runtime import async_sleep
-from attuned.states.contract import BATCH_SIZE, Cursor
+import attrs
+
+from attuned.base.config import check_callable, check_flag, check_positive
+from attuned.base.errors import (
+    SLOW_LOGGER,
+    BackendError,
+    ConflictError,
+    StoreClosedError,
+    StoreError,
+    T,
+    ValidationError,
+    closed_error,
+    short_id,
+    type_name,
+    unknown_user_error,
+)
+from attuned.base.html import History
+from attuned.base.telemetry import id_for_logs
+from attuned.base.values import (
+    ANY,
+    MAX_INTEGER,
+    Expected,
+    Health,
+    Match,
+    SnapshotFields,
+    SnapshotReport,
+    StateSnapshot,
+    check_integer,
+    check_user_id,
+)
+from attuned.connections.runtime import Pager, Waits, run
+from attuned.snapshots.archive import check_progress
+from attuned.snapshots.directory import (
+    PortableSnapshotWriter,
+    SnapshotFile,
+    SnapshotOrigin,
+    SnapshotRequest,
+)
+from attuned.states.contract import (
+    CLOSED,
+    UNOPENED,
+    Backend,
+    Cursor,
+    HistoryWindow,
+    NativeBackend,
+    Place,
+    SearchRequest,
+    check_expected,
+    check_state,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+
+    from attuned.snapshots.archive import Progress
 
 
-def check_update(user_id: str, latest: StateSnapshot | None, new: object) -> StateSnapshot | None:
+class Operations:
+    """What a store does, over a backend and the place where that is."""
+
+    STATUS_TIMEOUT = 5.0  # seconds that a look at a server may take
+
+    def __init__(self, backend: Backend, place: Place, waits: Waits, *, collection: str) -> None:
+        self.backend = backend
+        self.place = place
+        self.waits = waits
+        self.collection = collection
+        self.slow_ms: float | None = None  # a piece that takes longer is logged
+
+    # The life of a store
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the store has been closed."""
+        return self.backend is CLOSED
+
+    def check_open(self) -> None:
+        """Raise StoreClosedError where the store has been closed."""
+        if self.backend is CLOSED:
+            raise closed_error()
+
+    async def open(self) -> None:
+        """Make ready what checks need: open what is not open yet, or connect."""
+        if self.backend is UNOPENED:
+            backend = await self.place.open()
+            if self.backend is UNOPENED:  # else another task was faster, or has closed the store
+                self.backend = backend
+            elif self.backend is CLOSED:
+                await self.place.close()
+        self.check_open()
+        if not self.backend.is_open:
+            await self.place.drive(self.backend.open())
+
+    def axes(self) -> tuple[str, ...]:
+        """The axes of the store, which must be open."""
+        self.check_open()
+        if not self.backend.is_open:
+            raise StoreError("the axes are known once the store is open: await an operation first")
+        return self.backend.schema.axes
+
+    async def close(self) -> None:
+        """Release everything; harmless when repeated."""
+        was_open, self.backend = self.backend is not CLOSED, CLOSED
+        if was_open:
+            await self.place.close()
+
+    async def _drive(
+        self,
+        name: str,
+        operation: Callable[[Any], Coroutine[Any, Any, T]],
+        about: object = None,
+        *,
+        long: bool = False,
+    ) -> T:
+        """Run a piece of an operation, which may run while no other one does, and look how long it takes.
+
+        Pieces of bulk operations, which hold as much as fits, are not looked at: whoever calls these expects to
+        wait. They have no name.
+        """
+        if self.backend is UNOPENED:
+            await self.open()
+        began = time.perf_counter()
+        try:
+            return await self.place.drive(self.backend.begin(operation), long=long)
+        finally:
+            took_ms = (time.perf_counter() - began) * 1000
+            if name and self.slow_ms and took_ms > self.slow_ms:
+                user_id = id_for_logs(about)
+                whose = "" if user_id is None else f", user {user_id!r}"
+                SLOW_LOGGER.warning("slow: %s took %.0f ms on %s%s", name, took_ms, self.place.engine, whose)
+
+    # Single states
+
+    async def upsert_latest(self, snapshot: StateSnapshot, expected: Expected = ANY) -> None:
+        """See StateStore.upsert_latest."""
+
+        async def write(backend: Backend) -> None:
+            check_state(backend.schema, snapshot)
+            check_expected(expected)
+            if expected is ANY:
+                await backend.write([snapshot])
+            else:
+                await backend.write_expected(snapshot, expected)
+
+        await self._drive("upsert", write, snapshot)
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        """See StateStore.get_latest."""
+        cached = self.backend.cached(user_id)
+        if cached is not None:
+            return cached
+        check_user_id(user_id)
+        found: dict[str, StateSnapshot] = await self._drive(
+            "get", lambda backend: backend.find([user_id]), user_id
+        )
+        return found.get(user_id)
+
+    async def update(self, user_id: str, fn: Callable[..., Any], attempts: int) -> StateSnapshot | None:
+        """See StateStore.update."""
+        check_callable("fn", fn)
+        for attempt in range(check_integer("attempts", attempts, 1, MAX_INTEGER)):
+            latest = await self.get_latest(user_id)
+            new = _check_update(user_id, latest, await self.waits.ask(fn, latest))
+            if new is None:
+                return latest
+            try:
+                await self.upsert_latest(new, latest)
+            except ConflictError as conflict:
+                if conflict.ambiguous:
+                    raise
+                # Full jitter, none after the first; see Marc Brooker, "Exponential Backoff And Jitter", AWS
+                # Architecture Blog, 2015.
+                await self.waits.sleep(
+                    random.uniform(0.0, min(0.1, 0.001 * 2.0**attempt)) if attempt else 0.0
+                )
+            else:
+                return new
+        raise ConflictError(
+            f"user {short_id(user_id)!r}: still in conflict after {attempts} attempts; try again later"
+        )
+
+    async def patch(self, user_id: str, axes: Mapping[str, float], fields: SnapshotFields) -> StateSnapshot:
+        """See StateStore.patch."""
+        first = StateSnapshot(user_id, {}, updated_at_unix_ms=0).patched(
+            axes, **fields
+        )  # checks, before any read
+
+        def merge(latest: StateSnapshot | None) -> StateSnapshot:
+            return first if latest is None else latest.patched(axes, **fields)
+
+        return cast("StateSnapshot", await self.update(user_id, merge, 32))
+
+    async def delete(self, user_id: str) -> bool:
+        """See StateStore.delete."""
+        check_user_id(user_id)
+        return await self._drive("delete", lambda backend: backend.delete(user_id), user_id)
+
+    async def get_history(
+        self, user_id: str, limit: int, since: int | None, until: int | None
+    ) -> list[StateSnapshot]:
+        """See StateStore.get_history."""
+        check_user_id(user_id)
+        window = HistoryWindow.of(limit, since, until)
+        return History(
+            await self._drive("history", lambda backend: backend.history(user_id, window), user_id)
+        )
+
+    async def states_to_plot(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        """The newest snapshots of a user, or the latest alone where there is no history."""
+        return await self.get_history(user_id, limit, None, None) or [await self.latest_or_raise(user_id)]
+
+    async def latest_or_raise(self, user_id: str) -> StateSnapshot:
+        """The latest snapshot of a user, or UserNotFoundError."""
+        latest = await self.get_latest(user_id)
+        if latest is None:
+            raise unknown_user_error(user_id)
+        return latest
+
+    async def search(
+        self,
+        query: StateSnapshot | Mapping[str, float] | str,
+        *,
+        exclude_user_id: str | None,
+        **options: Any,
+    ) -> list[Match]:
+        """See StateStore.search_similar."""
+        if isinstance(query, str):
+            if exclude_user_id is None:
+                exclude_user_id = query
+            query = await self.latest_or_raise(query)
+        request = SearchRequest.of(query, exclude_user_id=exclude_user_id, **options)
+        return await self._drive("search", lambda backend: backend.search(request))
+
+    # Many states
+
+    async def upsert_many(self, snapshots: Iterable[StateSnapshot], progress: Progress | None) -> int:
+        """See StateStore.upsert_many."""
+        self.check_open()
+        progress = check_progress(progress)
+        await self.open()
+        written = 0
+        total = len(cast("Any", snapshots)) if hasattr(snapshots, "__len__") else None
+        try:
+            for batch in self._batches(snapshots):
+                await self._write(batch)
+                written += len(batch)
+                progress(written, total)
+                await self.waits.pause()
+        except StoreError as error:
+            error.written = written
+            raise
+        return written
+
+    async def _write(self, batch: Sequence[StateSnapshot]) -> None:
+        await self._drive("", lambda backend: backend.write(batch))
+
+    def _batches(self, snapshots: Iterable[StateSnapshot]) -> Iterator[list[StateSnapshot]]:
+        """Cut into batches, checked before they are handed out: a list or tuple whole, others batch by batch.
+
+        An error of the caller's iterator is raised when what came before it has been dealt with.
+        """
+        if isinstance(snapshots, StateSnapshot) or not isinstance(snapshots, Iterable):
+            raise ValidationError(
+                f"snapshots: an iterable of StateSnapshot is needed, got {type_name(snapshots)}"
+            )
+        schema, size = self.backend.schema, self.backend.batch_size
+        known = isinstance(snapshots, list | tuple)
+        if known:
+            for snapshot in snapshots:
+                check_state(schema, snapshot)
+        failures: list[Exception] = []
+
+        def until_failure() -> Iterator[StateSnapshot]:
+            try:
+                yield from snapshots
+            except Exception as failure:  # noqa: BLE001 - it is raised again
+                failures.append(failure)
+
+        remaining = until_failure()
+        while batch := list(itertools.islice(remaining, size)):
+            if not known:
+                for snapshot in batch:
+                    check_state(schema, snapshot)
+            yield batch
+        for failure in failures:
+            raise failure
+
+    async def get_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
+        """See StateStore.get_many."""
+        self.check_open()
+        if isinstance(user_ids, str) or not isinstance(user_ids, Iterable):
+            raise ValidationError(f"user_ids: an iterable of user ids is needed, got {type_name(user_ids)}")
+        asked = list(dict.fromkeys(check_user_id(user_id) for user_id in user_ids))
+        if asked and self.backend is UNOPENED:
+            await self.open()
+        found: dict[str, StateSnapshot] = {}
+        for start in range(0, len(asked), max(1, self.backend.batch_size)):
+            if start:
+                await self.waits.pause()
+            found.update(await self._find(asked[start : start + self.backend.batch_size]))
+        return found
+
+    async def _find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
+        return await self._drive("get_many", lambda backend: backend.find(user_ids))
+
+    def users(self) -> Pager[list[str]]:
+        """The pages of all user ids."""
+        return self._pages("users", lambda backend, cursor: backend.users(cursor))
+
+    def states(self) -> Pager[list[StateSnapshot]]:
+        """The pages of all states, each user's together."""
+        return self._pages("", lambda backend, cursor: backend.states(cursor))
+
+    def _pages(
+        self, name: str, fetch: Callable[[Backend, Cursor], Coroutine[Any, Any, tuple[T, Cursor]]]
+    ) -> Pager[T]:
+        async def page(cursor: Cursor) -> tuple[T, Cursor]:
+            return await self._drive(name, lambda backend: fetch(backend, cursor))
+
+        return Pager(page, self.waits)
+
+    async def count(self, *, history: bool) -> int:
+        """See StateStore.count."""
+        if not check_flag("history", history):
+            return await self._drive("count", lambda backend: backend.count())
+        return await self._sum(self._pages("count", lambda backend, cursor: backend.count_page(cursor)))
+
+    async def prune(self) -> int:
+        """See StateStore.prune."""
+        return await self._sum(self._pages("", lambda backend, cursor: backend.prune_page(cursor)))
+
+    async def _sum(self, pages: Pager[int]) -> int:
+        total = 0
+        while (number := await pages.next()) is not None:
+            total += number
+        return total
+
+    # How it is
+
+    async def health(self) -> Health:
+        """See StateStore.health."""
+        started = time.perf_counter()
+        place = self.place
+        try:
+            found = await self._look(self.STATUS_TIMEOUT)
+        except StoreError as error:
+            latency_ms = (time.perf_counter() - started) * 1000
+            location = place.location if place.engine not in ("memory", "qdrant") else None
+            return Health("unhealthy", place.engine, latency_ms, location=location, message=str(error))
+        latency_ms = (time.perf_counter() - started) * 1000
+        signs = place.signs(latency_ms)
+        return attrs.evolve(
+            found,
+            status="degraded" if found.status == "healthy" and signs else found.status,
+            latency_ms=latency_ms,
+            location=None if place.engine == "memory" else place.location,
+            message="; ".join(filter(None, [found.message, *signs])),
+        )
+
+    async def _look(self, seconds: float) -> Health:
+        if self.backend is UNOPENED:
+            await self.open()
+        return await self.place.drive(self.backend.look(seconds))
+
+    async def wait_until_ready(self, timeout: float) -> None:  # noqa: ASYNC109 - as in the public method
+        """See StateStore.wait_until_ready."""
+        self.check_open()
+        check_positive("timeout", timeout, zero=True)
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                await self._look(max(0.01, min(deadline - time.monotonic(), self.STATUS_TIMEOUT)))
+            except BackendError as error:
+                left = deadline - time.monotonic()
+                if left <= 0 or not error.retryable:
+                    raise
+                await self.waits.sleep(min(0.25, left))
+            else:
+                return
+
+    # Backups
+
+    def origin(self) -> SnapshotOrigin:
+        """Which store a snapshot is of."""
+        return SnapshotOrigin(self.place.location, self.place.engine, self.collection)
+
+    async def create_snapshot(
+        self, progress: Progress | None, *, directory: Any, kind: Any, **fields: Any
+    ) -> SnapshotReport:
+        """See StateStore.create_snapshot."""
+        self.check_open()
+        progress = check_progress(progress)
+        request = SnapshotRequest.of(
+            directory, kind, cast("Any", fields), native=self.backend.native_snapshots
+        )
+        await self.open()
+        if request.kind == "native":
+            backend = cast("NativeBackend", self.backend)
+            report = await self.place.drive(backend.create_native(request, self.place.location))
+            if report is not None:
+                return report
+            request = attrs.evolve(request, kind="portable")
+        with PortableSnapshotWriter(request, self.origin(), self.axes()) as writer:
+            pages = self.states()
+            while (states := await pages.next()) is not None:
+                progress(writer.add(states), None)
+            return await self.waits.call(writer.finish)
+
+    async def restore_snapshot(self, path: Any, mode: str, progress: Progress | None) -> SnapshotReport:
+        """See StateStore.restore_snapshot."""
+        self.check_open()
+        progress = check_progress(progress)
+        saved = SnapshotFile(path)
+        saved.check_mode(mode, native=self.backend.native_snapshots)
+        await self.open()
+        if saved.kind == "native":
+            await self.waits.call(saved.verify)
+            backend = cast("NativeBackend", self.backend)
+            await self.place.drive(backend.restore_native(saved.path, saved.sha256))
+        elif mode == "replace":
+            if (
+                self.backend.native_snapshots
+            ):  # a server is changed in place: all must be known to be right before
+                await self._verify(saved, progress)
+            await self.replace(saved.sha256, lambda staged: staged.write_from(saved, progress))
+        else:
+            await self._verify(saved, progress)
+            await self.write_from(saved, progress, skip_known=mode == "skip")
+        return saved.report(self.place.location)
+
+    async def replace(self, token: str, fill: Callable[[Operations], Awaitable[object]]) -> None:
+        """Let ``fill`` write to an empty store, which then takes the place of the contents.
+
+        At a failure it is given up. A server is changed in place, and marked with the token until the end.
+        """
+        backend = await self._drive("", lambda backend: backend.stage(token), long=True)
+        staged = Operations(backend, self.place, self.waits, collection=self.collection)
+        try:
+            await fill(staged)
+            await self._drive("", lambda backend: backend.adopt(staged.backend), long=True)
+        except BaseException:
+            await self.waits.shielded(self._discard(staged))
+            raise
+
+    async def _discard(self, staged: Operations) -> None:
+        try:
+            await self._drive("", lambda backend: backend.discard(staged.backend), long=True)
+        except StoreClosedError:
+            return  # the next opening removes it
+
+    async def _verify(self, saved: SnapshotFile, progress: Progress) -> None:
+        for done in saved.verifying(self.axes()):
+            progress(done, None)
+            await self.waits.pause()
+
+    async def write_from(self, saved: SnapshotFile, progress: Progress, *, skip_known: bool = False) -> None:
+        """Write what a portable snapshot holds, of users who are not there yet or of all."""
+        done, adding = 0, None  # ``adding``: a new user whose snapshots may go on in the next batch
+        for batch in saved.batches(self.backend.batch_size, self.axes()):
+            done += len(batch)
+            chosen = batch
+            if skip_known:
+                known = await self._find(list(dict.fromkeys(each.user_id for each in batch)))
+                chosen = [each for each in batch if each.user_id not in known or each.user_id == adding]
+                adding = chosen[-1].user_id if chosen and chosen[-1] is batch[-1] else None
+            if chosen:
+                await self._write(chosen)
+            progress(done, saved.total)
+            await self.waits.pause()
+
+
+def _check_update(user_id: str, latest: StateSnapshot | None, new: object) -> StateSnapshot | None:
     """Check what the function of an ``update`` gave."""
     if new is None:
         return None
@@ -32,151 +498,37 @@ def check_update(user_id: str, latest: StateSnapshot | None, new: object) -> Sta
     return new
 
 
-def backoff(attempt: int, *, base: float = 0.001, cap: float = 0.1) -> float:
-    """Seconds to wait after a failed attempt, counted from 0: full jitter, none after the first.
+class UserIterator:
+    """The users of a store: iterated in place, or awaited."""
 
-    Source: Marc Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
-    """
-    return random.uniform(0.0, min(cap, base * 2.0**attempt)) if attempt else 0.0
-
-
-def next_page(remaining: Iterator[str]) -> tuple[list[str], Iterator[str] | None]:
-    """A page of ids that are in memory, and the cursor to the next one."""
-    page = list(itertools.islice(remaining, BATCH_SIZE))
-    return page, remaining if len(page) == BATCH_SIZE else None
-
-
-def check_batches(
-    snapshots: Iterable[StateSnapshot], check: Callable[[StateSnapshot], object], size: int
-) -> Iterator[list[StateSnapshot]]:
-    """Cut into batches, checked before they are handed out: a list or tuple whole, others batch by batch."""
-    if isinstance(snapshots, StateSnapshot) or not isinstance(snapshots, Iterable):
-        raise ValidationError(
-            f"snapshots: an iterable of StateSnapshot is needed, got {type_name(snapshots)}"
-        )
-    known = isinstance(snapshots, list | tuple)
-    if known:
-        for snapshot in snapshots:
-            check(snapshot)
-    failures: list[Exception] = []
-    remaining = _until_failure(iter(snapshots), failures)
-    while batch := list(itertools.islice(remaining, size)):
-        if not known:
-            for snapshot in batch:
-                check(snapshot)
-        yield batch
-    for failure in failures:
-        raise failure
-
-
-def _until_failure(items: Iterator[T], failures: list[Exception]) -> Iterator[T]:
-    """Note an error of the caller's iterator, so that what came before it is dealt with first."""
-    try:
-        yield from items
-    except Exception as failure:  # noqa: BLE001 - it is raised again
-        failures.append(failure)
-
-
-def known_length(snapshots: Iterable[StateSnapshot]) -> int | None:
-    try:
-        return len(cast("Any", snapshots))
-    except TypeError:
-        return None
-
-
-def id_batches(user_ids: Iterable[str], size: int) -> Iterator[list[str]]:
-    if isinstance(user_ids, str) or not isinstance(user_ids, Iterable):
-        raise ValidationError(f"user_ids: an iterable of user ids is needed, got {type_name(user_ids)}")
-    checked = list(dict.fromkeys(check_user_id(user_id) for user_id in user_ids))
-    return (checked[start : start + size] for start in range(0, len(checked), size))
-
-
-def patch_function(
-    user_id: str, axes: Mapping[str, float], fields: SnapshotFields
-) -> Callable[[StateSnapshot | None], StateSnapshot]:
-    """The function of the update that a patch is."""
-    patch = StateSnapshot(user_id, {}, updated_at_unix_ms=0).patched(axes, **fields)  # raises before any read
-
-    def merge(latest: StateSnapshot | None) -> StateSnapshot:
-        return patch if latest is None else latest.patched(axes, **fields)
-
-    return merge
-
-
-def gave_up_error(user_id: str, attempts: int) -> ConflictError:
-    return ConflictError(
-        f"user {short_id(user_id)!r}: still in conflict after {attempts} attempts; try again later"
-    )
-
-
-def numbered_batches(batches: Iterable[list[StateSnapshot]]) -> Iterator[tuple[int, list[StateSnapshot]]]:
-    """With every batch, how many snapshots there are by its end."""
-    done = 0
-    for batch in batches:
-        done += len(batch)
-        yield done, batch
-
-
-def iterate_pages(page: Callable[[Cursor], tuple[T, Cursor]]) -> Iterator[T]:
-    """What the pages of a store hold, one after another."""
-    held, cursor = page(None)
-    yield held
-    while cursor is not None:
-        held, cursor = page(cursor)
-        yield held
-
-
-class NewUsers:
-    """The snapshots of users whom a store did not have before; each user's come together."""
-
-    def __init__(self) -> None:
-        self._adding: str | None = None  # whose snapshots may go on in the next batch
-
-    def among(
-        self, batch: Sequence[StateSnapshot], there: Mapping[str, StateSnapshot]
-    ) -> list[StateSnapshot]:
-        """Those of a batch, of whose users these are there by now."""
-        chosen = [each for each in batch if each.user_id not in there or each.user_id == self._adding]
-        self._adding = chosen[-1].user_id if chosen and chosen[-1] is batch[-1] else None
-        return chosen
-
-
-class AsyncPages(AsyncIterator[T]):
-    """The asynchronous form of iterate_pages, in which other tasks run between two of them.
-
-    Not an asynchronous generator, which would want closing when an iteration is left early.
-    """
-
-    def __init__(self, page: Callable[[Cursor], Awaitable[tuple[T, Cursor]]]) -> None:
-        self._page = page
-        self._cursor: Cursor = None
-        self._begun = False
-
-    async def __anext__(self) -> T:
-        if self._begun:
-            if self._cursor is None:
-                raise StopAsyncIteration
-            await async_sleep(0)
-        held, self._cursor = await self._page(self._cursor)
-        self._begun = True
-        return held
-
-
-class UserPages(AsyncIterator[str]):
-    """The users of one page after another."""
-
-    def __init__(self, pages: AsyncIterator[list[str]]) -> None:
+    def __init__(self, pages: Pager[list[str]]) -> None:
         self._pages = pages
         self._ready: deque[str] = deque()
+        self._ended = False
 
-    async def __anext__(self) -> str:
-        while not self._ready:
-            self._ready.extend(await anext(self._pages))
+    async def fill(self) -> None:
+        """Get users ready, unless there are some or no more."""
+        while not self._ready and not self._ended:
+            page = await self._pages.next()
+            self._ended = page is None
+            self._ready.extend(page or ())
+
+    def __iter__(self) -> UserIterator:
+        return self
+
+    def __next__(self) -> str:
+        if not self._ready:
+            run(self.fill())
+            if not self._ready:
+                raise StopIteration
         return self._ready.popleft()
 
+    def __aiter__(self) -> UserIterator:
+        return self
 
-async def sum_pages(pages: AsyncIterator[int]) -> int:
-    total = 0
-    async for count in pages:
-        total += count
-    return total
+    async def __anext__(self) -> str:
+        if not self._ready:
+            await self.fill()
+            if not self._ready:
+                raise StopAsyncIteration
+        return self._ready.popleft()

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import os
-import threading
 import weakref
 from bisect import bisect_left
-from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import attrs
 from cachetools import FIFOCache
 
 from attuned.base.codec import make_point_id
-from attuned.base.errors import MissingDependencyError, SchemaMismatchError, StoreError, T
+from attuned.base.errors import StoreError, T
 from attuned.base.values import MAX_TIME_MS, StateSnapshot, time_of
-from attuned.connections.files import OPEN, Directory
-from attuned.connections.runtime import run_in_thread
-from attuned.engines.embedded import engine_class
 from attuned.engines.waist import EmbeddedEngine, Filter, Point, Record
-from attuned.snapshots.directory import absolute_path
-from attuned.states.contract import BATCH_SIZE, Cursor, HistoryWindow, Retention, conflict_error
-from attuned.states.operations import next_page
+from attuned.states.contract import Cursor, HistoryWindow, Retention, conflict_error, page_of_ids
 from attuned.states.points import PointsBackend, decode_snapshot, payload_field
 
 if TYPE_CHECKING:
@@ -111,10 +102,13 @@ class OwnedBackend(PointsBackend):
 
     async def open(self) -> None:
         """Open the collection, and learn what an engine without indexes cannot be asked."""
+        if self.is_open:
+            return
         await self._files.drop(self._beside)  # a process that was killed may have left it
         self.schema = await self._open_schema()
         if not self.engine.indexed:
             await self._learn_times()
+        self.is_open = True
 
     async def _learn_times(self) -> None:
         cursor, histories = None, list[tuple[str, int]]()
@@ -153,7 +147,7 @@ class OwnedBackend(PointsBackend):
                 keep_in_cache(self._latest, snapshot.user_id, snapshot)
         return {user_id: found[user_id] for user_id in user_ids if user_id in found}
 
-    async def get_history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]:
+    async def history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]:
         least = max(window.since, self._retention.cutoff())
         recent = self._recent.get(user_id)
         if recent is None or not covers_window(recent, window, least):
@@ -184,13 +178,13 @@ class OwnedBackend(PointsBackend):
             snapshots = [latest, *snapshots][:wanted]
         return snapshots
 
-    async def page_of_users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
+    async def users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
         if self.engine.indexed:
-            return await super().page_of_users(cursor)
-        return next_page(iter(list(self._times)) if cursor is None else cursor)
+            return await super().users(cursor)
+        return page_of_ids(iter(list(self._times)) if cursor is None else cursor, self.batch_size)
 
-    async def count_users(self) -> int:
-        return await super().count_users() if self.engine.indexed else len(self._times)
+    async def count(self) -> int:
+        return await super().count() if self.engine.indexed else len(self._times)
 
     async def _count_by_user(self, user_ids: Sequence[str], least: int = 0) -> Mapping[str, int]:
         if self.engine.indexed:
@@ -351,16 +345,16 @@ class OwnedBackend(PointsBackend):
         if not self.engine.indexed:
             await self._learn_times()
 
-    async def page_of_states(self, cursor: Cursor) -> tuple[list[StateSnapshot], Cursor]:
-        """See PointsBackend.page_of_states."""
+    async def states(self, cursor: Cursor) -> tuple[list[StateSnapshot], Cursor]:
+        """See PointsBackend.states."""
         if self.engine.indexed:
-            return await super().page_of_states(cursor)
+            return await super().states(cursor)
         remaining: Iterator[str] = iter(list(self._times)) if cursor is None else cursor
         ids, latest, following = list[str](), dict[str, str](), None
         for user_id in remaining:
             latest[user_id] = make_point_id(user_id, "latest")
             ids += [make_point_id(user_id, time_ms) for time_ms in self._times.get(user_id, ())]
-            if len(ids) + len(latest) >= 2 * BATCH_SIZE:
+            if len(ids) + len(latest) >= 2 * self.batch_size:
                 following = remaining
                 break
         records = await self.engine.retrieve(self._collection, [*latest.values(), *ids])
@@ -380,67 +374,3 @@ class OwnedBackend(PointsBackend):
         self._latest.clear()
         self._recent.clear()
         self._times.clear()
-
-
-def open_directory(config: QdrantStoreConfig) -> tuple[Directory, OwnedBackend]:
-    """The opened directory and the core of a store; the directory is to be released."""
-    path = os.path.realpath(absolute_path(cast("str", config.path)))
-    kind = engine_class(Path(path), config)  # a missing library is found before anything is made
-    directory = OPEN.directory_at(path, config.durability, kind)
-    try:
-        _agree(path, "durability", directory.durability, config.durability)
-        with directory.opening:
-            return directory, _core_in(directory, config)
-    except BaseException:
-        directory.release()
-        raise
-
-
-def _core_in(directory: Directory, config: QdrantStoreConfig) -> OwnedBackend:
-    core: OwnedBackend | None = directory.cores.get(config.collection_name)
-    if core is None:
-        core = OwnedBackend(cast("EmbeddedEngine", directory.engine), config)
-        directory.drive(core.open())
-        directory.cores[config.collection_name] = core
-    for field in ("enable_history", "max_history_per_user", "history_retention_days"):
-        _agree(directory.path, field, getattr(core.config, field), getattr(config, field))
-    for field, there in (("axes", core.schema.axes), ("vector_size", core.schema.vector_size)):
-        _agree(directory.path, field, there, getattr(config, field) or there)
-    if config.engine not in ("auto", directory.engine.name):
-        _agree(directory.path, "engine", directory.engine.name, config.engine)
-    return core
-
-
-def _agree(path: str, field: str, there: object, asked: object) -> None:
-    if there != asked:
-        raise SchemaMismatchError(
-            f"{path}: already open in this process with {field}={there!r}; this store asks for {asked!r}"
-        )
-
-
-async def open_in_worker(config: QdrantStoreConfig) -> tuple[Directory, OwnedBackend]:
-    """Open in a worker thread; what it opens for a task that was cancelled meanwhile is released."""
-    try:
-        import_module("anyio")
-    except ImportError as error:
-        message = "an asynchronous store on disk needs anyio: pip install anyio"
-        raise MissingDependencyError(message) from error
-    lock, wanted, opened = threading.Lock(), [True], list[tuple[Directory, OwnedBackend]]()
-
-    def acquire() -> None:
-        found = open_directory(config)
-        with lock:
-            if wanted:
-                opened.append(found)
-                return
-        found[0].release()
-
-    try:
-        await run_in_thread(acquire)
-    except BaseException:
-        with lock:
-            wanted.clear()
-        for directory, _ in opened:
-            directory.release()
-        raise
-    return opened[0]

@@ -12,7 +12,7 @@ import attrs
 from attuned.base.codec import FORMAT_VERSION, Schema, make_point_id, pack_axes, unpack_axes
 from attuned.base.config import QdrantStoreConfig, check_axis_names
 from attuned.base.errors import BackendError, SchemaMismatchError, T, ValidationError
-from attuned.base.values import ANY, MAX_VECTOR_SIZE, Expected, Health, Match, StateSnapshot, check_integer
+from attuned.base.values import MAX_VECTOR_SIZE, Health, Match, StateSnapshot, check_integer
 from attuned.engines.waist import (
     AnyOf,
     CollectionSpec,
@@ -31,8 +31,6 @@ from attuned.states.contract import (
     HistoryWindow,
     Retention,
     SearchRequest,
-    check_expected,
-    check_snapshot,
     clamp_score,
 )
 
@@ -166,10 +164,13 @@ class PointsBackend(ABC):
     """
 
     schema: Schema
-    batch = BATCH_SIZE
+    batch_size = BATCH_SIZE
+    is_open = False
+    native_snapshots = False
 
     def __init__(self, engine: Engine, config: QdrantStoreConfig, collection: str | None = None) -> None:
         self.engine = engine
+        self.name = engine.name
         self.config = config
         self._collection = collection or config.collection_name
         self._retention = Retention.of(config)
@@ -183,7 +184,7 @@ class PointsBackend(ABC):
         """The latest snapshots of those of these users who have one."""
 
     @abstractmethod
-    async def get_history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]: ...
+    async def history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]: ...
 
     @abstractmethod
     async def write(self, snapshots: Sequence[StateSnapshot]) -> None: ...
@@ -196,7 +197,7 @@ class PointsBackend(ABC):
 
     @abstractmethod
     async def stage(self, token: str) -> PointsBackend:
-        """What is written to the core that this gives takes the place of the contents when adopted."""
+        """What is written to the backend that this gives takes the place of the contents when adopted."""
 
     @abstractmethod
     async def adopt(self, staged: PointsBackend) -> None:
@@ -226,38 +227,31 @@ class PointsBackend(ABC):
         collection = CollectionSpec(self._collection, fresh.vector_size, _INDEXES, wanted, accept)
         return accept(await self.engine.open_collection(collection))
 
-    def begin(self, operation: Callable[[PointsBackend], Coroutine[Any, Any, T]]) -> Coroutine[Any, Any, T]:
+    @abstractmethod
+    async def open(self) -> None:
+        """See Backend.open."""
+
+    def begin(self, operation: Callable[[Any], Coroutine[Any, Any, T]]) -> Coroutine[Any, Any, T]:
         """The coroutine of an operation; one that needs the collection opens it first."""
         return operation(self)
 
-    def check(self, snapshot: StateSnapshot) -> None:
-        """Raise ValidationError unless this is a snapshot that the store can keep."""
-        self.schema.check(check_snapshot(snapshot).axes)
-
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        """The latest snapshot of a user, as a step of other operations."""
         return (await self.find([user_id])).get(user_id)
 
-    async def upsert_latest(self, snapshot: StateSnapshot, expected: Expected) -> None:
-        self.check(snapshot)
-        check_expected(expected)
-        if expected is ANY:
-            await self.write([snapshot])
-        else:
-            await self.write_expected(snapshot, expected)
-
-    async def search(self, search: SearchRequest) -> list[Match]:
-        vector, where = self.schema.vector(search.axes), _where(search)
-        limit = min(search.limit, _MOST_MATCHES)
+    async def search(self, request: SearchRequest) -> list[Match]:
+        vector, where = self.schema.vector(request.axes), _where(request)
+        limit = min(request.limit, _MOST_MATCHES)
         while True:
             records = await self.engine.search(self._collection, vector, where, limit)
             found = ((decode_snapshot(record.payload), record.score) for record in records)
-            matches = [Match(entry, clamp_score(score)) for entry, score in found if search.admits(entry)]
-            if search.history:
+            matches = [Match(entry, clamp_score(score)) for entry, score in found if request.admits(entry)]
+            if request.history:
                 matches = await self._shown(matches)
-            if len(matches) >= search.limit or len(records) < limit or limit == _MOST_MATCHES:
+            if len(matches) >= request.limit or len(records) < limit or limit == _MOST_MATCHES:
                 break
             limit = min(4 * limit, _MOST_MATCHES)  # some were not to be shown: look further
-        return [match for match in matches[: search.limit] if match.score >= search.score_threshold]
+        return [match for match in matches[: request.limit] if match.score >= request.score_threshold]
 
     async def _shown(self, matches: list[Match]) -> list[Match]:
         """Those matches that history shows: one that is not yet trimmed holds more."""
@@ -272,15 +266,17 @@ class PointsBackend(ABC):
         times = await self._times_of(snapshot.user_id)
         return snapshot.updated_at_unix_ms in times[self._retention.hidden(times) :]
 
-    async def page_of_users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
-        page = await self.engine.page(self._collection, Filter((LATEST,)), limit=self.batch, cursor=cursor)
+    async def users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
+        page = await self.engine.page(
+            self._collection, Filter((LATEST,)), limit=self.batch_size, cursor=cursor
+        )
         return [str(payload_field(record, "user_id")) for record in page.records], page.cursor
 
-    async def count_users(self) -> int:
+    async def count(self) -> int:
         return await self.engine.count(self._collection, Filter((LATEST,)))
 
     async def count_page(self, cursor: Cursor) -> tuple[int, Cursor]:
-        user_ids, cursor = await self.page_of_users(cursor)
+        user_ids, cursor = await self.users(cursor)
         counts = await self._count_by_user(user_ids, self._retention.cutoff())
         return sum(min(self._retention.maximum, count) for count in counts.values()), cursor
 
@@ -292,7 +288,7 @@ class PointsBackend(ABC):
         return await self.engine.count_by(self._collection, "user_id", user_ids, where)
 
     async def prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
-        user_ids, cursor = await self.page_of_users(cursor)
+        user_ids, cursor = await self.users(cursor)
         hidden, removed = dict[str, list[int]](), 0
         for user_id in await self._overfull(user_ids):
             times = await self._times_of(user_id)
@@ -313,7 +309,7 @@ class PointsBackend(ABC):
         maximum = self._retention.maximum
         return [user_id for user_id, count in held.items() if count > min(maximum, shown.get(user_id, 0))]
 
-    async def page_of_states(self, cursor: _Reading | None) -> tuple[list[StateSnapshot], _Reading | None]:
+    async def states(self, cursor: _Reading | None) -> tuple[list[StateSnapshot], _Reading | None]:
         """All of what some users have, oldest first."""
         following, share = cursor or (None, 1)
         page = await self.engine.page(self._collection, Filter((LATEST,)), limit=share, cursor=following)
@@ -325,7 +321,7 @@ class PointsBackend(ABC):
 
     def _share(self, users: int, states: int) -> int:
         """How many users to read at once, going by those just read."""
-        return max(1, int(2 * self.batch * users / max(users, states, 1)))
+        return max(1, int(2 * self.batch_size * users / max(users, states, 1)))
 
     async def _histories(self, user_ids: Sequence[str]) -> list[Record]:
         if not (user_ids and self._retention.maximum):
@@ -352,7 +348,7 @@ class PointsBackend(ABC):
 
     async def look(self, seconds: float) -> Health:  # noqa: ARG002 - what is in the process is asked at once
         """How many users and how many points there are, found out within so many seconds."""
-        users = await self.count_users()
+        users = await self.count()
         points = await self.engine.count(self._collection, Filter())
         return Health("healthy", self.engine.name, 0.0, users, points)
 

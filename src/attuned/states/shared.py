@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import secrets
 import time
-import warnings
 from collections import Counter
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import urlsplit
 
 import attrs
 
 from attuned.base.codec import make_point_id
-from attuned.base.config import QdrantStoreConfig, is_loopback
 from attuned.base.errors import (
     LOGGER,
     BackendError,
@@ -20,16 +17,10 @@ from attuned.base.errors import (
     ConflictError,
     SnapshotError,
     T,
-    ValidationError,
-    brief,
-    forked_error,
     short_id,
 )
 from attuned.base.values import MAX_TIME_MS, Health, SnapshotReport, StateSnapshot
-from attuned.connections.files import OPEN
-from attuned.connections.runtime import run_blocking
-from attuned.engines.server import ServerEngine
-from attuned.engines.waist import Absent, Equal, ExecutionMode, Filter, Point, Put, Range, SharedEngine
+from attuned.engines.waist import Absent, Equal, Filter, Point, Put, Range, SharedEngine
 from attuned.snapshots.directory import NativeSnapshotWriter, SnapshotOrigin, SnapshotRequest
 from attuned.states.contract import HistoryWindow, conflict_error
 from attuned.states.points import LATEST, LINEAGE, MAX_COUNTED, PointsBackend, decode_snapshot, same_state
@@ -37,6 +28,8 @@ from attuned.states.points import LATEST, LINEAGE, MAX_COUNTED, PointsBackend, d
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
     from pathlib import Path
+
+    from attuned.base.config import QdrantStoreConfig
 
 
 def _is_marked(collection: Mapping[str, Any]) -> bool:
@@ -55,18 +48,18 @@ class SharedBackend(PointsBackend):
     whose own point is gone already still finds out whether it was ever there.
     """
 
-    batch = 500  # a request holds more than a step in the process
+    native_snapshots = True
+    batch_size = 500  # a request holds more than a step in the process
 
     def __init__(self, engine: SharedEngine, config: QdrantStoreConfig) -> None:
         super().__init__(engine, config)
         self._server = engine
-        self.is_open = False
         self._since_trim: dict[str, int] = {}
         self._latest: dict[str, tuple[float, StateSnapshot]] = {}
 
     async def begin(self, operation: Callable[[PointsBackend], Coroutine[Any, Any, T]]) -> T:
         """See PointsBackend.begin; a collection that somebody has dropped since is made again, once."""
-        await self.ensure_open()
+        await self.open()
         schema = self.schema
         try:
             return await operation(self)
@@ -75,10 +68,10 @@ class SharedBackend(PointsBackend):
                 raise
         if self.schema is schema:  # else another thread or task has opened it again already
             self.is_open = False
-        await self.ensure_open()
+        await self.open()
         return await operation(self)
 
-    async def ensure_open(self) -> None:
+    async def open(self) -> None:
         """Connect and open the collection, unless that has been done."""
         if not self.is_open:
             self.schema = await self._open_schema()
@@ -108,7 +101,7 @@ class SharedBackend(PointsBackend):
                 self._latest.clear()
             self._latest[snapshot.user_id] = (time.monotonic() + self.config.cache_ttl, snapshot)
 
-    async def get_history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]:
+    async def history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]:
         maximum = self._retention.maximum
         wanted = min(maximum, window.limit) if window.until == MAX_TIME_MS else maximum
         if wanted == 0 or window.limit == 0:
@@ -300,7 +293,7 @@ class SharedBackend(PointsBackend):
         self.is_open = False
         self.forget_everything()
         await self._server.upload_snapshot(await self._server.resolve(self._collection), path, sha256)
-        await self.ensure_open()
+        await self.open()
 
     async def stage(self, token: str) -> PointsBackend:
         """See PointsBackend.stage; the collection is changed in place, and marked until the end."""
@@ -323,7 +316,7 @@ class SharedBackend(PointsBackend):
             message = "another snapshot was restored meanwhile, or the collection made anew"
         else:
             written = Filter((LATEST, Equal("restored", restoring.token)))
-            if await self.engine.count(self._collection, written) == restoring.users:
+            if await self.engine.count(self._collection, written) == restoring.users_written:
                 return
             message = "users were written to while it was restored"
         raise SnapshotError(
@@ -346,11 +339,11 @@ class RestoringBackend(SharedBackend):
     when it is done again, and the others can be told from them.
     """
 
-    def __init__(self, core: SharedBackend, token: str) -> None:
-        super().__init__(core._server, core.config)
-        self.schema, self.is_open = core.schema, True
+    def __init__(self, backend: SharedBackend, token: str) -> None:
+        super().__init__(backend._server, backend.config)
+        self.schema, self.is_open = backend.schema, True
         self.token = token
-        self.users = 0  # written so far
+        self.users_written = 0  # written so far
         self._last = ""  # who may go on in the next batch
 
     async def begin(self, operation: Callable[[PointsBackend], Coroutine[Any, Any, T]]) -> T:
@@ -364,7 +357,7 @@ class RestoringBackend(SharedBackend):
         if self._retention.maximum:
             points += [self._point(each, each.updated_at_unix_ms, restored=self.token) for each in snapshots]
         await self._server.put(self._collection, [Put(points)])
-        self.users += len(last) - (self._last in last)
+        self.users_written += len(last) - (self._last in last)
         self._last = snapshots[-1].user_id
 
 
@@ -376,56 +369,3 @@ def _lost(user_id: str, *, ambiguous: bool) -> ConflictError:
     else:
         message = "was written by someone else first; read it again and retry, or use update()"
     return ConflictError(f"user {short_id(user_id)!r}: the latest snapshot {message}", ambiguous=ambiguous)
-
-
-class ServerConnection:
-    """A connection to a server, of one store."""
-
-    def __init__(self, engine: ServerEngine, core: SharedBackend, path: str) -> None:
-        self.engine = engine
-        self.core = core
-        self.path = path
-        self._orphaned = False
-        OPEN.connections.add(self)
-
-    def check_process(self) -> None:
-        """Raise StoreError in a forked child: two processes cannot share a connection."""
-        if self._orphaned:
-            raise forked_error(self.path)
-
-    def drive(self, flow: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine over a blocking connection to its end; many may run at once."""
-        try:
-            self.check_process()
-            return run_blocking(flow)
-        finally:
-            flow.close()
-
-    def release(self) -> None:
-        """Close the blocking connection."""
-        if not self._orphaned:
-            run_blocking(self.engine.close())
-
-    def abandon(self) -> None:
-        """Make every use in a forked child an error."""
-        self._orphaned = True
-        self.core.forget_everything()
-
-
-def connect_server(config: QdrantStoreConfig, runs: ExecutionMode) -> tuple[ServerConnection, SharedBackend]:
-    """A connection that is used first when it is needed, and the core over it."""
-    _warn_of_plain_key(config)
-    try:
-        engine = ServerEngine(config, runs)
-    except OSError as error:
-        message = f"verify: {brief(config.verify)} is no usable certificate: {error}"
-        raise ValidationError(message) from error
-    core = SharedBackend(engine, config)
-    return ServerConnection(engine, core, cast("str", config.url)), core
-
-
-def _warn_of_plain_key(config: QdrantStoreConfig) -> None:
-    parts = urlsplit(cast("str", config.url))
-    if config.api_key and parts.scheme == "http" and not is_loopback(str(parts.hostname)):
-        message = f"the api key is sent in the clear to {parts.hostname}: use https"
-        warnings.warn(message, UserWarning, stacklevel=4)
