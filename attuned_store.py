@@ -95,22 +95,8 @@ except ImportError as error:
     raise ImportError("attuned_store needs attrs and cachetools: pip install attrs cachetools") from error
 
 if TYPE_CHECKING:
-    import os
     import socket
-    from collections.abc import (
-        AsyncGenerator,
-        AsyncIterator,
-        Awaitable,
-        Callable,
-        Coroutine,
-        Generator,
-        Iterable,
-        Iterator,
-        Mapping,
-        MutableMapping,
-        Sequence,
-    )
-    from pathlib import Path
+    from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, MutableMapping
     from types import TracebackType
 
     from starlette.applications import Starlette
@@ -118,6 +104,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
 __version__ = "0.1.0"
+
 __all__ = [
     "ANY",
     "CANONICAL_AXES",
@@ -175,9 +162,11 @@ __all__ = [
 ]
 
 
-# -----------------------------------------------------------------------------
-# base.errors: The errors that stores raise, and how their messages show values
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# attuned.base.errors
+# The errors that stores raise, and how their messages show values.
+# ------------------------------------------------------------------------------------------------------------
+
 
 T = TypeVar("T")
 
@@ -352,58 +341,10 @@ def forked_error(place: str) -> StoreError:
     return StoreError(f"{place}: the store was opened before the fork; open it after the fork")
 
 
-# -----------------------------------------------------------------------------
-# connections.pools: Connection pools of HTTP clients
-# -----------------------------------------------------------------------------
-
-
-class ConnectionPools:
-    """Several small connection pools of httpx in the place of a large one.
-
-    For each request httpcore compares every connection with every other one, three times over: 64 idle ones
-    cost more than 2 ms (encode/httpcore#929). The first of the least busy pools is taken, so that one caller
-    stays on one connection.
-    """
-
-    CONNECTIONS = 8  # of a pool
-
-    def __init__(self, make: Callable[[int], Any], connections: int) -> None:
-        number = math.ceil(connections / self.CONNECTIONS)
-        self._pools = [make((connections + place) // number) for place in reversed(range(number))]
-        self._busy = [0] * len(self._pools)
-        self._lock = threading.Lock()
-
-    @contextlib.contextmanager
-    def _least_busy(self) -> Generator[Any]:
-        with self._lock:
-            place = self._busy.index(min(self._busy))
-            self._busy[place] += 1
-        try:
-            yield self._pools[place]
-        finally:
-            with self._lock:
-                self._busy[place] -= 1
-
-    def handle_request(self, request: Any) -> Any:
-        with self._least_busy() as pool:
-            return pool.handle_request(request)
-
-    async def handle_async_request(self, request: Any) -> Any:
-        with self._least_busy() as pool:
-            return await pool.handle_async_request(request)
-
-    def close(self) -> None:
-        for pool in self._pools:
-            pool.close()
-
-    async def aclose(self) -> None:
-        for pool in self._pools:
-            await pool.aclose()
-
-
-# -----------------------------------------------------------------------------
-# base.disk: Durable files and the locks of the operating system
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# attuned.base.disk
+# Durable files and the locks of the operating system.
+# ------------------------------------------------------------------------------------------------------------
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -498,9 +439,11 @@ def open_private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-# -----------------------------------------------------------------------------
-# base.values: The values that stores keep and answer with: snapshots, matches and reports
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# attuned.base.values
+# The values that stores keep and answer with: snapshots, matches and reports.
+# ------------------------------------------------------------------------------------------------------------
+
 
 CANONICAL_AXES: Final = (
     "cognitive_load",
@@ -841,7 +784,6 @@ class StateSnapshot:
         )
 
     def _repr_html_(self) -> str:
-
         return snapshot_html(self)
 
     def __reduce__(self) -> tuple[type[StateSnapshot], tuple[Any, ...]]:
@@ -986,406 +928,11 @@ def time_of(snapshot: StateSnapshot) -> int:
     return snapshot.updated_at_unix_ms
 
 
-# -----------------------------------------------------------------------------
-# connections.http: HTTP requests to a server: blocking or awaited, within a deadline
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# attuned.base.codec
+# How states become text, ids and vectors.
+# ------------------------------------------------------------------------------------------------------------
 
-
-class BlockingClient:
-    """A blocking client whose methods are coroutines, which never suspend."""
-
-    def __init__(self, client: object) -> None:
-        self.blocking = client
-
-    def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
-        method = getattr(self.blocking, name)
-
-        async def call(*arguments: Any, **options: Any) -> Any:
-            return method(*arguments, **options)
-
-        self.__dict__[name] = call
-        return call
-
-
-class ErrorOrigin(TypedDict):
-    """What every BackendError says of its origin."""
-
-    backend: str
-    operation: str
-
-
-_SAID_CHARACTERS = 200  # of what a server says, in an error message
-
-
-def server_error(error: Exception, operation: str, url: str) -> BackendError:
-    """What a failed request to a server means; the message says it in one line and holds no secret."""
-    import httpx
-    from qdrant_client.common.client_exceptions import QdrantException, ResourceExhaustedResponse
-    from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
-
-    asked, where = f"Qdrant at {url}: {operation}", ErrorOrigin(backend="server", operation=operation)
-    if isinstance(error, ResourceExhaustedResponse):
-        wait = float(error.retry_after_s)
-        return RateLimitedError(f"{asked}: too many requests, wait {wait:g} s", retry_after_s=wait, **where)
-    if isinstance(error, QdrantException) and "Retry-After" in str(error):  # not a whole number
-        return RateLimitedError(f"{asked}: too many requests", retry_after_s=1.0, **where)
-    if isinstance(error, UnexpectedResponse):
-        return status_error(error.status_code or 0, error.content, asked, where)
-    cause = error.source if isinstance(error, ResponseHandlingException) else error
-    said = one_line(str(cause))[:_SAID_CHARACTERS] or type(cause).__name__
-    if isinstance(cause, httpx.TimeoutException | TimeoutError):
-        message = f"{asked}: no answer in time ({type(cause).__name__})"
-        return BackendTimeoutError(message, retryable=True, **where)
-    if isinstance(cause, httpx.TransportError):
-        hint = "; port 6334 is for gRPC, REST is usually at 6333" if ":6334" in url else ""
-        message = f"{asked}: cannot be reached: {said}{hint}"
-        return BackendUnavailableError(message, retryable=True, **where)
-    return BackendError(f"{asked}: not an answer of Qdrant: {said}", **where)
-
-
-def status_error(status: int, content: bytes, asked: str, where: ErrorOrigin) -> BackendError:
-    """What an answer with an error status means."""
-    try:
-        said = str(json.loads(content)["status"]["error"])
-    except (ValueError, KeyError, TypeError):
-        said = content.decode(errors="replace")
-    hints = {401: "; is api_key right?", 403: "; may this api_key do that?"}
-    message = f"{asked}: HTTP {status}: {one_line(said)[:_SAID_CHARACTERS]}{hints.get(status, '')}"
-    if status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.GATEWAY_TIMEOUT):
-        return BackendTimeoutError(message, retryable=True, **where)
-    if status == HTTPStatus.TOO_MANY_REQUESTS:
-        return RateLimitedError(message, retry_after_s=0.0, **where)
-    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        retryable = status in (
-            HTTPStatus.INTERNAL_SERVER_ERROR,
-            HTTPStatus.BAD_GATEWAY,
-            HTTPStatus.SERVICE_UNAVAILABLE,
-        )
-        return BackendUnavailableError(message, retryable=retryable, **where)
-    return BackendRejectedError(message, **where)
-
-
-_MAX_FILE_NAME = 1024  # characters, of the name of a snapshot on a server
-
-
-MIN_SERVER_VERSION = (1, 17)  # conditional upserts with update modes
-
-
-def http_status_of(error: BackendError) -> int | None:
-    """The HTTP status behind an error, where an answer had come."""
-    return getattr(error.__cause__, "status_code", None)
-
-
-def snapshots_path(collection: str) -> str:
-    return f"/collections/{urlquote(collection, safe='')}/snapshots"
-
-
-def is_file_name(name: object) -> bool:
-    """Whether a name that a server gave is that of a file, and of no other place."""
-    plain = isinstance(name, str) and 0 < len(name) <= _MAX_FILE_NAME and name not in (".", "..")
-    return plain and not re.search(r"[/\\\x00-\x1f\x7f\ud800-\udfff]", cast("str", name))
-
-
-class RemainingTime(dict[str, float]):
-    """What httpx looks up a timeout in when a phase of a request begins: each gets what is left by then."""
-
-    def __init__(self, deadline: float) -> None:
-        self._deadline = deadline
-
-    def get(self, phase: str, default: Any = None) -> float:  # noqa: ARG002 - the same for every phase
-        return max(0.001, self._deadline - time.monotonic())
-
-
-async def read_awaiting(
-    client: Any, deadline: float, method: str, path: str, options: Mapping[str, Any]
-) -> tuple[int, bytes]:
-    """The status and the body of an answer, or TimeoutError at the deadline."""
-    import anyio
-
-    with anyio.fail_after(deadline - time.monotonic()):
-        answer = await client.request(method, path, **options)
-    return answer.status_code, answer.content
-
-
-async def read_blocking(
-    client: Any, deadline: float, method: str, path: str, options: Mapping[str, Any]
-) -> tuple[int, bytes]:
-    """The status and the body of an answer, or TimeoutError at the first piece after the deadline."""
-    pieces: list[bytes] = []
-    with client.blocking.stream(method, path, **options) as answer:
-        for piece in answer.iter_bytes():
-            pieces.append(piece)
-            if time.monotonic() > deadline:
-                raise TimeoutError("the answer takes too long")
-    return answer.status_code, b"".join(pieces)
-
-
-_UNPACKED = {"accept-encoding": "identity"}
-
-
-async def download_awaiting(
-    client: Any, path: str, check: Callable[[int, bytes], None], taking: NativeSnapshotWriter
-) -> None:
-    """Take in a file piece by piece, unless the answer does not pass the check."""
-    async with client.stream("GET", path, headers=_UNPACKED) as answer:
-        check(answer.status_code, await answer.aread() if answer.is_error else b"")
-        async for piece in answer.aiter_raw():
-            taking.add(piece)
-
-
-async def download_blocking(
-    client: Any, path: str, check: Callable[[int, bytes], None], taking: NativeSnapshotWriter
-) -> None:
-    """As download_awaiting, over a blocking client."""
-    with client.blocking.stream("GET", path, headers=_UNPACKED) as answer:
-        check(answer.status_code, answer.read() if answer.is_error else b"")
-        for piece in answer.iter_raw():
-            taking.add(piece)
-
-
-async def run_in_task(request: Callable[[], Awaitable[T]]) -> T:
-    """Await a request in a task of its own, which is cancelled by a cancel scope.
-
-    asyncio's own task.cancel() can take a connection from httpcore's pool for good (encode/httpcore#658,
-    #830): it gives them back under a shield that only scopes know.
-    """
-    import anyio
-
-    answers, failures = list[T](), list[Exception]()
-
-    async def attempt() -> None:
-        try:
-            answers.append(await request())
-        except Exception as failure:  # noqa: BLE001 - it is raised below, not in a group
-            failures.append(failure)
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(attempt)
-    for failure in failures:
-        raise failure
-    return answers[0]
-
-
-# -----------------------------------------------------------------------------
-# connections.runtime: How one body serves both forms: a synchronous store runs it, an asynchronous one awaits it
-# -----------------------------------------------------------------------------
-
-
-def run(body: Coroutine[Any, Any, T]) -> T:
-    """Run a body over primitives that never suspend."""
-    try:
-        body.send(None)
-    except StopIteration as stop:
-        return cast("T", stop.value)
-    body.close()
-    raise RuntimeError("a body over blocking primitives tried to suspend")
-
-
-async def run_in_thread(call: Callable[[], T], limiter: Any = None) -> T:
-    """Run a blocking call in a worker thread; being cancelled meanwhile, wait for it."""
-    try:
-        import anyio.to_thread
-    except ImportError:
-        import asyncio
-
-        running = asyncio.get_running_loop().run_in_executor(None, call)
-        try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            await asyncio.wait([running])
-            raise
-    return await anyio.to_thread.run_sync(call, limiter=limiter)
-
-
-def require_anyio(what: str) -> None:
-    """Raise MissingDependencyError where anyio is not installed, before anything has been done."""
-    try:
-        import anyio  # noqa: F401 - whether it is there is all that is asked
-    except ImportError as error:
-        raise MissingDependencyError(f"{what} needs anyio: pip install anyio") from error
-
-
-class Worker:
-    """One worker thread for a purpose and event loop: more would only wait for each other."""
-
-    def __init__(self) -> None:
-        self._limiters: Any = None
-
-    def limiter(self) -> Any:
-        """The limiter of this event loop."""
-        from anyio import CapacityLimiter
-        from anyio.lowlevel import RunVar
-
-        if self._limiters is None:
-            self._limiters = RunVar("worker")
-        limiter = self._limiters.get(None)
-        if limiter is None:
-            limiter = CapacityLimiter(1)
-            self._limiters.set(limiter)
-        return limiter
-
-
-class Waits(Protocol):
-    """How a body waits: in place, or on an event loop."""
-
-    blocking: bool
-
-    async def pause(self) -> None:
-        """Let other tasks run, where there are others."""
-        ...
-
-    async def pause_if_due(self) -> None:
-        """As ``pause``, unless they had a turn a moment ago."""
-        ...
-
-    async def sleep(self, seconds: float) -> None:
-        """Wait for a time."""
-        ...
-
-    async def call(
-        self,
-        function: Callable[[], T],
-        worker: Worker | None = None,
-        done: Callable[[], bool] | None = None,
-    ) -> T:
-        """Call what blocks: in place, or in a worker thread.
-
-        ``done`` says that there is nothing to wait for any more: then it is called in place.
-        """
-        ...
-
-    async def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function of the caller's, which may be a coroutine function in an asynchronous store."""
-        ...
-
-    async def shielded(self, last: Awaitable[T]) -> T:
-        """Await something though being cancelled, as far as the event loop allows that."""
-        ...
-
-
-class Blocking:
-    """The waits of synchronous stores, which never suspend."""
-
-    blocking = True
-
-    async def pause(self) -> None:
-        """See Waits.pause."""
-
-    async def pause_if_due(self) -> None:
-        """See Waits.pause_if_due."""
-
-    async def sleep(self, seconds: float) -> None:
-        """See Waits.sleep."""
-        time.sleep(seconds)  # noqa: ASYNC251 - this is the waiting of what blocks
-
-    async def call(
-        self,
-        function: Callable[[], T],
-        worker: Worker | None = None,  # noqa: ARG002 - there is but this thread
-        done: Callable[[], bool] | None = None,  # noqa: ARG002
-    ) -> T:
-        """See Waits.call."""
-        return function()
-
-    async def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """See Waits.ask; a StopIteration of the function's comes as a RuntimeError, as in every coroutine."""
-        return function(*arguments)
-
-    async def shielded(self, last: Awaitable[T]) -> T:
-        """See Waits.shielded."""
-        return await last
-
-
-class Suspending:
-    """The waits of asynchronous stores, under asyncio and trio (which needs anyio)."""
-
-    blocking = False
-    TURN_S = 0.005  # how long a store goes on without letting other tasks run
-
-    def __init__(self) -> None:
-        self._paused = 0.0  # when other tasks were last let run
-
-    async def pause(self) -> None:
-        """See Waits.pause."""
-        await self.sleep(0)
-
-    async def pause_if_due(self) -> None:
-        """See Waits.pause_if_due."""
-        now = time.monotonic()
-        if now - self._paused > self.TURN_S:
-            self._paused = now
-            await self.sleep(0)
-
-    async def sleep(self, seconds: float) -> None:
-        """See Waits.sleep."""
-        try:
-            import anyio
-        except ImportError:
-            import asyncio
-
-            await asyncio.sleep(seconds)
-        else:
-            await anyio.sleep(seconds)
-
-    async def call(
-        self,
-        function: Callable[[], T],
-        worker: Worker | None = None,
-        done: Callable[[], bool] | None = None,
-    ) -> T:
-        """See Waits.call."""
-        if worker is None:
-            return await run_in_thread(function)
-        if done is None:
-            return await run_in_thread(function, worker.limiter())
-        async with worker.limiter():  # the first goes to the thread, the others wait for it here
-            return function() if done() else await run_in_thread(function)
-
-    async def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """See Waits.ask."""
-        answer = function(*arguments)
-        return await answer if inspect.isawaitable(answer) else answer
-
-    async def shielded(self, last: Awaitable[T]) -> T:
-        """See Waits.shielded."""
-        try:
-            import anyio
-        except ImportError:
-            return await last
-        with anyio.CancelScope(shield=True):
-            answer = await last
-        return answer
-
-
-BLOCKING = Blocking()
-
-
-class Pager(Generic[T]):
-    """What one page after another holds, for bodies: each begins where the one before ended.
-
-    Not an asynchronous generator: an event loop that is running in the thread would adopt one that a synchronous
-    store iterates, and would close it.
-    """
-
-    def __init__(self, fetch: Callable[[Any], Awaitable[tuple[T, Any]]], waits: Waits) -> None:
-        self._fetch, self._waits = fetch, waits
-        self._cursor: Any = None
-        self._begun = False
-
-    async def next(self) -> T | None:
-        """The next page, after a pause between two; None at the end."""
-        if self._begun:
-            if self._cursor is None:
-                return None
-            await self._waits.pause()
-        page, self._cursor = await self._fetch(self._cursor)
-        self._begun = True
-        return page
-
-
-# -----------------------------------------------------------------------------
-# base.codec: How states become text, ids and vectors
-# -----------------------------------------------------------------------------
 
 FORMAT_VERSION = 1
 
@@ -1482,9 +1029,11 @@ class Schema:
         return [value / length for value in vector] if length else vector
 
 
-# -----------------------------------------------------------------------------
-# base.config: How stores are configured: options, their checks, and the environment
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# attuned.base.config
+# How stores are configured: options, their checks, and the environment.
+# ------------------------------------------------------------------------------------------------------------
+
 
 TRUE_WORDS = frozenset({"true", "1", "yes", "y", "on"})
 
@@ -1849,516 +1398,11 @@ def make_qdrant_config(config: QdrantStoreConfig | None, options: Mapping[str, A
     return config
 
 
-# -----------------------------------------------------------------------------
-# base.telemetry: Spans of OpenTelemetry and metrics of Prometheus, where these are installed
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# attuned.base.html
+# What notebooks show: states, histories and stores as HTML, and plots.
+# ------------------------------------------------------------------------------------------------------------
 
-# Spans where opentelemetry is installed, metrics where prometheus_client is. A store finds out when it is
-# made, and is then of a subclass that reports what it does; without them nothing is in the way.
-
-BREAKERS: weakref.WeakSet[Any] = weakref.WeakSet()  # of this process's open stores; the class stands below
-
-
-breakers_lock = threading.RLock()  # reentrant: a store may be collected while it is held
-
-
-_CIRCUIT_STATES = {"closed": 0, "half-open": 1, "open": 2}
-
-
-_SECONDS = (1e-6, 1e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
-
-
-_SNAPSHOT_SECONDS = (0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600)
-
-
-_REQUESTS = {"retrieve": "get", "write": "upsert"}  # by other names than the engines'
-
-
-def _circuit_state() -> int:
-    """The worst state of all circuit breakers: 0 closed, 1 half-open, 2 open."""
-    with breakers_lock:
-        breakers = tuple(BREAKERS)
-    return max((_CIRCUIT_STATES[breaker.state] for breaker in breakers), default=0)
-
-
-UNREPORTED = contextlib.nullcontext()
-
-
-class _Metrics:
-    """The metrics of this process, in the default registry of prometheus_client."""
-
-    def __init__(self) -> None:
-        import prometheus_client as prometheus
-
-        by_operation = ["backend", "operation"]
-        self.operations = prometheus.Counter(
-            "attuned_store_operations_total", "Operations of stores.", [*by_operation, "status"]
-        )
-        self.operation_seconds = prometheus.Histogram(
-            "attuned_store_operation_duration_seconds", "Of stores.", by_operation, buckets=_SECONDS
-        )
-        self.request_seconds = prometheus.Histogram(
-            "attuned_qdrant_request_duration_seconds", "Each try of its own.", ["operation"], buckets=_SECONDS
-        )
-        self.errors = prometheus.Counter(
-            "attuned_qdrant_errors_total", "Requests that failed.", ["operation", "kind"]
-        )
-        self.retries = prometheus.Counter("attuned_qdrant_retries_total", "Requests sent again.")
-        self.circuit = prometheus.Gauge(
-            "attuned_qdrant_circuit_state", "0 closed, 1 half-open, 2 open; the worst of all stores."
-        )
-        self.circuit.set_function(_circuit_state)
-        self.snapshot_seconds = prometheus.Histogram(
-            "attuned_snapshot_duration_seconds", "Of snapshots taken and restored.", buckets=_SNAPSHOT_SECONDS
-        )
-        self.snapshot_bytes = prometheus.Gauge("attuned_snapshot_bytes", "Size of the last snapshot file.")
-        self.of = functools.cache(self._of)  # labels() takes as long as a read from memory
-
-    def _of(self, backend: str, operation: str, status: str) -> tuple[Any, Any]:
-        """The counter and the histogram of an operation."""
-        counter = self.operations.labels(backend, operation, status)
-        return counter, self.operation_seconds.labels(backend, operation)
-
-
-def _reported_kind(error: BaseException, *, in_request: bool) -> type[BaseException]:
-    """What an error is called; what an engine itself raises is on its way to be a BackendError."""
-    own = isinstance(error, StoreError) or not isinstance(error, Exception)
-    return BackendError if in_request and not own else type(error)
-
-
-class Telemetry:
-    """What reports go to: a tracer and metrics, either of which may be None."""
-
-    def __init__(self, trace: Any, metrics: _Metrics | None) -> None:
-
-        self._trace = trace
-        self._tracer = trace and trace.get_tracer("attuned_store", __version__)
-        self._metrics = metrics
-
-    def _span(
-        self, name: str, attributes: Mapping[str, Any], *, in_request: bool = False
-    ) -> contextlib.AbstractContextManager[Any]:
-        """A span, or None where there is no tracer, or the application has set no provider for it so far."""
-        trace = self._trace
-        if self._tracer is None or (
-            isinstance(self._tracer, trace.ProxyTracer)
-            and isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
-        ):
-            return UNREPORTED
-        return self._recorded(name, attributes, in_request=in_request)
-
-    @contextlib.contextmanager
-    def _recorded(self, name: str, attributes: Mapping[str, Any], *, in_request: bool) -> Generator[Any]:
-        given = {f"attuned.{key}": value for key, value in attributes.items() if value is not None}
-        with self._tracer.start_as_current_span(
-            name, attributes=given, record_exception=False, set_status_on_exception=False
-        ) as span:
-            try:
-                yield span
-            except BaseException as error:
-                kind = _reported_kind(error, in_request=in_request)
-                span.set_attribute("error.type", kind.__name__)
-                # Not the message: a server's answer, or a value that was refused, may hold a user id.
-                meaning = (kind.__doc__ or "").partition("\n")[0] if issubclass(kind, StoreError) else ""
-                span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, meaning or kind.__name__))
-                raise
-
-    @contextlib.contextmanager
-    def operation(self, name: str, store: _Observable, user_id: str | None) -> Generator[None]:
-        """Report an operation of a store."""
-        began, status, operation = time.perf_counter(), "error", name.rpartition(".")[2]
-        known = {"backend": store.engine, "operation": operation, "user": user_id}
-        try:
-            with self._span(name, known) as span:
-                try:
-                    yield
-                finally:
-                    if span is not None:  # an asynchronous store may have been opened only now
-                        span.set_attribute("attuned.backend", store.engine)
-            status = "ok"
-        finally:
-            if self._metrics is not None:
-                counter, histogram = self._metrics.of(store.engine, operation, status)
-                counter.inc()
-                histogram.observe(time.perf_counter() - began)
-
-    @contextlib.contextmanager
-    def request(self, backend: str, operation: str, attempt: int = 1) -> Generator[None]:
-        """Report one try of a request to a backend."""
-        began, name = time.perf_counter(), _REQUESTS.get(operation, operation.partition(" ")[0])
-        metrics = self._metrics
-        if metrics is not None and attempt > 1:
-            metrics.retries.inc()
-        try:
-            attributes = {"backend": backend, "operation": name, "attempt": attempt}
-            with self._span(f"attuned.qdrant.{name}", attributes, in_request=True):
-                yield
-        except BaseException as error:
-            if metrics is not None:
-                metrics.errors.labels(name, _reported_kind(error, in_request=True).__name__).inc()
-            raise
-        finally:
-            if metrics is not None:
-                metrics.request_seconds.labels(name).observe(time.perf_counter() - began)
-
-    def noted(self, answer: T) -> T:
-        """Give back what an operation answered; where it is a report of a snapshot, count that."""
-        if isinstance(answer, SnapshotReport) and self._metrics is not None:
-            self._metrics.snapshot_seconds.observe(answer.duration_ms / 1000)
-            self._metrics.snapshot_bytes.set(answer.bytes or 0)
-        return answer
-
-
-@functools.cache
-def find_telemetry() -> Telemetry | None:
-    trace: Any = None
-    metrics: _Metrics | None = None
-    with contextlib.suppress(ImportError):
-        from opentelemetry import trace
-    with contextlib.suppress(ImportError, ValueError):  # another copy of this file may have the names
-        metrics = _Metrics()
-    return Telemetry(trace, metrics) if trace or metrics else None
-
-
-class Reporting:
-    """What the stores of this process report to; None until the first is made, and without either library."""
-
-    def __init__(self) -> None:
-        self.telemetry: Telemetry | None = None
-        self.lock = threading.Lock()
-
-
-REPORTING = Reporting()
-
-
-def report_request(backend: str, operation: str, attempt: int = 1) -> contextlib.AbstractContextManager[None]:
-    """Report a request to a server, if there is anything to report to."""
-    telemetry = REPORTING.telemetry
-    return UNREPORTED if telemetry is None else telemetry.request(backend, operation, attempt)
-
-
-_OF_A_USER = {  # the first parameter of what is about one user: it tells who that is
-    "upsert_latest": "snapshot",
-    "patch": "user_id",
-    "update": "user_id",
-    "get_latest": "user_id",
-    "get_history": "user_id",
-    "search_similar": "query",
-    "delete": "user_id",
-}
-
-
-SPANS = {
-    "upsert_latest": "attuned.store.upsert",
-    "upsert_many": "attuned.store.upsert_many",
-    "patch": "attuned.store.patch",
-    "update": "attuned.store.update",
-    "get_latest": "attuned.store.get",
-    "get_many": "attuned.store.get_many",
-    "get_history": "attuned.store.history",
-    "search_similar": "attuned.store.search",
-    "delete": "attuned.store.delete",
-    "count": "attuned.store.count",
-    "prune": "attuned.store.prune",
-    "create_snapshot": "attuned.snapshot.create",
-    "restore_snapshot": "attuned.snapshot.restore",
-}
-
-
-class _Observable(Protocol):
-    @property
-    def engine(self) -> str: ...
-
-
-ObservableStore = TypeVar("ObservableStore", bound=_Observable)
-
-
-def observe(store: _Observable) -> None:
-    """Let a store report its operations, if there is anything to report to."""
-    with REPORTING.lock:
-        telemetry = REPORTING.telemetry = find_telemetry()
-    if telemetry is not None and not hasattr(store, "_observed_by"):  # as is one that is staged
-        cast("Any", store).__class__ = _observed_class(type(store), telemetry)
-
-
-@functools.cache
-def _observed_class(kind: type[ObservableStore], telemetry: Telemetry) -> type[ObservableStore]:
-    """The class that reports what a class of stores does; otherwise it is the same, by name too."""
-    members: dict[str, Any] = {name: _observed(getattr(kind, name), name, telemetry) for name in SPANS}
-    members["_observed_by"] = telemetry
-    named = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
-    make = cast("Any", type(kind))  # the metaclass
-    return cast("type[ObservableStore]", make(kind.__name__, (kind,), {**named, **members}))
-
-
-def _observed(method: Callable[..., Any], name: str, telemetry: Telemetry) -> Callable[..., Any]:
-    span = SPANS[name]
-    first = _OF_A_USER.get(name, "")
-
-    def observation(
-        store: _Observable, arguments: tuple[Any, ...], options: Mapping[str, Any]
-    ) -> contextlib.AbstractContextManager[None]:
-        about = (arguments[0] if arguments else options.get(first)) if first else None
-        return telemetry.operation(span, store, id_for_logs(about))
-
-    @functools.wraps(method)
-    async def awaited(store: _Observable, *arguments: Any, **options: Any) -> Any:
-        with observation(store, arguments, options):
-            return telemetry.noted(await method(store, *arguments, **options))
-
-    @functools.wraps(method)
-    def called(store: _Observable, *arguments: Any, **options: Any) -> Any:
-        with observation(store, arguments, options):
-            return telemetry.noted(method(store, *arguments, **options))
-
-    return awaited if inspect.iscoroutinefunction(method) else called
-
-
-def id_for_logs(first: object) -> str | None:
-    """The beginning of the id of the user that an operation is about."""
-    user_id = first.user_id if isinstance(first, StateSnapshot) else first
-    if not isinstance(user_id, str):
-        return None
-    return short_id(user_id).encode(errors="replace").decode()  # it has not been checked
-
-
-# -----------------------------------------------------------------------------
-# connections.files: Directories that this process has open: locks, group commit, forks
-# -----------------------------------------------------------------------------
-
-
-class Files(Protocol):
-    """What is asked of an engine that keeps its own files."""
-
-    name: str
-    writes: int  # how many have been done
-    runs: Literal[
-        "in place", "in thread", "on loop"
-    ]  # "in thread": calls block; "in place": they are short and hold the interpreter anyway
-
-    @property
-    def flush_due(self) -> bool:
-        """Whether so much has been written since the last flush that it is time for another."""
-        ...
-
-    def flush(self) -> None:
-        """Make what has been written survive a power cut; others may use the engine meanwhile."""
-        ...
-
-    def abandon(self) -> None:
-        """Let go of what a forked child inherited, without touching what the parent goes on using."""
-        ...
-
-    async def close(self) -> None:
-        """Flush and release everything."""
-        ...
-
-
-class FlushRound:
-    """Writes that one flush makes survive a power cut."""
-
-    def __init__(self) -> None:
-        self.turn = threading.Lock()  # of the member that sees to the flush; the others wait for it
-        self.members = 0
-        self.ended = False
-        self.error: BackendError | None = None
-
-
-class GroupCommit:
-    """Group commit: the writers that wait at one time share one flush.
-
-    There is no state but under ``with``, so that an interrupted thread leaves its part to another one.
-    """
-
-    def __init__(self, engine: Files) -> None:
-        self._engine = engine
-        self._joined = threading.Condition()
-        self.flushing = threading.Lock()
-        self._open = FlushRound()  # which the next flush will serve
-        self._served = 0  # members of the last round
-        self._duration = 0.0  # of the last flush, in seconds
-
-    def join(self) -> FlushRound:
-        """The round that makes safe what has been written until now."""
-        with self._joined:
-            self._open.members += 1
-            self._joined.notify()
-            return self._open
-
-    def settle(self, mine: FlushRound) -> None:
-        """Wait for the flush of a round, which the first that waits sees to; raises its failure."""
-        with mine.turn:
-            if not mine.ended:
-                with self.flushing:
-                    self._gather(mine)
-                    self._flush(mine)
-        if mine.error is not None:
-            error = mine.error
-            raise BackendError(str(error), backend=error.backend, operation=error.operation) from error
-
-    def _gather(self, mine: FlushRound) -> None:
-        """Close a round; where there are several writers, once no other has come along for a moment."""
-        with self._joined:
-            if mine is self._open:
-                while max(mine.members, self._served) > 1 and self._joined.wait(self._duration / 8):
-                    pass
-                self._open, self._served = FlushRound(), mine.members
-
-    def _flush(self, mine: FlushRound) -> None:
-        started = time.monotonic()
-        try:
-            self._engine.flush()
-        except BackendError as error:
-            mine.error = error
-        self._duration = time.monotonic() - started
-        mine.ended = True
-
-
-class Directory:
-    """A directory of embedded Qdrant, opened once in this process and shared by every store on it."""
-
-    def __init__(self, path: str, durability: str, make_engine: Callable[[Path, str], Any]) -> None:
-        self.path = path
-        self.durability = durability
-        self.stores = 0
-        self.used = False  # by a store, now or before
-        self.gone = threading.Event()
-        self.opening = threading.Lock()  # of collections; the other lock may be waited for while it is held
-        self.backends: dict[str, Any] = {}  # by collection
-        self.writer, self.flusher = Worker(), Worker()  # of asynchronous stores
-        self._orphaned = self._closed = False
-        self._lock = threading.Lock()
-        _make_directory(path)
-        self._lock_file = self._take_lock()
-        try:
-            self.engine: Files = make_engine(Path(path), durability)
-        except BaseException:
-            self._lock_file.release()
-            raise
-        self.flushes = GroupCommit(self.engine)
-
-    @property
-    def blocks(self) -> bool:
-        """Whether calls of the engine block, so that an event loop leaves them to a worker thread."""
-        return self.engine.runs == "in thread"
-
-    def _take_lock(self) -> LockFile:
-        try:
-            return LockFile(Path(self.path) / ".attuned_store.lock")
-        except BlockingIOError as error:
-            raise locked_error(self.path) from error
-        except OSError as error:
-            raise StoreError(f"{self.path}: cannot be locked, is it writable? {error}") from error
-
-    def drive(self, body: Coroutine[Any, Any, T]) -> T:
-        """Run one body to its end, alone; what it wrote is kept."""
-        answer, written = self.apply(body)
-        if written is not None:
-            self.flushes.settle(written)
-        return answer
-
-    def apply(self, body: Coroutine[Any, Any, T]) -> tuple[T, FlushRound | None]:
-        """Run one body to its end, alone; returns its answer, and what is to be settled."""
-        try:
-            if self._orphaned:
-                raise forked_error(self.path)
-            with self._lock:
-                if self._closed:
-                    raise closed_error()
-                before = self.engine.writes
-                answer = run(body)
-                wrote = self.engine.writes > before
-                flush = wrote and (self.durability == "power" or self.engine.flush_due)
-                return answer, self.flushes.join() if flush else None
-        finally:
-            body.close()
-
-    def release(self) -> None:
-        """Give up a store's hold on the directory, and close it with the last."""
-        with OPEN.lock:
-            self.stores -= 1
-            if self.stores > 0 or OPEN.directories.get(self.path) is not self:
-                return
-        # Without the lock of all directories: an operation that is waited for here may collect a store of
-        # another one, which then wants that lock. Who opens this directory meanwhile waits for ``gone``.
-        try:
-            self._close()
-        finally:
-            with OPEN.lock:
-                OPEN.directories.pop(self.path, None)
-            self.gone.set()
-
-    def _close(self) -> None:
-        """Flush and release; nothing happens in a forked child, where the files are the parent's."""
-        if self._orphaned:
-            return
-        with self._lock, self.flushes.flushing:  # those that wait for a flush find all flushed
-            self._closed = True
-            try:
-                run(self.engine.close())
-            finally:
-                self._lock_file.release()
-
-    def abandon(self) -> None:
-        """Make every use in a forked child an error, and leave the parent's files and locks alone."""
-        self._orphaned = True
-        for backend in self.backends.values():
-            backend.forget_everything()
-        self._lock_file.abandon()
-        self.engine.abandon()
-
-
-def _make_directory(path: str) -> None:
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise StoreError(f"{path}: is a file; a store needs a directory") from error
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be made: {error}") from error
-
-
-class OpenPlaces:
-    """What this process has open, and what becomes of it in a forked child."""
-
-    def __init__(self) -> None:
-        self.directories: dict[str, Directory] = {}
-        self.connections: weakref.WeakSet[Any] = weakref.WeakSet()  # to servers
-        self.lock = threading.RLock()  # reentrant: a store may be collected, and released, while it is held
-        self._abandoned: list[Directory] = []  # kept, so that a child never cleans up the parent's objects
-
-    def directory_at(self, path: str, durability: str, make_engine: Callable[[Path, str], Any]) -> Directory:
-        """The opened directory, with one store more on it."""
-        while True:
-            with self.lock:
-                directory = self.directories.get(path)
-                if directory is None:
-                    directory = self.directories[path] = Directory(path, durability, make_engine)
-                if directory.stores > 0 or not directory.used:
-                    directory.stores += 1
-                    directory.used = True
-                    return directory
-            directory.gone.wait()
-
-    def after_fork_in_child(self) -> None:
-        """Abandon everything."""
-        self.lock = threading.RLock()  # another thread may have held it at the fork
-        for directory in self.directories.values():
-            directory.abandon()
-            self._abandoned.append(directory)
-        self.directories.clear()
-        for connection in self.connections:
-            connection.abandon()
-
-
-OPEN = OpenPlaces()
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=OPEN.after_fork_in_child)
-
-
-# -----------------------------------------------------------------------------
-# base.html: What notebooks show: states, histories and stores as HTML, and plots
-# -----------------------------------------------------------------------------
 
 # What Jupyter shows of a snapshot, a history and a store: HTML with inline styles alone, everything escaped,
 # of a user id the first four characters; colours that can be read on a light and on a dark page.
@@ -2555,9 +1599,285 @@ def _plot_axis(plot: Any, row: int, times: Sequence[datetime], values: Sequence[
     plot.text(1.01, row, f"{values[-1]:.2f}", transform=at_the_right, va="center", fontsize="small")
 
 
-# -----------------------------------------------------------------------------
-# snapshots.archive: The format of portable snapshots: write, read, verify
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# attuned.base.telemetry
+# Spans of OpenTelemetry and metrics of Prometheus, where these are installed.
+# ------------------------------------------------------------------------------------------------------------
+
+
+# Spans where opentelemetry is installed, metrics where prometheus_client is. A store finds out when it is
+# made, and is then of a subclass that reports what it does; without them nothing is in the way.
+
+BREAKERS: weakref.WeakSet[Any] = weakref.WeakSet()  # of this process's open stores; the class stands below
+
+
+breakers_lock = threading.RLock()  # reentrant: a store may be collected while it is held
+
+
+_CIRCUIT_STATES = {"closed": 0, "half-open": 1, "open": 2}
+
+
+_SECONDS = (1e-6, 1e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
+
+
+_SNAPSHOT_SECONDS = (0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600)
+
+
+_REQUESTS = {"retrieve": "get", "write": "upsert"}  # by other names than the engines'
+
+
+def _circuit_state() -> int:
+    """The worst state of all circuit breakers: 0 closed, 1 half-open, 2 open."""
+    with breakers_lock:
+        breakers = tuple(BREAKERS)
+    return max((_CIRCUIT_STATES[breaker.state] for breaker in breakers), default=0)
+
+
+UNREPORTED = contextlib.nullcontext()
+
+
+class _Metrics:
+    """The metrics of this process, in the default registry of prometheus_client."""
+
+    def __init__(self) -> None:
+        import prometheus_client as prometheus
+
+        by_operation = ["backend", "operation"]
+        self.operations = prometheus.Counter(
+            "attuned_store_operations_total", "Operations of stores.", [*by_operation, "status"]
+        )
+        self.operation_seconds = prometheus.Histogram(
+            "attuned_store_operation_duration_seconds", "Of stores.", by_operation, buckets=_SECONDS
+        )
+        self.request_seconds = prometheus.Histogram(
+            "attuned_qdrant_request_duration_seconds", "Each try of its own.", ["operation"], buckets=_SECONDS
+        )
+        self.errors = prometheus.Counter(
+            "attuned_qdrant_errors_total", "Requests that failed.", ["operation", "kind"]
+        )
+        self.retries = prometheus.Counter("attuned_qdrant_retries_total", "Requests sent again.")
+        self.circuit = prometheus.Gauge(
+            "attuned_qdrant_circuit_state", "0 closed, 1 half-open, 2 open; the worst of all stores."
+        )
+        self.circuit.set_function(_circuit_state)
+        self.snapshot_seconds = prometheus.Histogram(
+            "attuned_snapshot_duration_seconds", "Of snapshots taken and restored.", buckets=_SNAPSHOT_SECONDS
+        )
+        self.snapshot_bytes = prometheus.Gauge("attuned_snapshot_bytes", "Size of the last snapshot file.")
+        self.of = functools.cache(self._of)  # labels() takes as long as a read from memory
+
+    def _of(self, backend: str, operation: str, status: str) -> tuple[Any, Any]:
+        """The counter and the histogram of an operation."""
+        counter = self.operations.labels(backend, operation, status)
+        return counter, self.operation_seconds.labels(backend, operation)
+
+
+def _reported_kind(error: BaseException, *, in_request: bool) -> type[BaseException]:
+    """What an error is called; what an engine itself raises is on its way to be a BackendError."""
+    own = isinstance(error, StoreError) or not isinstance(error, Exception)
+    return BackendError if in_request and not own else type(error)
+
+
+class Telemetry:
+    """What reports go to: a tracer and metrics, either of which may be None."""
+
+    def __init__(self, trace: Any, metrics: _Metrics | None) -> None:
+        self._trace = trace
+        self._tracer = trace and trace.get_tracer("attuned_store", __version__)
+        self._metrics = metrics
+
+    def _span(
+        self, name: str, attributes: Mapping[str, Any], *, in_request: bool = False
+    ) -> contextlib.AbstractContextManager[Any]:
+        """A span, or None where there is no tracer, or the application has set no provider for it so far."""
+        trace = self._trace
+        if self._tracer is None or (
+            isinstance(self._tracer, trace.ProxyTracer)
+            and isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
+        ):
+            return UNREPORTED
+        return self._recorded(name, attributes, in_request=in_request)
+
+    @contextlib.contextmanager
+    def _recorded(self, name: str, attributes: Mapping[str, Any], *, in_request: bool) -> Generator[Any]:
+        given = {f"attuned.{key}": value for key, value in attributes.items() if value is not None}
+        with self._tracer.start_as_current_span(
+            name, attributes=given, record_exception=False, set_status_on_exception=False
+        ) as span:
+            try:
+                yield span
+            except BaseException as error:
+                kind = _reported_kind(error, in_request=in_request)
+                span.set_attribute("error.type", kind.__name__)
+                # Not the message: a server's answer, or a value that was refused, may hold a user id.
+                meaning = (kind.__doc__ or "").partition("\n")[0] if issubclass(kind, StoreError) else ""
+                span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, meaning or kind.__name__))
+                raise
+
+    @contextlib.contextmanager
+    def operation(self, name: str, store: _Observable, user_id: str | None) -> Generator[None]:
+        """Report an operation of a store."""
+        began, status, operation = time.perf_counter(), "error", name.rpartition(".")[2]
+        known = {"backend": store.engine, "operation": operation, "user": user_id}
+        try:
+            with self._span(name, known) as span:
+                try:
+                    yield
+                finally:
+                    if span is not None:  # an asynchronous store may have been opened only now
+                        span.set_attribute("attuned.backend", store.engine)
+            status = "ok"
+        finally:
+            if self._metrics is not None:
+                counter, histogram = self._metrics.of(store.engine, operation, status)
+                counter.inc()
+                histogram.observe(time.perf_counter() - began)
+
+    @contextlib.contextmanager
+    def request(self, backend: str, operation: str, attempt: int = 1) -> Generator[None]:
+        """Report one try of a request to a backend."""
+        began, name = time.perf_counter(), _REQUESTS.get(operation, operation.partition(" ")[0])
+        metrics = self._metrics
+        if metrics is not None and attempt > 1:
+            metrics.retries.inc()
+        try:
+            attributes = {"backend": backend, "operation": name, "attempt": attempt}
+            with self._span(f"attuned.qdrant.{name}", attributes, in_request=True):
+                yield
+        except BaseException as error:
+            if metrics is not None:
+                metrics.errors.labels(name, _reported_kind(error, in_request=True).__name__).inc()
+            raise
+        finally:
+            if metrics is not None:
+                metrics.request_seconds.labels(name).observe(time.perf_counter() - began)
+
+    def noted(self, answer: T) -> T:
+        """Give back what an operation answered; where it is a report of a snapshot, count that."""
+        if isinstance(answer, SnapshotReport) and self._metrics is not None:
+            self._metrics.snapshot_seconds.observe(answer.duration_ms / 1000)
+            self._metrics.snapshot_bytes.set(answer.bytes or 0)
+        return answer
+
+
+@functools.cache
+def find_telemetry() -> Telemetry | None:
+    trace: Any = None
+    metrics: _Metrics | None = None
+    with contextlib.suppress(ImportError):
+        from opentelemetry import trace
+    with contextlib.suppress(ImportError, ValueError):  # another copy of this file may have the names
+        metrics = _Metrics()
+    return Telemetry(trace, metrics) if trace or metrics else None
+
+
+class Reporting:
+    """What the stores of this process report to; None until the first is made, and without either library."""
+
+    def __init__(self) -> None:
+        self.telemetry: Telemetry | None = None
+        self.lock = threading.Lock()
+
+
+REPORTING = Reporting()
+
+
+def report_request(backend: str, operation: str, attempt: int = 1) -> contextlib.AbstractContextManager[None]:
+    """Report a request to a server, if there is anything to report to."""
+    telemetry = REPORTING.telemetry
+    return UNREPORTED if telemetry is None else telemetry.request(backend, operation, attempt)
+
+
+_OF_A_USER = {  # the first parameter of what is about one user: it tells who that is
+    "upsert_latest": "snapshot",
+    "patch": "user_id",
+    "update": "user_id",
+    "get_latest": "user_id",
+    "get_history": "user_id",
+    "search_similar": "query",
+    "delete": "user_id",
+}
+
+
+SPANS = {
+    "upsert_latest": "attuned.store.upsert",
+    "upsert_many": "attuned.store.upsert_many",
+    "patch": "attuned.store.patch",
+    "update": "attuned.store.update",
+    "get_latest": "attuned.store.get",
+    "get_many": "attuned.store.get_many",
+    "get_history": "attuned.store.history",
+    "search_similar": "attuned.store.search",
+    "delete": "attuned.store.delete",
+    "count": "attuned.store.count",
+    "prune": "attuned.store.prune",
+    "create_snapshot": "attuned.snapshot.create",
+    "restore_snapshot": "attuned.snapshot.restore",
+}
+
+
+class _Observable(Protocol):
+    @property
+    def engine(self) -> str: ...
+
+
+ObservableStore = TypeVar("ObservableStore", bound=_Observable)
+
+
+def observe(store: _Observable) -> None:
+    """Let a store report its operations, if there is anything to report to."""
+    with REPORTING.lock:
+        telemetry = REPORTING.telemetry = find_telemetry()
+    if telemetry is not None and not hasattr(store, "_observed_by"):  # as is one that is staged
+        cast("Any", store).__class__ = _observed_class(type(store), telemetry)
+
+
+@functools.cache
+def _observed_class(kind: type[ObservableStore], telemetry: Telemetry) -> type[ObservableStore]:
+    """The class that reports what a class of stores does; otherwise it is the same, by name too."""
+    members: dict[str, Any] = {name: _observed(getattr(kind, name), name, telemetry) for name in SPANS}
+    members["_observed_by"] = telemetry
+    named = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
+    make = cast("Any", type(kind))  # the metaclass
+    return cast("type[ObservableStore]", make(kind.__name__, (kind,), {**named, **members}))
+
+
+def _observed(method: Callable[..., Any], name: str, telemetry: Telemetry) -> Callable[..., Any]:
+    span = SPANS[name]
+    first = _OF_A_USER.get(name, "")
+
+    def observation(
+        store: _Observable, arguments: tuple[Any, ...], options: Mapping[str, Any]
+    ) -> contextlib.AbstractContextManager[None]:
+        about = (arguments[0] if arguments else options.get(first)) if first else None
+        return telemetry.operation(span, store, id_for_logs(about))
+
+    @functools.wraps(method)
+    async def awaited(store: _Observable, *arguments: Any, **options: Any) -> Any:
+        with observation(store, arguments, options):
+            return telemetry.noted(await method(store, *arguments, **options))
+
+    @functools.wraps(method)
+    def called(store: _Observable, *arguments: Any, **options: Any) -> Any:
+        with observation(store, arguments, options):
+            return telemetry.noted(method(store, *arguments, **options))
+
+    return awaited if inspect.iscoroutinefunction(method) else called
+
+
+def id_for_logs(first: object) -> str | None:
+    """The beginning of the id of the user that an operation is about."""
+    user_id = first.user_id if isinstance(first, StateSnapshot) else first
+    if not isinstance(user_id, str):
+        return None
+    return short_id(user_id).encode(errors="replace").decode()  # it has not been checked
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.snapshots.archive
+# The format of portable snapshots: write, read, verify.
+# ------------------------------------------------------------------------------------------------------------
+
 
 # A portable snapshot is a gzipped tar: snapshots-00000.jsonl, snapshots-00001.jsonl and so on, one
 # StateSnapshot a line, those of a user together and oldest first; at the end manifest.json, since only then
@@ -2955,710 +2275,10 @@ def _listed_axes(found: Mapping[str, Any]) -> tuple[str, ...]:
         raise SnapshotError(f"{_MANIFEST}: {one_line(str(error))}") from error
 
 
-# -----------------------------------------------------------------------------
-# states.contract: The upper waist: what a database does for the states of users, and what it is asked
-# -----------------------------------------------------------------------------
-
-BATCH_SIZE = 64  # snapshots or users in one step of a long operation: about 5 ms on the slowest engine
-
-Cursor = Any  # where the next page begins: known to the backend alone; None begins
-
-
-@attrs.frozen
-class Retention:
-    """How much history is kept and shown."""
-
-    maximum: int
-    days: float | None
-
-    @classmethod
-    def of(cls, config: MemoryStoreConfig) -> Retention:
-        """That of a configuration."""
-        return cls(config.max_history_per_user if config.enable_history else 0, config.history_retention_days)
-
-    def cutoff(self) -> int:
-        """The oldest time, in ms, that history still shows."""
-        return 0 if self.days is None else max(0, math.ceil(wall_clock.now_ms() - self.days * MS_PER_DAY))
-
-    def hidden(self, times: Sequence[int]) -> int:
-        """How many of these ascending times history does not show: the first so many."""
-        by_number = len(times) - min(self.maximum, len(times))
-        return by_number if self.days is None else max(by_number, bisect_left(times, self.cutoff()))
-
-    def removable(self, times: Sequence[int]) -> int:
-        """How many may be removed: those hidden, but the newest stays while there is history at all."""
-        return self.hidden(times) if self.maximum == 0 else min(self.hidden(times), max(0, len(times) - 1))
-
-
-class HistoryWindow(NamedTuple):
-    """What get_history was asked for: times in ms, inclusive."""
-
-    limit: int
-    since: int
-    until: int
-
-    @classmethod
-    def of(cls, limit: int, since: int | None, until: int | None) -> HistoryWindow:
-        """Check what a caller gave."""
-        return cls(
-            check_integer("limit", limit, 0, MAX_INTEGER),
-            0 if since is None else check_time_ms(since, "since"),
-            MAX_TIME_MS if until is None else check_time_ms(until, "until"),
-        )
-
-
-@attrs.frozen(kw_only=True)
-class SearchRequest:
-    """What search_similar was asked for."""
-
-    axes: Axes
-    limit: int
-    score_threshold: float
-    user_id: str | None
-    exclude_user_id: str | None
-    source: Source | None
-    min_confidence: float | None
-    since: int | None
-    until: int | None
-    history: bool
-
-    @classmethod
-    def of(
-        cls,
-        query: StateSnapshot | Mapping[str, float],
-        *,
-        limit: int,
-        score_threshold: float | None,
-        user_id: str | None,
-        exclude_user_id: str | None,
-        source: Source | str | None,
-        min_confidence: float | None,
-        since: int | None,
-        until: int | None,
-        history: bool,
-    ) -> SearchRequest:
-        """Check what a caller gave."""
-        return cls(
-            axes=query.axes if isinstance(query, StateSnapshot) else Axes(query),
-            limit=check_integer("limit", limit, 1, MAX_INTEGER),
-            score_threshold=-math.inf
-            if score_threshold is None
-            else check_number("score_threshold", score_threshold),
-            user_id=None if user_id is None else check_user_id(user_id),
-            exclude_user_id=None if exclude_user_id in (None, "") else check_user_id(exclude_user_id),
-            source=None if source is None else check_source(source),
-            min_confidence=None if min_confidence is None else check_unit("min_confidence", min_confidence),
-            since=None if since is None else check_time_ms(since, "since"),
-            until=None if until is None else check_time_ms(until, "until"),
-            history=check_flag("history", history),
-        )
-
-    def admits(self, snapshot: StateSnapshot) -> bool:
-        """Whether a snapshot passes the filters."""
-        return (
-            (self.user_id is None or snapshot.user_id == self.user_id)
-            and snapshot.user_id != self.exclude_user_id
-            and (self.source is None or snapshot.source is self.source)
-            and (self.min_confidence is None or snapshot.confidence >= self.min_confidence)
-            and (self.since is None or snapshot.updated_at_unix_ms >= self.since)
-            and (self.until is None or snapshot.updated_at_unix_ms <= self.until)
-        )
-
-
-class Backend(Protocol):
-    """A database of users and their states.
-
-    ``name`` is that of the engine; ``batch_size`` how many snapshots or users one step of a long operation takes;
-    ``schema`` the axes, known once it ``is_open``. ``native_snapshots``: it takes snapshots of its own, and is changed
-    in place by a restore. A method that a user's id or a snapshot is given gets it checked.
-    """
-
-    name: str
-    batch_size: int
-    is_open: bool
-    schema: Schema
-    native_snapshots: bool
-
-    async def open(self) -> None:
-        """Make ready what is needed, such as tables or a collection; harmless when repeated."""
-        ...
-
-    def begin(self, operation: Callable[[Any], Coroutine[Any, Any, T]]) -> Coroutine[Any, Any, T]:
-        """The coroutine of an operation on this backend; one that opens itself on first use does so there."""
-        ...
-
-    def cached(self, user_id: str) -> StateSnapshot | None:
-        """The latest snapshot where memory has it. Safe without a lock: it only looks."""
-        ...
-
-    async def find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
-        """The latest snapshots of those of these users who have one, in this order."""
-        ...
-
-    async def history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]:
-        """What the history of a user shows within a window, newest first."""
-        ...
-
-    async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
-        """Write each as if it came alone, in this order: the newest time of a user wins."""
-        ...
-
-    async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None:
-        """Write a snapshot if ``expected`` is the latest, None for none; else raise ConflictError."""
-        ...
-
-    async def delete(self, user_id: str) -> bool:
-        """Remove all of a user; True if there was anything."""
-        ...
-
-    async def search(self, request: SearchRequest) -> list[Match]:
-        """The most similar snapshots that the request admits, best first."""
-        ...
-
-    async def users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
-        """A page of users."""
-        ...
-
-    async def states(self, cursor: Cursor) -> tuple[list[StateSnapshot], Cursor]:
-        """A page of users' states, all that history shows of each and the latest, oldest first.
-
-        For each user as it was at one moment.
-        """
-        ...
-
-    async def count(self) -> int:
-        """How many users there are."""
-        ...
-
-    async def count_page(self, cursor: Cursor) -> tuple[int, Cursor]:
-        """How many snapshots the histories of a page of users show."""
-        ...
-
-    async def prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
-        """Remove what the histories of a page of users hide; how many snapshots that was."""
-        ...
-
-    async def stage(self, token: str) -> Backend:
-        """What is written to the backend that this gives takes the place of the contents when adopted."""
-        ...
-
-    async def adopt(self, staged: Any) -> None:
-        """Let what was staged take the place of the contents."""
-        ...
-
-    async def discard(self, staged: Any) -> None:
-        """Give up what was staged."""
-        ...
-
-    async def look(self, seconds: float) -> Health:
-        """How it is and how much it holds, found out within so many seconds."""
-        ...
-
-
-class NativeBackend(Backend, Protocol):
-    """A backend with ``native_snapshots``."""
-
-    async def create_native(self, request: SnapshotRequest, location: str) -> SnapshotReport | None:
-        """Take a snapshot of the database's own; None where a portable one will do and is needed."""
-        ...
-
-    async def restore_native(self, path: Path, sha256: str) -> None:
-        """Let the database replace the collection by what a snapshot of its own holds."""
-        ...
-
-
-class Place(Protocol):
-    """Where the backend of a store is, and how its operations get there.
-
-    ``location`` is what open_store opens it with; ``engine`` the name of the engine, "qdrant" before it is known.
-    ``is_shown``: it can be asked how it is without awaiting, as a notebook does.
-    """
-
-    location: str
-    is_shown: bool
-
-    @property
-    def engine(self) -> str:
-        """See above."""
-        ...
-
-    async def open(self) -> Backend:
-        """Open what the store has not opened yet; raises StoreLockedError, SchemaMismatchError."""
-        ...
-
-    async def drive(self, body: Coroutine[Any, Any, T], *, long: bool = False) -> T:
-        """Run one piece of an operation; ``long``: where it holds up nobody, such as in a worker thread."""
-        ...
-
-    async def close(self) -> None:
-        """Release everything."""
-        ...
-
-    def signs(self, latency_ms: float) -> list[str]:
-        """What is known of trouble besides what a look found."""
-        ...
-
-
-class _ClosedBackend:
-    """What a closed store has in place of its backend: every use raises."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise closed_error()
-
-
-class _UnopenedBackend:
-    """What a store has in place of its backend until it is opened."""
-
-    batch_size = BATCH_SIZE
-    is_open = False
-    native_snapshots = False
-
-    def cached(self, user_id: str) -> None:
-        """Nothing is known before opening."""
-
-
-CLOSED = cast("Backend", _ClosedBackend())
-UNOPENED = cast("Backend", _UnopenedBackend())
-
-
-def check_expected(expected: object) -> None:
-    """Raise ValidationError unless a caller gave what a write can be conditional on."""
-    if not (expected is ANY or expected is None or isinstance(expected, StateSnapshot)):
-        raise ValidationError(f"expected: a StateSnapshot, None or ANY is needed, got {type_name(expected)}")
-
-
-def check_state(schema: Schema, snapshot: object) -> StateSnapshot:
-    """A snapshot that a store with this schema can keep."""
-    if not isinstance(snapshot, StateSnapshot):
-        raise ValidationError(f"snapshot: a StateSnapshot is needed, got {type_name(snapshot)}")
-    schema.check(snapshot.axes)
-    return snapshot
-
-
-def conflict_error(
-    user_id: str, expected: StateSnapshot | None, found: StateSnapshot | None
-) -> ConflictError:
-    """What a conditional write raises that found another snapshot, or none."""
-
-    def at(snapshot: StateSnapshot | None) -> str:
-        return "none" if snapshot is None else f"one of {snapshot.updated_at_unix_ms}"
-
-    return ConflictError(
-        f"user {short_id(user_id)!r}: expected {at(expected)} as the latest snapshot, found {at(found)}; "
-        "read it again and retry, or use update()"
-    )
-
-
-def clamp_score(score: float) -> float:
-    """A cosine within its range, which rounding may have left."""
-    return max(-1.0, min(1.0, score))
-
-
-def page_of_ids(remaining: Any, size: int) -> tuple[list[str], Any]:
-    """A page of ids that are in memory, and the cursor to the next one."""
-    page = list(itertools.islice(remaining, size))
-    return page, remaining if len(page) == size else None
-
-
-# -----------------------------------------------------------------------------
-# connections.resilience: Retries and the circuit breaker of requests to a server
-# -----------------------------------------------------------------------------
-
-
-class CircuitBreaker:
-    """A circuit breaker, shared by all threads and tasks of a store."""
-
-    def __init__(self, policy: BreakerPolicy, clock: Callable[[], float] = time.monotonic) -> None:
-        self._policy = policy
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._failures = 0
-        self._opened_at: float | None = None
-        self._probing = False
-        with breakers_lock:
-            BREAKERS.add(self)
-
-    def retire(self) -> None:
-        """Count no longer in the state of all breakers: the store is closed."""
-        with breakers_lock:
-            BREAKERS.discard(self)
-
-    @property
-    def state(self) -> Literal["closed", "open", "half-open"]:
-        """What the next request meets."""
-        if self._opened_at is None:
-            return "closed"
-        return "open" if self._clock() < self._opened_at + self._policy.open_s else "half-open"
-
-    def is_open_in(self, seconds: float) -> bool:
-        """Whether it lets nothing through now, and will not after so many seconds."""
-        opened_at = self._opened_at
-        return opened_at is not None and self._clock() + seconds < opened_at + self._policy.open_s
-
-    def enter(self, backend: str, operation: str) -> bool:
-        """Let a request through, or raise CircuitOpenError; returns whether it is a probe."""
-        with self._lock:
-            state = self.state
-            if state == "open" or (state == "half-open" and self._probing):
-                left = max(0.0, cast("float", self._opened_at) + self._policy.open_s - self._clock())
-                raise CircuitOpenError(
-                    f"{backend}: not asked to {operation}: it failed {self._failures} times in a row; "
-                    f"try again in {left:.1f} s",
-                    retry_after_s=left,
-                    backend=backend,
-                    operation=operation,
-                )
-            probe = state == "half-open"
-            self._probing = self._probing or probe
-            return probe
-
-    def leave(self, *, failed: bool, probe: bool | None = None) -> None:
-        """Say how a request that was let through ended, by default the probe where there is one.
-
-        While the breaker is open only a probe counts: the others were sent before.
-        """
-        with self._lock:
-            if self._opened_at is not None and not (self._probing if probe is None else probe):
-                return
-            self._probing = False
-            if not failed:
-                self._failures, self._opened_at = 0, None
-                return
-            self._failures += 1
-            if self._failures >= self._policy.failures:
-                self._opened_at = self._clock()
-
-    def give_up(self, *, probe: bool = True) -> None:
-        """Say that a request was let through and cancelled: nothing was learnt."""
-        with self._lock:
-            self._probing = self._probing and not probe
-
-
-def _is_failure(error: BackendError) -> bool:
-    """Whether an error says something against the health of a server. A 4xx does not: it is an answer."""
-    status: int | None = getattr(error.__cause__, "status_code", None)
-    answered = isinstance(error, RateLimitedError) or (status is not None and 400 <= status < 500)  # noqa: PLR2004
-    return error.retryable and not answered
-
-
-class Resilience:
-    """Sends requests under a retry policy and a circuit breaker; waiting is handed in, as it differs."""
-
-    def __init__(
-        self,
-        config: QdrantStoreConfig,
-        sleep: Callable[[float], Awaitable[object]],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.breaker = CircuitBreaker(config.breaker, clock)
-        self._policy = config.retry
-        self._sleep = sleep
-        self._clock = clock
-
-    async def send(self, operation: str, request: Callable[[], Awaitable[T]]) -> T:
-        """Send a request until it succeeds, or there is no sense in going on."""
-        begun = self._clock()
-        for attempt in itertools.count():
-            probe = self.breaker.enter("server", operation)
-            try:
-                with report_request("server", operation, attempt + 1):
-                    answer = await request()
-            except BackendError as error:
-                self.breaker.leave(failed=_is_failure(error), probe=probe)
-                wait = self._wait(error, attempt)
-                if wait is None or self._clock() + wait > begun + self._policy.deadline_s:
-                    raise
-                if self.breaker.is_open_in(wait):  # the next attempt would be refused: this failure says more
-                    raise
-            except BaseException:
-                self.breaker.give_up(probe=probe)
-                raise
-            else:
-                self.breaker.leave(failed=False, probe=probe)
-                return answer
-            await self._sleep(wait)
-        raise AssertionError("unreachable")  # pragma: no cover - count() does not end
-
-    def _wait(self, error: BackendError, attempt: int) -> float | None:
-        """Seconds to wait after a failed attempt, counted from 0; None where it was the last."""
-        if not error.retryable or attempt + 1 >= self._policy.attempts:
-            return None
-        jitter = random.uniform(0.0, min(self._policy.cap_s, self._policy.base_s * 2.0**attempt))
-        return max(jitter, error.retry_after_s) if isinstance(error, RateLimitedError) else jitter
-
-
-# -----------------------------------------------------------------------------
-# engines.waist: What an engine of points offers: the narrow waist between states and databases
-# -----------------------------------------------------------------------------
-
-# The narrow waist. An engine knows collections, points and neutral filters; it knows nothing of users and
-# states. Its methods are coroutines; those of an embedded engine never suspend.
-
-
-class Point(NamedTuple):
-    id: str
-    vector: list[float]
-    payload: dict[str, Any]
-
-
-class Record(NamedTuple):
-    """A point as read: ``score`` where it was searched for, an empty payload where none was asked for.
-
-    ``id`` is as the engine gives it, a string or a UUID.
-    """
-
-    id: object
-    payload: Mapping[str, Any]
-    score: float = 0.0
-
-
-class Equal(NamedTuple):
-    key: str
-    value: str | int  # not bool, which Qdrant Edge 0.9 takes for an integer
-
-
-class AnyOf(NamedTuple):
-    key: str
-    values: Sequence[str] | Sequence[int]
-
-
-class Range(NamedTuple):
-    key: str
-    least: float | None = None
-    most: float | None = None
-
-
-class Text(NamedTuple):
-    key: str
-    words: str
-
-
-class Absent(NamedTuple):
-    key: str
-
-
-Condition = Equal | AnyOf | Range | Text | Absent
-
-
-class Filter(NamedTuple):
-    must: tuple[Condition, ...] = ()
-    must_not: tuple[Condition, ...] = ()
-
-
-class Page(NamedTuple):
-    """Some records and the cursor to the next ones, None at the end."""
-
-    records: list[Record]
-    cursor: Any
-
-
-IndexKind = Literal["tenant", "keyword", "integer", "float", "bool", "datetime", "text"]
-
-
-@attrs.frozen
-class CollectionSpec:
-    """What a collection is opened with.
-
-    ``metadata`` is recorded when it is created; ``accept`` raises where that of one that exists will not do,
-    and is asked before anything is touched.
-    """
-
-    name: str
-    vector_size: int
-    indexes: Mapping[str, IndexKind]
-    metadata: Mapping[str, Any]
-    accept: Callable[[Mapping[str, Any]], object] = dict
-
-
-ExecutionMode = Literal["in place", "in thread", "on loop"]
-
-
-class Engine(Protocol):
-    """What stands between the core and a database of points.
-
-    ``indexed``: filters and orders are answered from indexes, not by looking at every point.
-    ``runs``: how an asynchronous store calls it. "in place": calls are short and hold the interpreter, so
-    that a thread would gain nothing; "in thread": they block; "on loop": its coroutines suspend.
-    ``compact``: nested payload values cost more than strings.
-    """
-
-    name: str
-    indexed: bool
-    runs: ExecutionMode
-    compact: bool
-
-    async def open_collection(self, collection: CollectionSpec) -> Mapping[str, Any]:
-        """Open a collection, creating it where absent; returns the metadata that it was created with."""
-        ...
-
-    async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[Record]:
-        """The points with these ids that there are, in any order."""
-        ...
-
-    async def page(
-        self,
-        collection: str,
-        where: Filter,
-        *,
-        limit: int,
-        cursor: Any = None,
-        newest_by: str | None = None,
-        payload: bool = True,
-    ) -> Page:
-        """Points one page after another; or, with ``newest_by``, the first in descending order of a key."""
-        ...
-
-    async def search(self, collection: str, vector: list[float], where: Filter, limit: int) -> list[Record]:
-        """The nearest points, best first."""
-        ...
-
-    async def count(self, collection: str, where: Filter) -> int:
-        """How many points match."""
-        ...
-
-    async def count_by(
-        self, collection: str, key: str, values: Sequence[str], where: Filter
-    ) -> Mapping[str, int]:
-        """How many points match for each of these values of a keyword; 0 may be left out."""
-        ...
-
-    async def close(self) -> None:
-        """Flush and release everything."""
-        ...
-
-
-class EmbeddedEngine(Engine, Files, Protocol):
-    """An engine in this process, which owns its files."""
-
-    async def write(self, collection: str, points: Sequence[Point], deleted: Sequence[str] = ()) -> None:
-        """Put points, then delete others by id; the points appear all at one moment."""
-        ...
-
-    async def drop(self, collection: str) -> None:
-        """Remove a collection, if there is one."""
-        ...
-
-    async def replace(self, collection: str, by: str) -> None:
-        """Let another open collection take the place of one, at one moment; its own name is then free."""
-        ...
-
-
-class Put(NamedTuple):
-    """Points to be put where a guard allows it, which is judged for each point by itself.
-
-    ``mode``: "insert" leaves points that exist alone, "update" those that do not; of those that exist,
-    only ones that match ``over`` are replaced.
-    """
-
-    points: Sequence[Point]
-    mode: Literal["upsert", "insert", "update"] = "upsert"
-    over: Filter | None = None
-
-
-class SharedEngine(Engine, Protocol):
-    """An engine that other processes write to as well: changes are guarded, requests may be repeated."""
-
-    async def put(self, collection: str, puts: Sequence[Put]) -> None:
-        """Put points, one put after another, in one request."""
-        ...
-
-    async def delete(self, collection: str, where: Filter | Sequence[str]) -> None:
-        """Delete what matches a filter, or has these ids."""
-        ...
-
-    async def mark(self, collection: str, key: str, value: str | None) -> None:
-        """Record something in the metadata of a collection, or remove it."""
-        ...
-
-    async def mark_of(self, collection: str, key: str) -> str | None:
-        """What ``mark`` recorded; None where there is nothing, or no collection."""
-        ...
-
-    async def finish(self, last: Awaitable[object]) -> None:
-        """Await something though being cancelled."""
-        ...
-
-    async def resolve(self, collection: str) -> str:
-        """The name of the collection that an alias stands for, or the same."""
-        ...
-
-    async def is_whole(self, collection: str) -> bool:
-        """Whether the node that answers has every shard of a collection."""
-        ...
-
-    async def create_snapshot(self, collection: str) -> RemoteSnapshot:
-        """Let the server make a snapshot of a collection."""
-        ...
-
-    async def download_snapshot(self, collection: str, name: str, taking: NativeSnapshotWriter) -> None:
-        """Read a snapshot of the server."""
-        ...
-
-    async def delete_snapshot(self, collection: str, name: str) -> None:
-        """Remove a snapshot from the server."""
-        ...
-
-    async def upload_snapshot(self, collection: str, path: Path, sha256: str) -> None:
-        """Let the server replace a collection, or make it, by what a snapshot file holds."""
-        ...
-
-    async def apart(self, call: Callable[[], T]) -> T:
-        """Make a call that blocks, where it holds up nobody else."""
-        ...
-
-    async def status(self, collection: str, seconds: float) -> Mapping[str, Any]:
-        """What the server says of itself and of the collection, asked once and without waiting long."""
-        ...
-
-    def is_absent(self, collection: str, error: BackendError) -> bool:
-        """Whether an operation failed because there is no such collection, and for no other reason."""
-        ...
-
-
-@contextlib.contextmanager
-def backend_errors(backend: str, operation: str) -> Generator[None]:
-    """Turn what a library raises into a BackendError, and report the request to what there is."""
-    try:
-        telemetry = REPORTING.telemetry
-        if telemetry is None:  # all that reporting costs where there is nothing to report to
-            yield
-        else:
-            with telemetry.request(backend, operation):
-                yield
-    except StoreError:
-        raise
-    except Exception as error:
-        message = f"{backend}: {operation} failed: {error or type(error).__name__}"
-        raise BackendError(message, backend=backend, operation=operation) from error
-
-
-def check_dimensions(points: Sequence[Point], vector_size: int) -> None:
-    """Refuse a point that does not fit before an engine has taken in those before it."""
-    for point in points:
-        if len(point.vector) != vector_size:
-            raise ValueError(f"point {point.id} has {len(point.vector)} dimensions, not {vector_size}")
-
-
-class CountsEach(ABC):
-    """Counts value by value, which is quickest within the process."""
-
-    @abstractmethod
-    async def count(self, collection: str, where: Filter) -> int:
-        """See Engine.count."""
-
-    async def count_by(
-        self, collection: str, key: str, values: Sequence[str], where: Filter
-    ) -> Mapping[str, int]:
-        """See Engine.count_by."""
-        narrowed = ((value, where._replace(must=(Equal(key, value), *where.must))) for value in values)
-        return {value: await self.count(collection, each) for value, each in narrowed}
-
-
-# -----------------------------------------------------------------------------
-# snapshots.directory: Snapshot files in a directory: written whole or not at all, named, verified, listed
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# attuned.snapshots.directory
+# Snapshot files in a directory: written whole or not at all, named, verified, listed.
+# ------------------------------------------------------------------------------------------------------------
 
 
 class NewFile:
@@ -4197,383 +2817,1091 @@ def _compare_checksum(sha256: str, path: Path) -> None:
             raise SnapshotError(f"is damaged: its SHA-256 is not that of {checksum_file(path).name}")
 
 
-# -----------------------------------------------------------------------------
-# states.memory: The backend of memory: a deque a user, nothing between a caller and the dict
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# attuned.connections.http
+# HTTP requests to a server: blocking or awaited, within a deadline.
+# ------------------------------------------------------------------------------------------------------------
 
 
-class Vectors(Protocol):
-    """Unit vectors in numbered rows."""
+class BlockingClient:
+    """A blocking client whose methods are coroutines, which never suspend."""
 
-    def put(self, row: int, direction: Sequence[float]) -> None: ...
+    def __init__(self, client: object) -> None:
+        self.blocking = client
 
-    def scores(self, direction: Sequence[float], rows: int) -> Any: ...
+    def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
+        method = getattr(self.blocking, name)
 
-    def best(self, scores: Any, number: int) -> Iterable[int]:
-        """The rows of the best scores, best first, at least ``number`` of them or all."""
+        async def call(*arguments: Any, **options: Any) -> Any:
+            return method(*arguments, **options)
+
+        self.__dict__[name] = call
+        return call
+
+
+class ErrorOrigin(TypedDict):
+    """What every BackendError says of its origin."""
+
+    backend: str
+    operation: str
+
+
+_SAID_CHARACTERS = 200  # of what a server says, in an error message
+
+
+def server_error(error: Exception, operation: str, url: str) -> BackendError:
+    """What a failed request to a server means; the message says it in one line and holds no secret."""
+    import httpx
+    from qdrant_client.common.client_exceptions import QdrantException, ResourceExhaustedResponse
+    from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
+
+    asked, where = f"Qdrant at {url}: {operation}", ErrorOrigin(backend="server", operation=operation)
+    if isinstance(error, ResourceExhaustedResponse):
+        wait = float(error.retry_after_s)
+        return RateLimitedError(f"{asked}: too many requests, wait {wait:g} s", retry_after_s=wait, **where)
+    if isinstance(error, QdrantException) and "Retry-After" in str(error):  # not a whole number
+        return RateLimitedError(f"{asked}: too many requests", retry_after_s=1.0, **where)
+    if isinstance(error, UnexpectedResponse):
+        return status_error(error.status_code or 0, error.content, asked, where)
+    cause = error.source if isinstance(error, ResponseHandlingException) else error
+    said = one_line(str(cause))[:_SAID_CHARACTERS] or type(cause).__name__
+    if isinstance(cause, httpx.TimeoutException | TimeoutError):
+        message = f"{asked}: no answer in time ({type(cause).__name__})"
+        return BackendTimeoutError(message, retryable=True, **where)
+    if isinstance(cause, httpx.TransportError):
+        hint = "; port 6334 is for gRPC, REST is usually at 6333" if ":6334" in url else ""
+        message = f"{asked}: cannot be reached: {said}{hint}"
+        return BackendUnavailableError(message, retryable=True, **where)
+    return BackendError(f"{asked}: not an answer of Qdrant: {said}", **where)
+
+
+def status_error(status: int, content: bytes, asked: str, where: ErrorOrigin) -> BackendError:
+    """What an answer with an error status means."""
+    try:
+        said = str(json.loads(content)["status"]["error"])
+    except (ValueError, KeyError, TypeError):
+        said = content.decode(errors="replace")
+    hints = {401: "; is api_key right?", 403: "; may this api_key do that?"}
+    message = f"{asked}: HTTP {status}: {one_line(said)[:_SAID_CHARACTERS]}{hints.get(status, '')}"
+    if status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.GATEWAY_TIMEOUT):
+        return BackendTimeoutError(message, retryable=True, **where)
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        return RateLimitedError(message, retry_after_s=0.0, **where)
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        retryable = status in (
+            HTTPStatus.INTERNAL_SERVER_ERROR,
+            HTTPStatus.BAD_GATEWAY,
+            HTTPStatus.SERVICE_UNAVAILABLE,
+        )
+        return BackendUnavailableError(message, retryable=retryable, **where)
+    return BackendRejectedError(message, **where)
+
+
+_MAX_FILE_NAME = 1024  # characters, of the name of a snapshot on a server
+
+
+MIN_SERVER_VERSION = (1, 17)  # conditional upserts with update modes
+
+
+def http_status_of(error: BackendError) -> int | None:
+    """The HTTP status behind an error, where an answer had come."""
+    return getattr(error.__cause__, "status_code", None)
+
+
+def snapshots_path(collection: str) -> str:
+    return f"/collections/{urlquote(collection, safe='')}/snapshots"
+
+
+def is_file_name(name: object) -> bool:
+    """Whether a name that a server gave is that of a file, and of no other place."""
+    plain = isinstance(name, str) and 0 < len(name) <= _MAX_FILE_NAME and name not in (".", "..")
+    return plain and not re.search(r"[/\\\x00-\x1f\x7f\ud800-\udfff]", cast("str", name))
+
+
+class RemainingTime(dict[str, float]):
+    """What httpx looks up a timeout in when a phase of a request begins: each gets what is left by then."""
+
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
+
+    def get(self, phase: str, default: Any = None) -> float:  # noqa: ARG002 - the same for every phase
+        return max(0.001, self._deadline - time.monotonic())
+
+
+async def read_awaiting(
+    client: Any, deadline: float, method: str, path: str, options: Mapping[str, Any]
+) -> tuple[int, bytes]:
+    """The status and the body of an answer, or TimeoutError at the deadline."""
+    import anyio
+
+    with anyio.fail_after(deadline - time.monotonic()):
+        answer = await client.request(method, path, **options)
+    return answer.status_code, answer.content
+
+
+async def read_blocking(
+    client: Any, deadline: float, method: str, path: str, options: Mapping[str, Any]
+) -> tuple[int, bytes]:
+    """The status and the body of an answer, or TimeoutError at the first piece after the deadline."""
+    pieces: list[bytes] = []
+    with client.blocking.stream(method, path, **options) as answer:
+        for piece in answer.iter_bytes():
+            pieces.append(piece)
+            if time.monotonic() > deadline:
+                raise TimeoutError("the answer takes too long")
+    return answer.status_code, b"".join(pieces)
+
+
+_UNPACKED = {"accept-encoding": "identity"}
+
+
+async def download_awaiting(
+    client: Any, path: str, check: Callable[[int, bytes], None], taking: NativeSnapshotWriter
+) -> None:
+    """Take in a file piece by piece, unless the answer does not pass the check."""
+    async with client.stream("GET", path, headers=_UNPACKED) as answer:
+        check(answer.status_code, await answer.aread() if answer.is_error else b"")
+        async for piece in answer.aiter_raw():
+            taking.add(piece)
+
+
+async def download_blocking(
+    client: Any, path: str, check: Callable[[int, bytes], None], taking: NativeSnapshotWriter
+) -> None:
+    """As download_awaiting, over a blocking client."""
+    with client.blocking.stream("GET", path, headers=_UNPACKED) as answer:
+        check(answer.status_code, answer.read() if answer.is_error else b"")
+        for piece in answer.iter_raw():
+            taking.add(piece)
+
+
+async def run_in_task(request: Callable[[], Awaitable[T]]) -> T:
+    """Await a request in a task of its own, which is cancelled by a cancel scope.
+
+    asyncio's own task.cancel() can take a connection from httpcore's pool for good (encode/httpcore#658,
+    #830): it gives them back under a shield that only scopes know.
+    """
+    import anyio
+
+    answers, failures = list[T](), list[Exception]()
+
+    async def attempt() -> None:
+        try:
+            answers.append(await request())
+        except Exception as failure:  # noqa: BLE001 - it is raised below, not in a group
+            failures.append(failure)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(attempt)
+    for failure in failures:
+        raise failure
+    return answers[0]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.connections.pools
+# Connection pools of HTTP clients.
+# ------------------------------------------------------------------------------------------------------------
+
+
+class ConnectionPools:
+    """Several small connection pools of httpx in the place of a large one.
+
+    For each request httpcore compares every connection with every other one, three times over: 64 idle ones
+    cost more than 2 ms (encode/httpcore#929). The first of the least busy pools is taken, so that one caller
+    stays on one connection.
+    """
+
+    CONNECTIONS = 8  # of a pool
+
+    def __init__(self, make: Callable[[int], Any], connections: int) -> None:
+        number = math.ceil(connections / self.CONNECTIONS)
+        self._pools = [make((connections + place) // number) for place in reversed(range(number))]
+        self._busy = [0] * len(self._pools)
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def _least_busy(self) -> Generator[Any]:
+        with self._lock:
+            place = self._busy.index(min(self._busy))
+            self._busy[place] += 1
+        try:
+            yield self._pools[place]
+        finally:
+            with self._lock:
+                self._busy[place] -= 1
+
+    def handle_request(self, request: Any) -> Any:
+        with self._least_busy() as pool:
+            return pool.handle_request(request)
+
+    async def handle_async_request(self, request: Any) -> Any:
+        with self._least_busy() as pool:
+            return await pool.handle_async_request(request)
+
+    def close(self) -> None:
+        for pool in self._pools:
+            pool.close()
+
+    async def aclose(self) -> None:
+        for pool in self._pools:
+            await pool.aclose()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.connections.resilience
+# Retries and the circuit breaker of requests to a server.
+# ------------------------------------------------------------------------------------------------------------
+
+
+class CircuitBreaker:
+    """A circuit breaker, shared by all threads and tasks of a store."""
+
+    def __init__(self, policy: BreakerPolicy, clock: Callable[[], float] = time.monotonic) -> None:
+        self._policy = policy
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._opened_at: float | None = None
+        self._probing = False
+        with breakers_lock:
+            BREAKERS.add(self)
+
+    def retire(self) -> None:
+        """Count no longer in the state of all breakers: the store is closed."""
+        with breakers_lock:
+            BREAKERS.discard(self)
+
+    @property
+    def state(self) -> Literal["closed", "open", "half-open"]:
+        """What the next request meets."""
+        if self._opened_at is None:
+            return "closed"
+        return "open" if self._clock() < self._opened_at + self._policy.open_s else "half-open"
+
+    def is_open_in(self, seconds: float) -> bool:
+        """Whether it lets nothing through now, and will not after so many seconds."""
+        opened_at = self._opened_at
+        return opened_at is not None and self._clock() + seconds < opened_at + self._policy.open_s
+
+    def enter(self, backend: str, operation: str) -> bool:
+        """Let a request through, or raise CircuitOpenError; returns whether it is a probe."""
+        with self._lock:
+            state = self.state
+            if state == "open" or (state == "half-open" and self._probing):
+                left = max(0.0, cast("float", self._opened_at) + self._policy.open_s - self._clock())
+                raise CircuitOpenError(
+                    f"{backend}: not asked to {operation}: it failed {self._failures} times in a row; "
+                    f"try again in {left:.1f} s",
+                    retry_after_s=left,
+                    backend=backend,
+                    operation=operation,
+                )
+            probe = state == "half-open"
+            self._probing = self._probing or probe
+            return probe
+
+    def leave(self, *, failed: bool, probe: bool | None = None) -> None:
+        """Say how a request that was let through ended, by default the probe where there is one.
+
+        While the breaker is open only a probe counts: the others were sent before.
+        """
+        with self._lock:
+            if self._opened_at is not None and not (self._probing if probe is None else probe):
+                return
+            self._probing = False
+            if not failed:
+                self._failures, self._opened_at = 0, None
+                return
+            self._failures += 1
+            if self._failures >= self._policy.failures:
+                self._opened_at = self._clock()
+
+    def give_up(self, *, probe: bool = True) -> None:
+        """Say that a request was let through and cancelled: nothing was learnt."""
+        with self._lock:
+            self._probing = self._probing and not probe
+
+
+def _is_failure(error: BackendError) -> bool:
+    """Whether an error says something against the health of a server. A 4xx does not: it is an answer."""
+    status: int | None = getattr(error.__cause__, "status_code", None)
+    answered = isinstance(error, RateLimitedError) or (status is not None and 400 <= status < 500)  # noqa: PLR2004
+    return error.retryable and not answered
+
+
+class Resilience:
+    """Sends requests under a retry policy and a circuit breaker; waiting is handed in, as it differs."""
+
+    def __init__(
+        self,
+        config: QdrantStoreConfig,
+        sleep: Callable[[float], Awaitable[object]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.breaker = CircuitBreaker(config.breaker, clock)
+        self._policy = config.retry
+        self._sleep = sleep
+        self._clock = clock
+
+    async def send(self, operation: str, request: Callable[[], Awaitable[T]]) -> T:
+        """Send a request until it succeeds, or there is no sense in going on."""
+        begun = self._clock()
+        for attempt in itertools.count():
+            probe = self.breaker.enter("server", operation)
+            try:
+                with report_request("server", operation, attempt + 1):
+                    answer = await request()
+            except BackendError as error:
+                self.breaker.leave(failed=_is_failure(error), probe=probe)
+                wait = self._wait(error, attempt)
+                if wait is None or self._clock() + wait > begun + self._policy.deadline_s:
+                    raise
+                if self.breaker.is_open_in(wait):  # the next attempt would be refused: this failure says more
+                    raise
+            except BaseException:
+                self.breaker.give_up(probe=probe)
+                raise
+            else:
+                self.breaker.leave(failed=False, probe=probe)
+                return answer
+            await self._sleep(wait)
+        raise AssertionError("unreachable")  # pragma: no cover - count() does not end
+
+    def _wait(self, error: BackendError, attempt: int) -> float | None:
+        """Seconds to wait after a failed attempt, counted from 0; None where it was the last."""
+        if not error.retryable or attempt + 1 >= self._policy.attempts:
+            return None
+        jitter = random.uniform(0.0, min(self._policy.cap_s, self._policy.base_s * 2.0**attempt))
+        return max(jitter, error.retry_after_s) if isinstance(error, RateLimitedError) else jitter
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.connections.runtime
+# How one body serves both forms: a synchronous store runs it, an asynchronous one awaits it.
+#
+# The operations of stores are coroutines over awaitable primitives. Where a store is synchronous, those block and
+# never suspend, so that one ``send(None)`` runs a body to its end; where it is asynchronous, the body is awaited.
+# What must differ is one object, ``Waits``: bodies await it, the backend and themselves, never an event loop.
+# ------------------------------------------------------------------------------------------------------------
+
+
+def run(body: Coroutine[Any, Any, T]) -> T:
+    """Run a body over primitives that never suspend."""
+    try:
+        body.send(None)
+    except StopIteration as stop:
+        return cast("T", stop.value)
+    body.close()
+    raise RuntimeError("a body over blocking primitives tried to suspend")
+
+
+async def run_in_thread(call: Callable[[], T], limiter: Any = None) -> T:
+    """Run a blocking call in a worker thread; being cancelled meanwhile, wait for it."""
+    try:
+        import anyio.to_thread
+    except ImportError:
+        import asyncio
+
+        running = asyncio.get_running_loop().run_in_executor(None, call)
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            await asyncio.wait([running])
+            raise
+    return await anyio.to_thread.run_sync(call, limiter=limiter)
+
+
+def require_anyio(what: str) -> None:
+    """Raise MissingDependencyError where anyio is not installed, before anything has been done."""
+    try:
+        import anyio  # noqa: F401 - whether it is there is all that is asked
+    except ImportError as error:
+        raise MissingDependencyError(f"{what} needs anyio: pip install anyio") from error
+
+
+class Worker:
+    """One worker thread for a purpose and event loop: more would only wait for each other."""
+
+    def __init__(self) -> None:
+        self._limiters: Any = None
+
+    def limiter(self) -> Any:
+        """The limiter of this event loop."""
+        from anyio import CapacityLimiter
+        from anyio.lowlevel import RunVar
+
+        if self._limiters is None:
+            self._limiters = RunVar("worker")
+        limiter = self._limiters.get(None)
+        if limiter is None:
+            limiter = CapacityLimiter(1)
+            self._limiters.set(limiter)
+        return limiter
+
+
+class Waits(Protocol):
+    """How a body waits: in place, or on an event loop."""
+
+    blocking: bool
+
+    async def pause(self) -> None:
+        """Let other tasks run, where there are others."""
+        ...
+
+    async def pause_if_due(self) -> None:
+        """As ``pause``, unless they had a turn a moment ago."""
+        ...
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait for a time."""
+        ...
+
+    async def call(
+        self,
+        function: Callable[[], T],
+        worker: Worker | None = None,
+        done: Callable[[], bool] | None = None,
+    ) -> T:
+        """Call what blocks: in place, or in a worker thread.
+
+        ``done`` says that there is nothing to wait for any more: then it is called in place.
+        """
+        ...
+
+    async def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function of the caller's, which may be a coroutine function in an asynchronous store."""
+        ...
+
+    async def shielded(self, last: Awaitable[T]) -> T:
+        """Await something though being cancelled, as far as the event loop allows that."""
         ...
 
 
-class _PlainVectors:
-    """Rows as lists, where numpy is absent."""
+class Blocking:
+    """The waits of synchronous stores, which never suspend."""
+
+    blocking = True
+
+    async def pause(self) -> None:
+        """See Waits.pause."""
+
+    async def pause_if_due(self) -> None:
+        """See Waits.pause_if_due."""
+
+    async def sleep(self, seconds: float) -> None:
+        """See Waits.sleep."""
+        time.sleep(seconds)  # noqa: ASYNC251 - this is the waiting of what blocks
+
+    async def call(
+        self,
+        function: Callable[[], T],
+        worker: Worker | None = None,  # noqa: ARG002 - there is but this thread
+        done: Callable[[], bool] | None = None,  # noqa: ARG002
+    ) -> T:
+        """See Waits.call."""
+        return function()
+
+    async def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """See Waits.ask; a StopIteration of the function's comes as a RuntimeError, as in every coroutine."""
+        return function(*arguments)
+
+    async def shielded(self, last: Awaitable[T]) -> T:
+        """See Waits.shielded."""
+        return await last
+
+
+class Suspending:
+    """The waits of asynchronous stores, under asyncio and trio (which needs anyio)."""
+
+    blocking = False
+    TURN_S = 0.005  # how long a store goes on without letting other tasks run
 
     def __init__(self) -> None:
-        self._rows: list[Sequence[float]] = []
+        self._paused = 0.0  # when other tasks were last let run
 
-    def put(self, row: int, direction: Sequence[float]) -> None:
-        self._rows[row : row + 1] = [direction]
+    async def pause(self) -> None:
+        """See Waits.pause."""
+        await self.sleep(0)
 
-    def scores(self, direction: Sequence[float], rows: int) -> list[float]:
-        return [sum(map(operator.mul, direction, row)) for row in self._rows[:rows]]
+    async def pause_if_due(self) -> None:
+        """See Waits.pause_if_due."""
+        now = time.monotonic()
+        if now - self._paused > self.TURN_S:
+            self._paused = now
+            await self.sleep(0)
 
-    def best(self, scores: list[float], number: int) -> Iterable[int]:  # noqa: ARG002 - sorts all anyhow
-        return sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
+    async def sleep(self, seconds: float) -> None:
+        """See Waits.sleep."""
+        try:
+            import anyio
+        except ImportError:
+            import asyncio
 
-
-class _NumpyVectors:
-    """Rows as a matrix."""
-
-    def __init__(self, vector_size: int) -> None:
-        import numpy as np
-
-        self._numpy = np
-        self._matrix = np.zeros((64, vector_size), dtype=np.float32)
-
-    def put(self, row: int, direction: Sequence[float]) -> None:
-        if row >= len(self._matrix):
-            self._matrix = self._numpy.concatenate([self._matrix, self._numpy.zeros_like(self._matrix)])
-        self._matrix[row] = direction
-
-    def scores(self, direction: Sequence[float], rows: int) -> Any:
-        return self._matrix[:rows] @ self._numpy.asarray(direction, dtype=self._numpy.float32)
-
-    def best(self, scores: Any, number: int) -> Iterable[int]:
-        if number < len(scores):
-            rows = self._numpy.argpartition(-scores, number)[:number]
-            rows = rows[self._numpy.argsort(-scores[rows])]
+            await asyncio.sleep(seconds)
         else:
-            rows = self._numpy.argsort(-scores)
-        return cast("list[int]", rows.tolist())
+            await anyio.sleep(seconds)
+
+    async def call(
+        self,
+        function: Callable[[], T],
+        worker: Worker | None = None,
+        done: Callable[[], bool] | None = None,
+    ) -> T:
+        """See Waits.call."""
+        if worker is None:
+            return await run_in_thread(function)
+        if done is None:
+            return await run_in_thread(function, worker.limiter())
+        async with worker.limiter():  # the first goes to the thread, the others wait for it here
+            return function() if done() else await run_in_thread(function)
+
+    async def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """See Waits.ask."""
+        answer = function(*arguments)
+        return await answer if inspect.isawaitable(answer) else answer
+
+    async def shielded(self, last: Awaitable[T]) -> T:
+        """See Waits.shielded."""
+        try:
+            import anyio
+        except ImportError:
+            return await last
+        with anyio.CancelScope(shield=True):
+            answer = await last
+        return answer
 
 
-def make_vectors(vector_size: int) -> Vectors:
-    try:
-        return _NumpyVectors(vector_size)
-    except ImportError:
-        return _PlainVectors()
+BLOCKING = Blocking()
 
 
-class VectorIndex:
-    """The latest snapshots as unit vectors. It is told who was written, and catches up when asked."""
+class Pager(Generic[T]):
+    """What one page after another holds, for bodies: each begins where the one before ended.
 
-    def __init__(self, schema: Schema) -> None:
-        self.stale: set[str] = set()
-        self._schema = schema
-        self._vectors: Vectors | None = None
-        self._rows: list[StateSnapshot | None] = []
-        self._row_of: dict[str, int] = {}
-        self._free: list[int] = []
-
-    def catch_up(self, latest: Callable[[str], StateSnapshot | None]) -> bool:
-        """Take in some of the users written since; whether all are taken in."""
-        for _ in range(min(4 * BATCH_SIZE, len(self.stale))):
-            user_id = self.stale.pop()
-            self._take(user_id, latest(user_id))
-        return not self.stale
-
-    def _take(self, user_id: str, snapshot: StateSnapshot | None) -> None:
-        if self._vectors is None:
-            self._vectors = make_vectors(self._schema.vector_size)
-        row = self._row_of.get(user_id)
-        if snapshot is None:
-            if row is not None:
-                self._free.append(self._row_of.pop(user_id))
-                self._rows[row] = None
-            return
-        if row is None:
-            row = self._row_of[user_id] = self._free.pop() if self._free else len(self._rows)
-        self._rows[row : row + 1] = [snapshot]
-        self._vectors.put(row, self._schema.vector(snapshot.axes))
-
-    def search(self, search: SearchRequest) -> list[Match]:
-        """The best matches among those taken in."""
-        if self._vectors is None:
-            return []
-        scores = self._vectors.scores(self._schema.vector(search.axes), len(self._rows))
-        for number in (4 * search.limit + BATCH_SIZE, len(scores)):
-            matches = self._matches(search, scores, self._vectors.best(scores, number))
-            if len(matches) == search.limit or number >= len(scores):
-                break
-        return matches
-
-    def _matches(self, search: SearchRequest, scores: Any, rows: Iterable[int]) -> list[Match]:
-        matches: list[Match] = []
-        for row in rows:
-            snapshot, score = self._rows[row], clamp_score(float(scores[row]))
-            if score < search.score_threshold or len(matches) == search.limit:
-                break
-            if snapshot is not None and search.admits(snapshot):
-                matches.append(Match(snapshot, score))
-        return matches
-
-
-class MemoryBackend:
-    """States in the memory of this process.
-
-    Reads take no lock, unless on a free-threaded Python a write comes between.
+    Not an asynchronous generator: an event loop that is running in the thread would adopt one that a synchronous
+    store iterates, and would close it.
     """
 
-    name = "memory"
-    is_open = True
-    native_snapshots = False
-    batch_size = BATCH_SIZE
+    def __init__(self, fetch: Callable[[Any], Awaitable[tuple[T, Any]]], waits: Waits) -> None:
+        self._fetch, self._waits = fetch, waits
+        self._cursor: Any = None
+        self._begun = False
 
-    def __init__(self, config: MemoryStoreConfig, waits: Waits) -> None:
-        self.config = config
-        self.schema = Schema.of(config)
-        # One deque a user, ascending in time, the latest at its end: one append changes both at one moment.
-        self.timelines: dict[str, deque[StateSnapshot]] = {}
-        self._waits = waits
-        self._retention = Retention.of(config)
-        self._capacity = max(1, self._retention.maximum)
-        self._lock = threading.Lock()
-        self._index = VectorIndex(self.schema)
-        self._closed = False
-
-    def get_latest(self, user_id: str) -> StateSnapshot | None:
-        """The latest snapshot of a user, whose id need not have been checked."""
-        try:
-            return self.timelines[user_id][-1]
-        except (KeyError, TypeError):
-            self._check_open()
-            check_user_id(user_id)
-            return None
-        except IndexError:  # free threading: it got shorter between the looks at its length and at its end
-            with self._lock:
-                timeline = self.timelines.get(user_id)
-                return timeline[-1] if timeline else None
-
-    def upsert_latest(self, snapshot: StateSnapshot, expected: Expected) -> None:
-        """Write a snapshot, which has been checked like ``expected``."""
-        with self._lock:
-            self._put(snapshot, expected)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise closed_error()
-
-    def _put(self, snapshot: StateSnapshot, expected: Expected = ANY) -> None:
-        if self._closed:
-            raise closed_error()
-        user_id = snapshot.user_id
-        timeline = self.timelines.get(user_id)
-        if expected is not ANY:
-            latest = timeline[-1] if timeline else None
-            if latest != expected:
-                raise conflict_error(user_id, expected, latest)
-        self._index.stale.add(user_id)  # first: an interrupt may come after any line
-        if timeline is None:
-            self.timelines[user_id] = deque((snapshot,), self._capacity)
-        elif snapshot.updated_at_unix_ms > timeline[-1].updated_at_unix_ms:
-            timeline.append(snapshot)
-            if self._retention.days is not None:
-                self._trim(timeline)
-        else:
-            others = [entry for entry in timeline if entry.updated_at_unix_ms != snapshot.updated_at_unix_ms]
-            self.timelines[user_id] = deque(sorted([*others, snapshot], key=time_of), self._capacity)
-
-    def _trim(self, timeline: deque[StateSnapshot]) -> int:
-        removable = self._retention.removable([entry.updated_at_unix_ms for entry in timeline])
-        removable = min(removable, len(timeline) - 1)  # the newest is the latest snapshot, which stays
-        for _ in range(removable):
-            timeline.popleft()
-        return removable
-
-    def _moment(self, user_id: str, *, keep_latest: bool) -> list[StateSnapshot]:
-        """What history shows of a user, oldest first, as it is at one moment; the latest in any case, if asked."""
-        timeline = self.timelines.get(user_id)
-        if timeline is None:
-            return []
-        try:
-            entries = list(timeline.copy())
-        except RuntimeError:  # free threading: a write came between two entries
-            with self._lock:
-                entries = list(timeline)
-        hidden = self._retention.hidden([entry.updated_at_unix_ms for entry in entries])
-        return entries[min(hidden, len(entries) - 1) if keep_latest else hidden :]
-
-    # What Backend asks for. Nothing suspends but a search, between two of its steps.
-
-    async def open(self) -> None:
-        """See Backend.open."""
-
-    def begin(self, operation: Callable[[Any], Coroutine[Any, Any, T]]) -> Coroutine[Any, Any, T]:
-        """See Backend.begin."""
-        return operation(self)
-
-    def cached(self, user_id: str) -> StateSnapshot | None:
-        """See Backend.cached."""
-        return self.get_latest(user_id)
-
-    async def find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
-        """See Backend.find."""
-        found = ((user_id, self.get_latest(user_id)) for user_id in user_ids)
-        return {user_id: latest for user_id, latest in found if latest is not None}
-
-    async def history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]:
-        """See Backend.history."""
-        self._check_open()
-        newest_first = reversed(self._moment(user_id, keep_latest=False))
-        chosen = (entry for entry in newest_first if window.since <= entry.updated_at_unix_ms <= window.until)
-        return list(itertools.islice(chosen, window.limit))
-
-    async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
-        """See Backend.write."""
-        with self._lock:
-            for snapshot in snapshots:
-                self._put(snapshot)
-
-    async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None:
-        """See Backend.write_expected."""
-        self.upsert_latest(snapshot, expected)
-
-    async def delete(self, user_id: str) -> bool:
-        """See Backend.delete."""
-        with self._lock:
-            self._check_open()
-            self._index.stale.add(user_id)
-            return self.timelines.pop(user_id, None) is not None
-
-    async def search(self, request: SearchRequest) -> list[Match]:
-        """See Backend.search."""
-        self._check_open()
-        self.schema.check(request.axes)
-        if request.history or request.user_id is not None:
-            return await self._scan(request)
-        while not self._caught_up():
+    async def next(self) -> T | None:
+        """The next page, after a pause between two; None at the end."""
+        if self._begun:
+            if self._cursor is None:
+                return None
             await self._waits.pause()
-        with self._lock:
-            return self._index.search(request)
-
-    def _caught_up(self) -> bool:
-        with self._lock:
-            try:
-                return self._index.catch_up(self.get_latest)
-            except BaseException:  # an interrupt, say: begin anew
-                self._index = VectorIndex(self.schema)
-                self._index.stale.update(self.timelines)
-                raise
-
-    async def _scan(self, request: SearchRequest) -> list[Match]:
-        """Look at snapshots one by one, where the vectors of the latest ones do not serve."""
-        direction, best = self.schema.vector(request.axes), list[Match]()
-        score_of = operator.attrgetter("score")
-        for user_id in list(self.timelines) if request.user_id is None else [request.user_id]:
-            if request.history:
-                entries = self._moment(user_id, keep_latest=False)
-            else:
-                latest = self.get_latest(user_id)
-                entries = [] if latest is None else [latest]
-            for snapshot in filter(request.admits, entries):
-                score = sum(map(operator.mul, direction, self.schema.vector(snapshot.axes)))
-                if score >= request.score_threshold:
-                    best.append(Match(snapshot, clamp_score(score)))
-            if len(best) > 4 * request.limit + BATCH_SIZE:
-                best = heapq.nlargest(request.limit, best, key=score_of)
-            await self._waits.pause_if_due()
-        return heapq.nlargest(request.limit, best, key=score_of)
-
-    async def users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
-        """See Backend.users."""
-        self._check_open()
-        return page_of_ids(iter(list(self.timelines)) if cursor is None else cursor, self.batch_size)
-
-    async def states(self, cursor: Cursor) -> tuple[list[StateSnapshot], Cursor]:
-        """See Backend.states."""
-        self._check_open()
-        remaining: Iterator[str] = iter(list(self.timelines)) if cursor is None else cursor
-        states: list[StateSnapshot] = []
-        for user_id in remaining:
-            states += self._moment(user_id, keep_latest=True)
-            if len(states) >= self.batch_size:
-                return states, remaining
-        return states, None
-
-    async def count(self) -> int:
-        """See Backend.count."""
-        self._check_open()
-        return len(self.timelines)
-
-    async def count_page(self, cursor: Cursor) -> tuple[int, Cursor]:
-        """See Backend.count_page."""
-        page, cursor = await self.users(cursor)
-        return sum(len(self._moment(user_id, keep_latest=False)) for user_id in page), cursor
-
-    async def prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
-        """See Backend.prune_page."""
-        page, cursor = await self.users(cursor)
-        with self._lock:
-            timelines = [self.timelines[user_id] for user_id in page if user_id in self.timelines]
-            return sum(self._trim(timeline) for timeline in timelines), cursor
-
-    async def stage(self, token: str) -> MemoryBackend:  # noqa: ARG002 - nothing of this one can be left
-        """See Backend.stage."""
-        return MemoryBackend(self.config, self._waits)
-
-    async def adopt(self, staged: MemoryBackend) -> None:
-        """See Backend.adopt."""
-        with self._lock:
-            self._check_open()
-            self.timelines, self._index = staged.timelines, staged._index
-
-    async def discard(self, staged: MemoryBackend) -> None:
-        """See Backend.discard."""
-        staged.close()
-
-    async def look(self, seconds: float) -> Health:  # noqa: ARG002 - it is there at once
-        """See Backend.look."""
-        timelines = list(self.timelines.values())
-        points = len(timelines) + (sum(map(len, timelines)) if self._retention.maximum else 0)
-        return Health("healthy", self.name, 0.0, len(timelines), points)
-
-    def close(self) -> None:
-        """Forget everything."""
-        with self._lock:
-            self._closed = True
-            self.timelines = {}
-            self._index = VectorIndex(self.schema)
+        page, self._cursor = await self._fetch(self._cursor)
+        self._begun = True
+        return page
 
 
-class MemoryPlace:
-    """The place of a memory store: there is nothing between it and its backend."""
+# ------------------------------------------------------------------------------------------------------------
+# attuned.connections.files
+# Directories that this process has open: locks, group commit, forks.
+# ------------------------------------------------------------------------------------------------------------
 
-    location = "memory://"
-    engine = "memory"
-    is_shown = True
 
-    def __init__(self, backend: MemoryBackend) -> None:
-        self._backend = backend
+class Files(Protocol):
+    """What is asked of an engine that keeps its own files."""
 
-    async def open(self) -> MemoryBackend:
-        """See Place.open."""
-        return self._backend
+    name: str
+    writes: int  # how many have been done
+    runs: Literal[
+        "in place", "in thread", "on loop"
+    ]  # "in thread": calls block; "in place": they are short and hold the interpreter anyway
 
-    async def drive(self, body: Coroutine[Any, Any, T], *, long: bool = False) -> T:  # noqa: ARG002 - none is
-        """See Place.drive."""
-        return await body
+    @property
+    def flush_due(self) -> bool:
+        """Whether so much has been written since the last flush that it is time for another."""
+        ...
+
+    def flush(self) -> None:
+        """Make what has been written survive a power cut; others may use the engine meanwhile."""
+        ...
+
+    def abandon(self) -> None:
+        """Let go of what a forked child inherited, without touching what the parent goes on using."""
+        ...
 
     async def close(self) -> None:
-        """See Place.close."""
-        self._backend.close()
-
-    def signs(self, latency_ms: float) -> list[str]:  # noqa: ARG002 - there is no trouble
-        """See Place.signs."""
-        return []
+        """Flush and release everything."""
+        ...
 
 
-# -----------------------------------------------------------------------------
-# engines.client_models: Neutral filters in the models of qdrant-client
-# -----------------------------------------------------------------------------
+class FlushRound:
+    """Writes that one flush makes survive a power cut."""
+
+    def __init__(self) -> None:
+        self.turn = threading.Lock()  # of the member that sees to the flush; the others wait for it
+        self.members = 0
+        self.ended = False
+        self.error: BackendError | None = None
+
+
+class GroupCommit:
+    """Group commit: the writers that wait at one time share one flush.
+
+    There is no state but under ``with``, so that an interrupted thread leaves its part to another one.
+    """
+
+    def __init__(self, engine: Files) -> None:
+        self._engine = engine
+        self._joined = threading.Condition()
+        self.flushing = threading.Lock()
+        self._open = FlushRound()  # which the next flush will serve
+        self._served = 0  # members of the last round
+        self._duration = 0.0  # of the last flush, in seconds
+
+    def join(self) -> FlushRound:
+        """The round that makes safe what has been written until now."""
+        with self._joined:
+            self._open.members += 1
+            self._joined.notify()
+            return self._open
+
+    def settle(self, mine: FlushRound) -> None:
+        """Wait for the flush of a round, which the first that waits sees to; raises its failure."""
+        with mine.turn:
+            if not mine.ended:
+                with self.flushing:
+                    self._gather(mine)
+                    self._flush(mine)
+        if mine.error is not None:
+            error = mine.error
+            raise BackendError(str(error), backend=error.backend, operation=error.operation) from error
+
+    def _gather(self, mine: FlushRound) -> None:
+        """Close a round; where there are several writers, once no other has come along for a moment."""
+        with self._joined:
+            if mine is self._open:
+                while max(mine.members, self._served) > 1 and self._joined.wait(self._duration / 8):
+                    pass
+                self._open, self._served = FlushRound(), mine.members
+
+    def _flush(self, mine: FlushRound) -> None:
+        started = time.monotonic()
+        try:
+            self._engine.flush()
+        except BackendError as error:
+            mine.error = error
+        self._duration = time.monotonic() - started
+        mine.ended = True
+
+
+class Directory:
+    """A directory of embedded Qdrant, opened once in this process and shared by every store on it."""
+
+    def __init__(self, path: str, durability: str, make_engine: Callable[[Path, str], Any]) -> None:
+        self.path = path
+        self.durability = durability
+        self.stores = 0
+        self.used = False  # by a store, now or before
+        self.gone = threading.Event()
+        self.opening = threading.Lock()  # of collections; the other lock may be waited for while it is held
+        self.backends: dict[str, Any] = {}  # by collection
+        self.writer, self.flusher = Worker(), Worker()  # of asynchronous stores
+        self._orphaned = self._closed = False
+        self._lock = threading.Lock()
+        _make_directory(path)
+        self._lock_file = self._take_lock()
+        try:
+            self.engine: Files = make_engine(Path(path), durability)
+        except BaseException:
+            self._lock_file.release()
+            raise
+        self.flushes = GroupCommit(self.engine)
+
+    @property
+    def blocks(self) -> bool:
+        """Whether calls of the engine block, so that an event loop leaves them to a worker thread."""
+        return self.engine.runs == "in thread"
+
+    def _take_lock(self) -> LockFile:
+        try:
+            return LockFile(Path(self.path) / ".attuned_store.lock")
+        except BlockingIOError as error:
+            raise locked_error(self.path) from error
+        except OSError as error:
+            raise StoreError(f"{self.path}: cannot be locked, is it writable? {error}") from error
+
+    def drive(self, body: Coroutine[Any, Any, T]) -> T:
+        """Run one body to its end, alone; what it wrote is kept."""
+        answer, written = self.apply(body)
+        if written is not None:
+            self.flushes.settle(written)
+        return answer
+
+    def apply(self, body: Coroutine[Any, Any, T]) -> tuple[T, FlushRound | None]:
+        """Run one body to its end, alone; returns its answer, and what is to be settled."""
+        try:
+            if self._orphaned:
+                raise forked_error(self.path)
+            with self._lock:
+                if self._closed:
+                    raise closed_error()
+                before = self.engine.writes
+                answer = run(body)
+                wrote = self.engine.writes > before
+                flush = wrote and (self.durability == "power" or self.engine.flush_due)
+                return answer, self.flushes.join() if flush else None
+        finally:
+            body.close()
+
+    def release(self) -> None:
+        """Give up a store's hold on the directory, and close it with the last."""
+        with OPEN.lock:
+            self.stores -= 1
+            if self.stores > 0 or OPEN.directories.get(self.path) is not self:
+                return
+        # Without the lock of all directories: an operation that is waited for here may collect a store of
+        # another one, which then wants that lock. Who opens this directory meanwhile waits for ``gone``.
+        try:
+            self._close()
+        finally:
+            with OPEN.lock:
+                OPEN.directories.pop(self.path, None)
+            self.gone.set()
+
+    def _close(self) -> None:
+        """Flush and release; nothing happens in a forked child, where the files are the parent's."""
+        if self._orphaned:
+            return
+        with self._lock, self.flushes.flushing:  # those that wait for a flush find all flushed
+            self._closed = True
+            try:
+                run(self.engine.close())
+            finally:
+                self._lock_file.release()
+
+    def abandon(self) -> None:
+        """Make every use in a forked child an error, and leave the parent's files and locks alone."""
+        self._orphaned = True
+        for backend in self.backends.values():
+            backend.forget_everything()
+        self._lock_file.abandon()
+        self.engine.abandon()
+
+
+def _make_directory(path: str) -> None:
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise StoreError(f"{path}: is a file; a store needs a directory") from error
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be made: {error}") from error
+
+
+class OpenPlaces:
+    """What this process has open, and what becomes of it in a forked child."""
+
+    def __init__(self) -> None:
+        self.directories: dict[str, Directory] = {}
+        self.connections: weakref.WeakSet[Any] = weakref.WeakSet()  # to servers
+        self.lock = threading.RLock()  # reentrant: a store may be collected, and released, while it is held
+        self._abandoned: list[Directory] = []  # kept, so that a child never cleans up the parent's objects
+
+    def directory_at(self, path: str, durability: str, make_engine: Callable[[Path, str], Any]) -> Directory:
+        """The opened directory, with one store more on it."""
+        while True:
+            with self.lock:
+                directory = self.directories.get(path)
+                if directory is None:
+                    directory = self.directories[path] = Directory(path, durability, make_engine)
+                if directory.stores > 0 or not directory.used:
+                    directory.stores += 1
+                    directory.used = True
+                    return directory
+            directory.gone.wait()
+
+    def after_fork_in_child(self) -> None:
+        """Abandon everything."""
+        self.lock = threading.RLock()  # another thread may have held it at the fork
+        for directory in self.directories.values():
+            directory.abandon()
+            self._abandoned.append(directory)
+        self.directories.clear()
+        for connection in self.connections:
+            connection.abandon()
+
+
+OPEN = OpenPlaces()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=OPEN.after_fork_in_child)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.engines.waist
+# What an engine of points offers: the narrow waist between states and databases.
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Point(NamedTuple):
+    id: str
+    vector: list[float]
+    payload: dict[str, Any]
+
+
+class Record(NamedTuple):
+    """A point as read: ``score`` where it was searched for, an empty payload where none was asked for.
+
+    ``id`` is as the engine gives it, a string or a UUID.
+    """
+
+    id: object
+    payload: Mapping[str, Any]
+    score: float = 0.0
+
+
+class Equal(NamedTuple):
+    key: str
+    value: str | int  # not bool, which Qdrant Edge 0.9 takes for an integer
+
+
+class AnyOf(NamedTuple):
+    key: str
+    values: Sequence[str] | Sequence[int]
+
+
+class Range(NamedTuple):
+    key: str
+    least: float | None = None
+    most: float | None = None
+
+
+class Text(NamedTuple):
+    key: str
+    words: str
+
+
+class Absent(NamedTuple):
+    key: str
+
+
+Condition = Equal | AnyOf | Range | Text | Absent
+
+
+class Filter(NamedTuple):
+    must: tuple[Condition, ...] = ()
+    must_not: tuple[Condition, ...] = ()
+
+
+class Page(NamedTuple):
+    """Some records and the cursor to the next ones, None at the end."""
+
+    records: list[Record]
+    cursor: Any
+
+
+IndexKind = Literal["tenant", "keyword", "integer", "float", "bool", "datetime", "text"]
+
+
+@attrs.frozen
+class CollectionSpec:
+    """What a collection is opened with.
+
+    ``metadata`` is recorded when it is created; ``accept`` raises where that of one that exists will not do,
+    and is asked before anything is touched.
+    """
+
+    name: str
+    vector_size: int
+    indexes: Mapping[str, IndexKind]
+    metadata: Mapping[str, Any]
+    accept: Callable[[Mapping[str, Any]], object] = dict
+
+
+ExecutionMode = Literal["in place", "in thread", "on loop"]
+
+
+class Engine(Protocol):
+    """What stands between the core and a database of points.
+
+    ``indexed``: filters and orders are answered from indexes, not by looking at every point.
+    ``runs``: how an asynchronous store calls it. "in place": calls are short and hold the interpreter, so
+    that a thread would gain nothing; "in thread": they block; "on loop": its coroutines suspend.
+    ``compact``: nested payload values cost more than strings.
+    """
+
+    name: str
+    indexed: bool
+    runs: ExecutionMode
+    compact: bool
+
+    async def open_collection(self, collection: CollectionSpec) -> Mapping[str, Any]:
+        """Open a collection, creating it where absent; returns the metadata that it was created with."""
+        ...
+
+    async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[Record]:
+        """The points with these ids that there are, in any order."""
+        ...
+
+    async def page(
+        self,
+        collection: str,
+        where: Filter,
+        *,
+        limit: int,
+        cursor: Any = None,
+        newest_by: str | None = None,
+        payload: bool = True,
+    ) -> Page:
+        """Points one page after another; or, with ``newest_by``, the first in descending order of a key."""
+        ...
+
+    async def search(self, collection: str, vector: list[float], where: Filter, limit: int) -> list[Record]:
+        """The nearest points, best first."""
+        ...
+
+    async def count(self, collection: str, where: Filter) -> int:
+        """How many points match."""
+        ...
+
+    async def count_by(
+        self, collection: str, key: str, values: Sequence[str], where: Filter
+    ) -> Mapping[str, int]:
+        """How many points match for each of these values of a keyword; 0 may be left out."""
+        ...
+
+    async def close(self) -> None:
+        """Flush and release everything."""
+        ...
+
+
+class EmbeddedEngine(Engine, Files, Protocol):
+    """An engine in this process, which owns its files."""
+
+    async def write(self, collection: str, points: Sequence[Point], deleted: Sequence[str] = ()) -> None:
+        """Put points, then delete others by id; the points appear all at one moment."""
+        ...
+
+    async def drop(self, collection: str) -> None:
+        """Remove a collection, if there is one."""
+        ...
+
+    async def replace(self, collection: str, by: str) -> None:
+        """Let another open collection take the place of one, at one moment; its own name is then free."""
+        ...
+
+
+class Put(NamedTuple):
+    """Points to be put where a guard allows it, which is judged for each point by itself.
+
+    ``mode``: "insert" leaves points that exist alone, "update" those that do not; of those that exist,
+    only ones that match ``over`` are replaced.
+    """
+
+    points: Sequence[Point]
+    mode: Literal["upsert", "insert", "update"] = "upsert"
+    over: Filter | None = None
+
+
+class SharedEngine(Engine, Protocol):
+    """An engine that other processes write to as well: changes are guarded, requests may be repeated."""
+
+    async def put(self, collection: str, puts: Sequence[Put]) -> None:
+        """Put points, one put after another, in one request."""
+        ...
+
+    async def delete(self, collection: str, where: Filter | Sequence[str]) -> None:
+        """Delete what matches a filter, or has these ids."""
+        ...
+
+    async def mark(self, collection: str, key: str, value: str | None) -> None:
+        """Record something in the metadata of a collection, or remove it."""
+        ...
+
+    async def mark_of(self, collection: str, key: str) -> str | None:
+        """What ``mark`` recorded; None where there is nothing, or no collection."""
+        ...
+
+    async def finish(self, last: Awaitable[object]) -> None:
+        """Await something though being cancelled."""
+        ...
+
+    async def resolve(self, collection: str) -> str:
+        """The name of the collection that an alias stands for, or the same."""
+        ...
+
+    async def is_whole(self, collection: str) -> bool:
+        """Whether the node that answers has every shard of a collection."""
+        ...
+
+    async def create_snapshot(self, collection: str) -> RemoteSnapshot:
+        """Let the server make a snapshot of a collection."""
+        ...
+
+    async def download_snapshot(self, collection: str, name: str, taking: NativeSnapshotWriter) -> None:
+        """Read a snapshot of the server."""
+        ...
+
+    async def delete_snapshot(self, collection: str, name: str) -> None:
+        """Remove a snapshot from the server."""
+        ...
+
+    async def upload_snapshot(self, collection: str, path: Path, sha256: str) -> None:
+        """Let the server replace a collection, or make it, by what a snapshot file holds."""
+        ...
+
+    async def apart(self, call: Callable[[], T]) -> T:
+        """Make a call that blocks, where it holds up nobody else."""
+        ...
+
+    async def status(self, collection: str, seconds: float) -> Mapping[str, Any]:
+        """What the server says of itself and of the collection, asked once and without waiting long."""
+        ...
+
+    def is_absent(self, collection: str, error: BackendError) -> bool:
+        """Whether an operation failed because there is no such collection, and for no other reason."""
+        ...
+
+
+@contextlib.contextmanager
+def backend_errors(backend: str, operation: str) -> Generator[None]:
+    """Turn what a library raises into a BackendError, and report the request to what there is."""
+    try:
+        telemetry = REPORTING.telemetry
+        if telemetry is None:  # all that reporting costs where there is nothing to report to
+            yield
+        else:
+            with telemetry.request(backend, operation):
+                yield
+    except StoreError:
+        raise
+    except Exception as error:
+        message = f"{backend}: {operation} failed: {error or type(error).__name__}"
+        raise BackendError(message, backend=backend, operation=operation) from error
+
+
+def check_dimensions(points: Sequence[Point], vector_size: int) -> None:
+    """Refuse a point that does not fit before an engine has taken in those before it."""
+    for point in points:
+        if len(point.vector) != vector_size:
+            raise ValueError(f"point {point.id} has {len(point.vector)} dimensions, not {vector_size}")
+
+
+class CountsEach(ABC):
+    """Counts value by value, which is quickest within the process."""
+
+    @abstractmethod
+    async def count(self, collection: str, where: Filter) -> int:
+        """See Engine.count."""
+
+    async def count_by(
+        self, collection: str, key: str, values: Sequence[str], where: Filter
+    ) -> Mapping[str, int]:
+        """See Engine.count_by."""
+        narrowed = ((value, where._replace(must=(Equal(key, value), *where.must))) for value in values)
+        return {value: await self.count(collection, each) for value, each in narrowed}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.engines.client_models
+# Neutral filters in the models of qdrant-client.
+# ------------------------------------------------------------------------------------------------------------
 
 
 def client_filter(models: Any, where: Filter) -> Any:
@@ -4606,9 +3934,10 @@ def import_qdrant_client() -> Any:
     return qdrant_client
 
 
-# -----------------------------------------------------------------------------
-# engines.edge: The engine of Qdrant Edge, embedded in this process
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# attuned.engines.edge
+# The engine of Qdrant Edge, embedded in this process.
+# ------------------------------------------------------------------------------------------------------------
 
 
 def import_qdrant_edge() -> Any:
@@ -4922,852 +4251,10 @@ class EdgeEngine(CountsEach):
                 return api.IsEmptyCondition(key=key)
 
 
-# -----------------------------------------------------------------------------
-# states.points: States as points: what backends over an engine of points share
-# -----------------------------------------------------------------------------
-
-_INDEXES: Mapping[str, IndexKind] = {
-    "user_id": "tenant",
-    "kind": "keyword",
-    "updated_at_unix_ms": "integer",
-    "source": "keyword",
-}
-
-
-LATEST = Equal("kind", "latest")
-
-
-HISTORY = Equal("kind", "history")
-
-
-LAST_BITS = 1e-12  # by so much an engine may change a float
-
-
-_MOST_MATCHES = 2**31 - 1
-
-
-LINEAGE = 32  # revisions that a point on a server remembers
-
-
-MAX_COUNTED = 10_000  # users whose writes are counted on a server
-
-
-WHOLE_HISTORY = 1_000_000  # more entries than the history of one user can sensibly have
-
-
-def encode_snapshot(snapshot: StateSnapshot, kind: str, *, compact: bool) -> dict[str, Any]:
-    """The payload of a point, its axes nested or, where that is cheaper, as a text.
-
-    Qdrant Edge may change a float in its last bit; in the compact form there is a text of the confidence too.
-    """
-    axes = snapshot.axes
-    exact = {"exact_confidence": repr(snapshot.confidence)} if compact and snapshot.confidence != 1.0 else {}
-    return {
-        "user_id": snapshot.user_id,
-        "updated_at_unix_ms": snapshot.updated_at_unix_ms,
-        "source": snapshot.source.value,
-        "confidence": snapshot.confidence,
-        "schema_version": snapshot.schema_version,
-        "axes": pack_axes(axes) if compact else dict(axes),
-        "kind": kind,
-        **exact,
-    }
-
-
-def decode_snapshot(payload: Mapping[str, Any]) -> StateSnapshot:
-    """The snapshot that a payload of either form holds."""
-    try:
-        axes = payload["axes"]
-        return StateSnapshot(
-            payload["user_id"],
-            unpack_axes(axes) if isinstance(axes, str) else axes,
-            payload["updated_at_unix_ms"],
-            payload["source"],
-            float(payload.get("exact_confidence", payload["confidence"])),
-            payload["schema_version"],
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise BackendError(
-            f"a point does not hold a state snapshot: {error}", backend="qdrant", operation="decode"
-        ) from error
-
-
-def payload_field(record: Record, field: str) -> Any:
-    """A field of a payload that need not hold a snapshot."""
-    try:
-        return record.payload[field]
-    except KeyError:
-        message = f"a point does not hold a state snapshot: it has no {field}"
-        raise BackendError(message, backend="qdrant", operation="decode") from None
-
-
-def _where(search: SearchRequest) -> Filter:
-    must: list[Condition] = [HISTORY if search.history else LATEST]
-    if search.user_id is not None:
-        must.append(Equal("user_id", search.user_id))
-    if search.source is not None:
-        must.append(Equal("source", search.source.value))
-    if search.min_confidence is not None:
-        must.append(Range("confidence", least=search.min_confidence - LAST_BITS))
-    if search.since is not None or search.until is not None:
-        must.append(Range("updated_at_unix_ms", search.since, search.until))
-    excluded = () if search.exclude_user_id is None else (Equal("user_id", search.exclude_user_id),)
-    return Filter(tuple(must), excluded)
-
-
-def _recorded_schema(config: QdrantStoreConfig, found: Mapping[str, Any]) -> Schema:
-    """The schema of a collection, if it is ours and what the configuration asks for."""
-    place = f"{config.path or config.url}: collection {config.collection_name!r}"
-    version, axes, vector_size = (found.get(key) for key in ("format_version", "axes", "vector_size"))
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise SchemaMismatchError(
-            f"{place} has format {version}; this version reads up to {FORMAT_VERSION}: upgrade attuned-store"
-        )
-    try:
-        recorded = check_axis_names(axes) or ()
-        size = check_integer("vector_size", vector_size, max(1, len(recorded)), MAX_VECTOR_SIZE)
-    except (TypeError, ValidationError):
-        recorded, size = (), 0
-    if version != FORMAT_VERSION or not recorded:
-        raise SchemaMismatchError(f"{place} was not made by attuned_store; choose another collection_name")
-    for name, asked, there in (
-        ("axes", config.axes, recorded),
-        ("vector_size", config.vector_size, size),
-    ):
-        if asked is not None and asked != there:
-            raise SchemaMismatchError(f"{place} has {name} {there}; this store asks for {asked}")
-    return Schema(recorded, size)
-
-
-class _Reading(NamedTuple):
-    """Where a reading of all states stands."""
-
-    following: Cursor  # where the next page of users begins
-    share: int  # how many users to read at once
-
-
-class PointsBackend(ABC):
-    """The logic of the Qdrant stores that every engine shares.
-
-    It awaits the engine and itself, nothing else.
-    """
-
-    schema: Schema
-    batch_size = BATCH_SIZE
-    is_open = False
-    native_snapshots = False
-
-    def __init__(self, engine: Engine, config: QdrantStoreConfig, collection: str | None = None) -> None:
-        self.engine = engine
-        self.name = engine.name
-        self.config = config
-        self._collection = collection or config.collection_name
-        self._retention = Retention.of(config)
-
-    @abstractmethod
-    def cached(self, user_id: str) -> StateSnapshot | None:
-        """The latest snapshot where a cache has it. Safe without a lock: it only looks."""
-
-    @abstractmethod
-    async def find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
-        """The latest snapshots of those of these users who have one."""
-
-    @abstractmethod
-    async def history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]: ...
-
-    @abstractmethod
-    async def write(self, snapshots: Sequence[StateSnapshot]) -> None: ...
-
-    @abstractmethod
-    async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None: ...
-
-    @abstractmethod
-    async def delete(self, user_id: str) -> bool: ...
-
-    @abstractmethod
-    async def stage(self, token: str) -> PointsBackend:
-        """What is written to the backend that this gives takes the place of the contents when adopted."""
-
-    @abstractmethod
-    async def adopt(self, staged: PointsBackend) -> None:
-        """Let what was staged take the place of the contents."""
-
-    @abstractmethod
-    async def discard(self, staged: PointsBackend) -> None:
-        """Give up what was staged."""
-
-    @abstractmethod
-    async def _times_of(self, user_id: str) -> list[int]:
-        """The times of a user's history, ascending, hidden ones included."""
-
-    @abstractmethod
-    async def _remove(self, times: Mapping[str, list[int]]) -> None:
-        """Remove the oldest entries of histories, which are given."""
-
-    async def _open_schema(self) -> Schema:
-        """Open the collection, creating it where absent: with the axes that it had, if it has been open."""
-        fresh = getattr(self, "schema", None) or Schema.of(self.config)
-        wanted = {
-            "format_version": FORMAT_VERSION,
-            "axes": list(fresh.axes),
-            "vector_size": fresh.vector_size,
-        }
-        accept = functools.partial(_recorded_schema, self.config)
-        collection = CollectionSpec(self._collection, fresh.vector_size, _INDEXES, wanted, accept)
-        return accept(await self.engine.open_collection(collection))
-
-    @abstractmethod
-    async def open(self) -> None:
-        """See Backend.open."""
-
-    def begin(self, operation: Callable[[Any], Coroutine[Any, Any, T]]) -> Coroutine[Any, Any, T]:
-        """The coroutine of an operation; one that needs the collection opens it first."""
-        return operation(self)
-
-    async def get_latest(self, user_id: str) -> StateSnapshot | None:
-        """The latest snapshot of a user, as a step of other operations."""
-        return (await self.find([user_id])).get(user_id)
-
-    async def search(self, request: SearchRequest) -> list[Match]:
-        vector, where = self.schema.vector(request.axes), _where(request)
-        limit = min(request.limit, _MOST_MATCHES)
-        while True:
-            records = await self.engine.search(self._collection, vector, where, limit)
-            found = ((decode_snapshot(record.payload), record.score) for record in records)
-            matches = [Match(entry, clamp_score(score)) for entry, score in found if request.admits(entry)]
-            if request.history:
-                matches = await self._shown(matches)
-            if len(matches) >= request.limit or len(records) < limit or limit == _MOST_MATCHES:
-                break
-            limit = min(4 * limit, _MOST_MATCHES)  # some were not to be shown: look further
-        return [match for match in matches[: request.limit] if match.score >= request.score_threshold]
-
-    async def _shown(self, matches: list[Match]) -> list[Match]:
-        """Those matches that history shows: one that is not yet trimmed holds more."""
-        overfull = await self._overfull(list({match.snapshot.user_id for match in matches}))
-        return [
-            match
-            for match in matches
-            if match.snapshot.user_id not in overfull or await self._in_history(match.snapshot)
-        ]
-
-    async def _in_history(self, snapshot: StateSnapshot) -> bool:
-        times = await self._times_of(snapshot.user_id)
-        return snapshot.updated_at_unix_ms in times[self._retention.hidden(times) :]
-
-    async def users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
-        page = await self.engine.page(
-            self._collection, Filter((LATEST,)), limit=self.batch_size, cursor=cursor
-        )
-        return [str(payload_field(record, "user_id")) for record in page.records], page.cursor
-
-    async def count(self) -> int:
-        return await self.engine.count(self._collection, Filter((LATEST,)))
-
-    async def count_page(self, cursor: Cursor) -> tuple[int, Cursor]:
-        user_ids, cursor = await self.users(cursor)
-        counts = await self._count_by_user(user_ids, self._retention.cutoff())
-        return sum(min(self._retention.maximum, count) for count in counts.values()), cursor
-
-    async def _count_by_user(self, user_ids: Sequence[str], least: int = 0) -> Mapping[str, int]:
-        """How many entries the histories of users hold, from a time on."""
-        if not user_ids:
-            return {}
-        where = Filter((HISTORY, Range("updated_at_unix_ms", least)) if least else (HISTORY,))
-        return await self.engine.count_by(self._collection, "user_id", user_ids, where)
-
-    async def prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
-        user_ids, cursor = await self.users(cursor)
-        hidden, removed = dict[str, list[int]](), 0
-        for user_id in await self._overfull(user_ids):
-            times = await self._times_of(user_id)
-            removed += self._retention.removable(
-                times
-            )  # the newest entry is the latest snapshot, which stays
-            if number := self._retention.hidden(times):
-                hidden[user_id] = times[:number]
-        if hidden:
-            await self._remove(hidden)
-        return removed, cursor
-
-    async def _overfull(self, user_ids: Sequence[str]) -> list[str]:
-        """The users whose history holds entries that it does not show."""
-        held = await self._count_by_user(user_ids)
-        cutoff = self._retention.cutoff()
-        shown = await self._count_by_user(user_ids, cutoff) if cutoff else held
-        maximum = self._retention.maximum
-        return [user_id for user_id, count in held.items() if count > min(maximum, shown.get(user_id, 0))]
-
-    async def states(self, cursor: _Reading | None) -> tuple[list[StateSnapshot], _Reading | None]:
-        """All of what some users have, oldest first."""
-        following, share = cursor or (None, 1)
-        page = await self.engine.page(self._collection, Filter((LATEST,)), limit=share, cursor=following)
-        latest = {str(payload_field(record, "user_id")): record for record in page.records}
-        states = self._states(latest, await self._histories(list(latest)))
-        if page.cursor is None:
-            return states, None
-        return states, _Reading(page.cursor, self._share(len(latest), len(states)))
-
-    def _share(self, users: int, states: int) -> int:
-        """How many users to read at once, going by those just read."""
-        return max(1, int(2 * self.batch_size * users / max(users, states, 1)))
-
-    async def _histories(self, user_ids: Sequence[str]) -> list[Record]:
-        if not (user_ids and self._retention.maximum):
-            return []
-        where = Filter((AnyOf("user_id", user_ids), HISTORY))
-        return (await self.engine.page(self._collection, where, limit=WHOLE_HISTORY)).records
-
-    def _states(self, latest: Mapping[str, Record], histories: Iterable[Record]) -> list[StateSnapshot]:
-        """What history shows of users, and the latest."""
-        points = {
-            user_id: {payload_field(record, "updated_at_unix_ms"): record}
-            for user_id, record in latest.items()
-        }
-        for record in histories:
-            points[payload_field(record, "user_id")].setdefault(
-                payload_field(record, "updated_at_unix_ms"), record
-            )
-        states: list[StateSnapshot] = []
-        for entries in points.values():
-            times = sorted(entries)
-            shown = times[min(self._retention.hidden(times), len(times) - 1) :]
-            states += [decode_snapshot(entries[time_ms].payload) for time_ms in shown]
-        return states
-
-    async def look(self, seconds: float) -> Health:  # noqa: ARG002 - what is in the process is asked at once
-        """How many users and how many points there are, found out within so many seconds."""
-        users = await self.count()
-        points = await self.engine.count(self._collection, Filter())
-        return Health("healthy", self.engine.name, 0.0, users, points)
-
-    async def _newest(self, user_id: str, wanted: int, least: int = 0) -> list[StateSnapshot]:
-        """The newest entries of a history from a time on, newest first, in one request.
-
-        The latest point is among them, hence one more, in case history does not hold it: a writer on a server
-        died before it wrote the history, or history was off. Without it the user has been deleted, and what
-        there is was left by a writer that did not know.
-        """
-        since = (Range("updated_at_unix_ms", least),) if least else ()
-        where = Filter((Equal("user_id", user_id), *since))
-        page = await self.engine.page(
-            self._collection, where, limit=wanted + 1, newest_by="updated_at_unix_ms"
-        )
-        if not any(payload_field(record, "kind") == "latest" for record in page.records):
-            return []
-        distinct: dict[int, Record] = {}
-        for record in page.records:
-            time_ms = payload_field(record, "updated_at_unix_ms")
-            # The latest counts, if they differ.
-            if time_ms not in distinct or payload_field(record, "kind") == "latest":
-                distinct[time_ms] = record
-        return [decode_snapshot(record.payload) for record in itertools.islice(distinct.values(), wanted)]
-
-    async def _history_times(self, user_id: str) -> list[int]:
-        where = Filter((Equal("user_id", user_id), HISTORY))
-        page = await self.engine.page(
-            self._collection, where, limit=WHOLE_HISTORY, newest_by="updated_at_unix_ms", payload=False
-        )
-        return [payload_field(record, "updated_at_unix_ms") for record in reversed(page.records)]
-
-    def _point(self, snapshot: StateSnapshot, suffix: str | int, **extra: Any) -> Point:
-        kind = "latest" if suffix == "latest" else "history"
-        payload = encode_snapshot(snapshot, kind, compact=self.engine.compact)
-        vector = self.schema.vector(snapshot.axes)
-        return Point(
-            make_point_id(snapshot.user_id, suffix), vector, {**payload, **extra} if extra else payload
-        )
-
-
-def same_state(found: StateSnapshot | None, expected: StateSnapshot | None) -> bool:
-    """Whether two snapshots are equal, but for the last bits of floats that went through a server."""
-    if found is None or expected is None:
-        return found is expected
-    near = all(
-        abs(found.axes[name] - value) <= LAST_BITS if name in found.axes else False
-        for name, value in expected.axes.items()
-    )
-    alike = attrs.evolve(found, axes=expected.axes, confidence=expected.confidence) == expected
-    confidence = abs(found.confidence - expected.confidence) <= LAST_BITS
-    return near and alike and confidence and len(found.axes) == len(expected.axes)
-
-
-# -----------------------------------------------------------------------------
-# states.operations: The operations of a store, written once: a synchronous store runs them, an asynchronous one awaits them
-# -----------------------------------------------------------------------------
-
-
-class Operations:
-    """What a store does, over a backend and the place where that is."""
-
-    STATUS_TIMEOUT = 5.0  # seconds that a look at a server may take
-
-    def __init__(self, backend: Backend, place: Place, waits: Waits, *, collection: str) -> None:
-        self.backend = backend
-        self.place = place
-        self.waits = waits
-        self.collection = collection
-        self.slow_ms: float | None = None  # a piece that takes longer is logged
-
-    # The life of a store
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether the store has been closed."""
-        return self.backend is CLOSED
-
-    def check_open(self) -> None:
-        """Raise StoreClosedError where the store has been closed."""
-        if self.backend is CLOSED:
-            raise closed_error()
-
-    async def open(self) -> None:
-        """Make ready what checks need: open what is not open yet, or connect."""
-        if self.backend is UNOPENED:
-            backend = await self.place.open()
-            if self.backend is UNOPENED:  # else another task was faster, or has closed the store
-                self.backend = backend
-            elif self.backend is CLOSED:
-                await self.place.close()
-        self.check_open()
-        if not self.backend.is_open:
-            await self.place.drive(self.backend.open())
-
-    def axes(self) -> tuple[str, ...]:
-        """The axes of the store, which must be open."""
-        self.check_open()
-        if not self.backend.is_open:
-            raise StoreError("the axes are known once the store is open: await an operation first")
-        return self.backend.schema.axes
-
-    async def close(self) -> None:
-        """Release everything; harmless when repeated."""
-        was_open, self.backend = self.backend is not CLOSED, CLOSED
-        if was_open:
-            await self.place.close()
-
-    async def _drive(
-        self,
-        name: str,
-        operation: Callable[[Any], Coroutine[Any, Any, T]],
-        about: object = None,
-        *,
-        long: bool = False,
-    ) -> T:
-        """Run a piece of an operation, which may run while no other one does, and look how long it takes.
-
-        Pieces of bulk operations, which hold as much as fits, are not looked at: whoever calls these expects to
-        wait. They have no name.
-        """
-        if self.backend is UNOPENED:
-            await self.open()
-        began = time.perf_counter()
-        try:
-            return await self.place.drive(self.backend.begin(operation), long=long)
-        finally:
-            took_ms = (time.perf_counter() - began) * 1000
-            if name and self.slow_ms and took_ms > self.slow_ms:
-                user_id = id_for_logs(about)
-                whose = "" if user_id is None else f", user {user_id!r}"
-                SLOW_LOGGER.warning("slow: %s took %.0f ms on %s%s", name, took_ms, self.place.engine, whose)
-
-    # Single states
-
-    async def upsert_latest(self, snapshot: StateSnapshot, expected: Expected = ANY) -> None:
-        """See StateStore.upsert_latest."""
-
-        async def write(backend: Backend) -> None:
-            check_state(backend.schema, snapshot)
-            check_expected(expected)
-            if expected is ANY:
-                await backend.write([snapshot])
-            else:
-                await backend.write_expected(snapshot, expected)
-
-        await self._drive("upsert", write, snapshot)
-
-    async def get_latest(self, user_id: str) -> StateSnapshot | None:
-        """See StateStore.get_latest."""
-        cached = self.backend.cached(user_id)
-        if cached is not None:
-            return cached
-        check_user_id(user_id)
-        found: dict[str, StateSnapshot] = await self._drive(
-            "get", lambda backend: backend.find([user_id]), user_id
-        )
-        return found.get(user_id)
-
-    async def update(self, user_id: str, fn: Callable[..., Any], attempts: int) -> StateSnapshot | None:
-        """See StateStore.update."""
-        check_callable("fn", fn)
-        for attempt in range(check_integer("attempts", attempts, 1, MAX_INTEGER)):
-            latest = await self.get_latest(user_id)
-            new = _check_update(user_id, latest, await self.waits.ask(fn, latest))
-            if new is None:
-                return latest
-            try:
-                await self.upsert_latest(new, latest)
-            except ConflictError as conflict:
-                if conflict.ambiguous:
-                    raise
-                # Full jitter, none after the first; see Marc Brooker, "Exponential Backoff And Jitter", AWS
-                # Architecture Blog, 2015.
-                await self.waits.sleep(
-                    random.uniform(0.0, min(0.1, 0.001 * 2.0**attempt)) if attempt else 0.0
-                )
-            else:
-                return new
-        raise ConflictError(
-            f"user {short_id(user_id)!r}: still in conflict after {attempts} attempts; try again later"
-        )
-
-    async def patch(self, user_id: str, axes: Mapping[str, float], fields: SnapshotFields) -> StateSnapshot:
-        """See StateStore.patch."""
-        first = StateSnapshot(user_id, {}, updated_at_unix_ms=0).patched(
-            axes, **fields
-        )  # checks, before any read
-
-        def merge(latest: StateSnapshot | None) -> StateSnapshot:
-            return first if latest is None else latest.patched(axes, **fields)
-
-        return cast("StateSnapshot", await self.update(user_id, merge, 32))
-
-    async def delete(self, user_id: str) -> bool:
-        """See StateStore.delete."""
-        check_user_id(user_id)
-        return await self._drive("delete", lambda backend: backend.delete(user_id), user_id)
-
-    async def get_history(
-        self, user_id: str, limit: int, since: int | None, until: int | None
-    ) -> list[StateSnapshot]:
-        """See StateStore.get_history."""
-        check_user_id(user_id)
-        window = HistoryWindow.of(limit, since, until)
-        return History(
-            await self._drive("history", lambda backend: backend.history(user_id, window), user_id)
-        )
-
-    async def states_to_plot(self, user_id: str, limit: int) -> list[StateSnapshot]:
-        """The newest snapshots of a user, or the latest alone where there is no history."""
-        return await self.get_history(user_id, limit, None, None) or [await self.latest_or_raise(user_id)]
-
-    async def latest_or_raise(self, user_id: str) -> StateSnapshot:
-        """The latest snapshot of a user, or UserNotFoundError."""
-        latest = await self.get_latest(user_id)
-        if latest is None:
-            raise unknown_user_error(user_id)
-        return latest
-
-    async def search(
-        self,
-        query: StateSnapshot | Mapping[str, float] | str,
-        *,
-        exclude_user_id: str | None,
-        **options: Any,
-    ) -> list[Match]:
-        """See StateStore.search_similar."""
-        if isinstance(query, str):
-            if exclude_user_id is None:
-                exclude_user_id = query
-            query = await self.latest_or_raise(query)
-        request = SearchRequest.of(query, exclude_user_id=exclude_user_id, **options)
-        return await self._drive("search", lambda backend: backend.search(request))
-
-    # Many states
-
-    async def upsert_many(self, snapshots: Iterable[StateSnapshot], progress: Progress | None) -> int:
-        """See StateStore.upsert_many."""
-        self.check_open()
-        progress = check_progress(progress)
-        await self.open()
-        written = 0
-        total = len(cast("Any", snapshots)) if hasattr(snapshots, "__len__") else None
-        try:
-            for batch in self._batches(snapshots):
-                await self._write(batch)
-                written += len(batch)
-                progress(written, total)
-                await self.waits.pause()
-        except StoreError as error:
-            error.written = written
-            raise
-        return written
-
-    async def _write(self, batch: Sequence[StateSnapshot]) -> None:
-        await self._drive("", lambda backend: backend.write(batch))
-
-    def _batches(self, snapshots: Iterable[StateSnapshot]) -> Iterator[list[StateSnapshot]]:
-        """Cut into batches, checked before they are handed out: a list or tuple whole, others batch by batch.
-
-        An error of the caller's iterator is raised when what came before it has been dealt with.
-        """
-        if isinstance(snapshots, StateSnapshot) or not isinstance(snapshots, Iterable):
-            raise ValidationError(
-                f"snapshots: an iterable of StateSnapshot is needed, got {type_name(snapshots)}"
-            )
-        schema, size = self.backend.schema, self.backend.batch_size
-        known = isinstance(snapshots, list | tuple)
-        if known:
-            for snapshot in snapshots:
-                check_state(schema, snapshot)
-        failures: list[Exception] = []
-
-        def until_failure() -> Iterator[StateSnapshot]:
-            try:
-                yield from snapshots
-            except Exception as failure:  # noqa: BLE001 - it is raised again
-                failures.append(failure)
-
-        remaining = until_failure()
-        while batch := list(itertools.islice(remaining, size)):
-            if not known:
-                for snapshot in batch:
-                    check_state(schema, snapshot)
-            yield batch
-        for failure in failures:
-            raise failure
-
-    async def get_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
-        """See StateStore.get_many."""
-        self.check_open()
-        if isinstance(user_ids, str) or not isinstance(user_ids, Iterable):
-            raise ValidationError(f"user_ids: an iterable of user ids is needed, got {type_name(user_ids)}")
-        asked = list(dict.fromkeys(check_user_id(user_id) for user_id in user_ids))
-        if asked and self.backend is UNOPENED:
-            await self.open()
-        found: dict[str, StateSnapshot] = {}
-        for start in range(0, len(asked), max(1, self.backend.batch_size)):
-            if start:
-                await self.waits.pause()
-            found.update(await self._find(asked[start : start + self.backend.batch_size]))
-        return found
-
-    async def _find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
-        return await self._drive("get_many", lambda backend: backend.find(user_ids))
-
-    def users(self) -> Pager[list[str]]:
-        """The pages of all user ids."""
-        return self._pages("users", lambda backend, cursor: backend.users(cursor))
-
-    def states(self) -> Pager[list[StateSnapshot]]:
-        """The pages of all states, each user's together."""
-        return self._pages("", lambda backend, cursor: backend.states(cursor))
-
-    def _pages(
-        self, name: str, fetch: Callable[[Backend, Cursor], Coroutine[Any, Any, tuple[T, Cursor]]]
-    ) -> Pager[T]:
-        async def page(cursor: Cursor) -> tuple[T, Cursor]:
-            return await self._drive(name, lambda backend: fetch(backend, cursor))
-
-        return Pager(page, self.waits)
-
-    async def count(self, *, history: bool) -> int:
-        """See StateStore.count."""
-        if not check_flag("history", history):
-            return await self._drive("count", lambda backend: backend.count())
-        return await self._sum(self._pages("count", lambda backend, cursor: backend.count_page(cursor)))
-
-    async def prune(self) -> int:
-        """See StateStore.prune."""
-        return await self._sum(self._pages("", lambda backend, cursor: backend.prune_page(cursor)))
-
-    async def _sum(self, pages: Pager[int]) -> int:
-        total = 0
-        while (number := await pages.next()) is not None:
-            total += number
-        return total
-
-    # How it is
-
-    async def health(self) -> Health:
-        """See StateStore.health."""
-        started = time.perf_counter()
-        place = self.place
-        try:
-            found = await self._look(self.STATUS_TIMEOUT)
-        except StoreError as error:
-            latency_ms = (time.perf_counter() - started) * 1000
-            location = place.location if place.engine not in ("memory", "qdrant") else None
-            return Health("unhealthy", place.engine, latency_ms, location=location, message=str(error))
-        latency_ms = (time.perf_counter() - started) * 1000
-        signs = place.signs(latency_ms)
-        return attrs.evolve(
-            found,
-            status="degraded" if found.status == "healthy" and signs else found.status,
-            latency_ms=latency_ms,
-            location=None if place.engine == "memory" else place.location,
-            message="; ".join(filter(None, [found.message, *signs])),
-        )
-
-    async def _look(self, seconds: float) -> Health:
-        if self.backend is UNOPENED:
-            await self.open()
-        return await self.place.drive(self.backend.look(seconds))
-
-    async def wait_until_ready(self, timeout: float) -> None:  # noqa: ASYNC109 - as in the public method
-        """See StateStore.wait_until_ready."""
-        self.check_open()
-        check_positive("timeout", timeout, zero=True)
-        deadline = time.monotonic() + timeout
-        while True:
-            try:
-                await self._look(max(0.01, min(deadline - time.monotonic(), self.STATUS_TIMEOUT)))
-            except BackendError as error:
-                left = deadline - time.monotonic()
-                if left <= 0 or not error.retryable:
-                    raise
-                await self.waits.sleep(min(0.25, left))
-            else:
-                return
-
-    # Backups
-
-    def origin(self) -> SnapshotOrigin:
-        """Which store a snapshot is of."""
-        return SnapshotOrigin(self.place.location, self.place.engine, self.collection)
-
-    async def create_snapshot(
-        self, progress: Progress | None, *, directory: Any, kind: Any, **fields: Any
-    ) -> SnapshotReport:
-        """See StateStore.create_snapshot."""
-        self.check_open()
-        progress = check_progress(progress)
-        request = SnapshotRequest.of(
-            directory, kind, cast("Any", fields), native=self.backend.native_snapshots
-        )
-        await self.open()
-        if request.kind == "native":
-            backend = cast("NativeBackend", self.backend)
-            report = await self.place.drive(backend.create_native(request, self.place.location))
-            if report is not None:
-                return report
-            request = attrs.evolve(request, kind="portable")
-        with PortableSnapshotWriter(request, self.origin(), self.axes()) as writer:
-            pages = self.states()
-            while (states := await pages.next()) is not None:
-                progress(writer.add(states), None)
-            return await self.waits.call(writer.finish)
-
-    async def restore_snapshot(self, path: Any, mode: str, progress: Progress | None) -> SnapshotReport:
-        """See StateStore.restore_snapshot."""
-        self.check_open()
-        progress = check_progress(progress)
-        saved = SnapshotFile(path)
-        saved.check_mode(mode, native=self.backend.native_snapshots)
-        await self.open()
-        if saved.kind == "native":
-            await self.waits.call(saved.verify)
-            backend = cast("NativeBackend", self.backend)
-            await self.place.drive(backend.restore_native(saved.path, saved.sha256))
-        elif mode == "replace":
-            if (
-                self.backend.native_snapshots
-            ):  # a server is changed in place: all must be known to be right before
-                await self._verify(saved, progress)
-            await self.replace(saved.sha256, lambda staged: staged.write_from(saved, progress))
-        else:
-            await self._verify(saved, progress)
-            await self.write_from(saved, progress, skip_known=mode == "skip")
-        return saved.report(self.place.location)
-
-    async def replace(self, token: str, fill: Callable[[Operations], Awaitable[object]]) -> None:
-        """Let ``fill`` write to an empty store, which then takes the place of the contents.
-
-        At a failure it is given up. A server is changed in place, and marked with the token until the end.
-        """
-        backend = await self._drive("", lambda backend: backend.stage(token), long=True)
-        staged = Operations(backend, self.place, self.waits, collection=self.collection)
-        try:
-            await fill(staged)
-            await self._drive("", lambda backend: backend.adopt(staged.backend), long=True)
-        except BaseException:
-            await self.waits.shielded(self._discard(staged))
-            raise
-
-    async def _discard(self, staged: Operations) -> None:
-        try:
-            await self._drive("", lambda backend: backend.discard(staged.backend), long=True)
-        except StoreClosedError:
-            return  # the next opening removes it
-
-    async def _verify(self, saved: SnapshotFile, progress: Progress) -> None:
-        for done in saved.verifying(self.axes()):
-            progress(done, None)
-            await self.waits.pause()
-
-    async def write_from(self, saved: SnapshotFile, progress: Progress, *, skip_known: bool = False) -> None:
-        """Write what a portable snapshot holds, of users who are not there yet or of all."""
-        done, adding = 0, None  # ``adding``: a new user whose snapshots may go on in the next batch
-        for batch in saved.batches(self.backend.batch_size, self.axes()):
-            done += len(batch)
-            chosen = batch
-            if skip_known:
-                known = await self._find(list(dict.fromkeys(each.user_id for each in batch)))
-                chosen = [each for each in batch if each.user_id not in known or each.user_id == adding]
-                adding = chosen[-1].user_id if chosen and chosen[-1] is batch[-1] else None
-            if chosen:
-                await self._write(chosen)
-            progress(done, saved.total)
-            await self.waits.pause()
-
-
-def _check_update(user_id: str, latest: StateSnapshot | None, new: object) -> StateSnapshot | None:
-    """Check what the function of an ``update`` gave."""
-    if new is None:
-        return None
-    if not isinstance(new, StateSnapshot):
-        raise ValidationError(
-            f"update: the function must return a StateSnapshot or None, got {type_name(new)}"
-        )
-    if new.user_id != user_id:
-        raise ValidationError("user_id: the function of an update must return a snapshot of the same user")
-    if latest is not None and new.updated_at_unix_ms <= latest.updated_at_unix_ms:
-        raise ValidationError(
-            f"updated_at_unix_ms: an update must be newer than {latest.updated_at_unix_ms}, "
-            f"got {new.updated_at_unix_ms}; StateSnapshot.patched sets it so"
-        )
-    return new
-
-
-class UserIterator:
-    """The users of a store: iterated in place, or awaited."""
-
-    def __init__(self, pages: Pager[list[str]]) -> None:
-        self._pages = pages
-        self._ready: deque[str] = deque()
-        self._ended = False
-
-    async def fill(self) -> None:
-        """Get users ready, unless there are some or no more."""
-        while not self._ready and not self._ended:
-            page = await self._pages.next()
-            self._ended = page is None
-            self._ready.extend(page or ())
-
-    def __iter__(self) -> UserIterator:
-        return self
-
-    def __next__(self) -> str:
-        if not self._ready:
-            run(self.fill())
-            if not self._ready:
-                raise StopIteration
-        return self._ready.popleft()
-
-    def __aiter__(self) -> UserIterator:
-        return self
-
-    async def __anext__(self) -> str:
-        if not self._ready:
-            await self.fill()
-            if not self._ready:
-                raise StopAsyncIteration
-        return self._ready.popleft()
-
-
-# -----------------------------------------------------------------------------
-# engines.local: The engine of qdrant-client's local mode
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# attuned.engines.local
+# The engine of qdrant-client's local mode.
+# ------------------------------------------------------------------------------------------------------------
 
 
 def import_qdrant_local() -> tuple[Any, Callable[[str], Any]]:
@@ -6048,9 +4535,71 @@ class LocalEngine(CountsEach):
             self._connected._flock_file.close()
 
 
-# -----------------------------------------------------------------------------
-# engines.server: The engine of a Qdrant server or cluster
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# attuned.engines.embedded
+# Which embedded engine a directory belongs to.
+# ------------------------------------------------------------------------------------------------------------
+
+
+def engine_class(path: Path, config: QdrantStoreConfig) -> type[EdgeEngine | LocalEngine]:
+    """The engine that wrote a directory, or the one for a new one; its library is there."""
+    written = engine_of(path)
+    if written is not None and config.engine not in ("auto", written):
+        raise SchemaMismatchError(
+            f'{path}: written by engine="{written}", not by "{config.engine}"; '
+            f'open it with engine="auto", or export it and import that elsewhere'
+        )
+    engine = written or config.engine
+    if engine == "local":
+        import_qdrant_local()
+        return LocalEngine
+    try:
+        import_qdrant_edge()
+    except MissingDependencyError:
+        if engine == "auto":
+            with contextlib.suppress(MissingDependencyError):
+                import_qdrant_local()
+                return LocalEngine
+        raise
+    return EdgeEngine
+
+
+def engine_of(path: Path) -> Literal["edge", "local"] | None:
+    try:
+        edge, local = (path / "collections").exists(), (path / "meta.json").exists()
+        of_a_server = edge and _is_of_a_server(path)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error}") from error
+    if edge and local:
+        raise StoreError(f"{path}: holds the files of two engines (collections/ of edge, meta.json of local)")
+    if of_a_server:
+        raise StoreError(f"{path}: holds collections of something else, such as a Qdrant server")
+    return "edge" if edge else "local" if local else None
+
+
+def _is_of_a_server(path: Path) -> bool:
+    """Whether there are collections, none of which has a manifest of ours, which is there before them."""
+    found = [each for each in (path / "collections").iterdir() if each.is_dir() and each.name[0] != "."]
+    manifests = {each.with_name(each.name.partition("@")[0] + ".json") for each in found}
+    return bool(found) and not any(manifest.exists() for manifest in manifests)
+
+
+def collection_exists(config: QdrantStoreConfig) -> bool:
+    """Whether a directory holds the collection, as far as can be seen without opening it."""
+    path = absolute_path(cast("str", config.path))
+    match engine_of(path):
+        case "edge":
+            return (path / "collections" / f"{config.collection_name}.json").exists()
+        case "local":
+            return config.collection_name in read_manifest(path / "meta.json").get("collections", {})
+        case None:
+            return False
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.engines.server
+# The engine of a Qdrant server or cluster.
+# ------------------------------------------------------------------------------------------------------------
 
 
 class _Clients(NamedTuple):
@@ -6516,9 +5065,1566 @@ class ServerEngine:
                 await clients.plain.close()
 
 
-# -----------------------------------------------------------------------------
-# states.owned: States in a collection that this process alone writes to
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# attuned.states.contract
+# The upper waist: what a database does for the states of users, and what it is asked.
+#
+# ``Backend`` is what a new database implements, natively and best: the operations in states/operations.py and the
+# stores over them need no more. ``Place`` is where a backend is, and how an operation gets there: through the lock
+# of a directory, over a connection, or not at all. To write a backend, begin with MemoryBackend.
+# ------------------------------------------------------------------------------------------------------------
+
+
+BATCH_SIZE = 64  # snapshots or users in one step of a long operation: about 5 ms on the slowest engine
+
+Cursor = Any  # where the next page begins: known to the backend alone; None begins
+
+
+@attrs.frozen
+class Retention:
+    """How much history is kept and shown."""
+
+    maximum: int
+    days: float | None
+
+    @classmethod
+    def of(cls, config: MemoryStoreConfig) -> Retention:
+        """That of a configuration."""
+        return cls(config.max_history_per_user if config.enable_history else 0, config.history_retention_days)
+
+    def cutoff(self) -> int:
+        """The oldest time, in ms, that history still shows."""
+        return 0 if self.days is None else max(0, math.ceil(wall_clock.now_ms() - self.days * MS_PER_DAY))
+
+    def hidden(self, times: Sequence[int]) -> int:
+        """How many of these ascending times history does not show: the first so many."""
+        by_number = len(times) - min(self.maximum, len(times))
+        return by_number if self.days is None else max(by_number, bisect_left(times, self.cutoff()))
+
+    def removable(self, times: Sequence[int]) -> int:
+        """How many may be removed: those hidden, but the newest stays while there is history at all."""
+        return self.hidden(times) if self.maximum == 0 else min(self.hidden(times), max(0, len(times) - 1))
+
+
+class HistoryWindow(NamedTuple):
+    """What get_history was asked for: times in ms, inclusive."""
+
+    limit: int
+    since: int
+    until: int
+
+    @classmethod
+    def of(cls, limit: int, since: int | None, until: int | None) -> HistoryWindow:
+        """Check what a caller gave."""
+        return cls(
+            check_integer("limit", limit, 0, MAX_INTEGER),
+            0 if since is None else check_time_ms(since, "since"),
+            MAX_TIME_MS if until is None else check_time_ms(until, "until"),
+        )
+
+
+@attrs.frozen(kw_only=True)
+class SearchRequest:
+    """What search_similar was asked for."""
+
+    axes: Axes
+    limit: int
+    score_threshold: float
+    user_id: str | None
+    exclude_user_id: str | None
+    source: Source | None
+    min_confidence: float | None
+    since: int | None
+    until: int | None
+    history: bool
+
+    @classmethod
+    def of(
+        cls,
+        query: StateSnapshot | Mapping[str, float],
+        *,
+        limit: int,
+        score_threshold: float | None,
+        user_id: str | None,
+        exclude_user_id: str | None,
+        source: Source | str | None,
+        min_confidence: float | None,
+        since: int | None,
+        until: int | None,
+        history: bool,
+    ) -> SearchRequest:
+        """Check what a caller gave."""
+        return cls(
+            axes=query.axes if isinstance(query, StateSnapshot) else Axes(query),
+            limit=check_integer("limit", limit, 1, MAX_INTEGER),
+            score_threshold=-math.inf
+            if score_threshold is None
+            else check_number("score_threshold", score_threshold),
+            user_id=None if user_id is None else check_user_id(user_id),
+            exclude_user_id=None if exclude_user_id in (None, "") else check_user_id(exclude_user_id),
+            source=None if source is None else check_source(source),
+            min_confidence=None if min_confidence is None else check_unit("min_confidence", min_confidence),
+            since=None if since is None else check_time_ms(since, "since"),
+            until=None if until is None else check_time_ms(until, "until"),
+            history=check_flag("history", history),
+        )
+
+    def admits(self, snapshot: StateSnapshot) -> bool:
+        """Whether a snapshot passes the filters."""
+        return (
+            (self.user_id is None or snapshot.user_id == self.user_id)
+            and snapshot.user_id != self.exclude_user_id
+            and (self.source is None or snapshot.source is self.source)
+            and (self.min_confidence is None or snapshot.confidence >= self.min_confidence)
+            and (self.since is None or snapshot.updated_at_unix_ms >= self.since)
+            and (self.until is None or snapshot.updated_at_unix_ms <= self.until)
+        )
+
+
+class Backend(Protocol):
+    """A database of users and their states.
+
+    ``name`` is that of the engine; ``batch_size`` how many snapshots or users one step of a long operation takes;
+    ``schema`` the axes, known once it ``is_open``. ``native_snapshots``: it takes snapshots of its own, and is changed
+    in place by a restore. A method that a user's id or a snapshot is given gets it checked.
+    """
+
+    name: str
+    batch_size: int
+    is_open: bool
+    schema: Schema
+    native_snapshots: bool
+
+    async def open(self) -> None:
+        """Make ready what is needed, such as tables or a collection; harmless when repeated."""
+        ...
+
+    def begin(self, operation: Callable[[Any], Coroutine[Any, Any, T]]) -> Coroutine[Any, Any, T]:
+        """The coroutine of an operation on this backend; one that opens itself on first use does so there."""
+        ...
+
+    def cached(self, user_id: str) -> StateSnapshot | None:
+        """The latest snapshot where memory has it. Safe without a lock: it only looks."""
+        ...
+
+    async def find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
+        """The latest snapshots of those of these users who have one, in this order."""
+        ...
+
+    async def history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]:
+        """What the history of a user shows within a window, newest first."""
+        ...
+
+    async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
+        """Write each as if it came alone, in this order: the newest time of a user wins."""
+        ...
+
+    async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None:
+        """Write a snapshot if ``expected`` is the latest, None for none; else raise ConflictError."""
+        ...
+
+    async def delete(self, user_id: str) -> bool:
+        """Remove all of a user; True if there was anything."""
+        ...
+
+    async def search(self, request: SearchRequest) -> list[Match]:
+        """The most similar snapshots that the request admits, best first."""
+        ...
+
+    async def users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
+        """A page of users."""
+        ...
+
+    async def states(self, cursor: Cursor) -> tuple[list[StateSnapshot], Cursor]:
+        """A page of users' states, all that history shows of each and the latest, oldest first.
+
+        For each user as it was at one moment.
+        """
+        ...
+
+    async def count(self) -> int:
+        """How many users there are."""
+        ...
+
+    async def count_page(self, cursor: Cursor) -> tuple[int, Cursor]:
+        """How many snapshots the histories of a page of users show."""
+        ...
+
+    async def prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
+        """Remove what the histories of a page of users hide; how many snapshots that was."""
+        ...
+
+    async def stage(self, token: str) -> Backend:
+        """What is written to the backend that this gives takes the place of the contents when adopted."""
+        ...
+
+    async def adopt(self, staged: Any) -> None:
+        """Let what was staged take the place of the contents."""
+        ...
+
+    async def discard(self, staged: Any) -> None:
+        """Give up what was staged."""
+        ...
+
+    async def look(self, seconds: float) -> Health:
+        """How it is and how much it holds, found out within so many seconds."""
+        ...
+
+
+class NativeBackend(Backend, Protocol):
+    """A backend with ``native_snapshots``."""
+
+    async def create_native(self, request: SnapshotRequest, location: str) -> SnapshotReport | None:
+        """Take a snapshot of the database's own; None where a portable one will do and is needed."""
+        ...
+
+    async def restore_native(self, path: Path, sha256: str) -> None:
+        """Let the database replace the collection by what a snapshot of its own holds."""
+        ...
+
+
+class Place(Protocol):
+    """Where the backend of a store is, and how its operations get there.
+
+    ``location`` is what open_store opens it with; ``engine`` the name of the engine, "qdrant" before it is known.
+    ``is_shown``: it can be asked how it is without awaiting, as a notebook does.
+    """
+
+    location: str
+    is_shown: bool
+
+    @property
+    def engine(self) -> str:
+        """See above."""
+        ...
+
+    async def open(self) -> Backend:
+        """Open what the store has not opened yet; raises StoreLockedError, SchemaMismatchError."""
+        ...
+
+    async def drive(self, body: Coroutine[Any, Any, T], *, long: bool = False) -> T:
+        """Run one piece of an operation; ``long``: where it holds up nobody, such as in a worker thread."""
+        ...
+
+    async def close(self) -> None:
+        """Release everything."""
+        ...
+
+    def signs(self, latency_ms: float) -> list[str]:
+        """What is known of trouble besides what a look found."""
+        ...
+
+
+class _ClosedBackend:
+    """What a closed store has in place of its backend: every use raises."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise closed_error()
+
+
+class _UnopenedBackend:
+    """What a store has in place of its backend until it is opened."""
+
+    batch_size = BATCH_SIZE
+    is_open = False
+    native_snapshots = False
+
+    def cached(self, user_id: str) -> None:
+        """Nothing is known before opening."""
+
+
+CLOSED = cast("Backend", _ClosedBackend())
+UNOPENED = cast("Backend", _UnopenedBackend())
+
+
+def check_expected(expected: object) -> None:
+    """Raise ValidationError unless a caller gave what a write can be conditional on."""
+    if not (expected is ANY or expected is None or isinstance(expected, StateSnapshot)):
+        raise ValidationError(f"expected: a StateSnapshot, None or ANY is needed, got {type_name(expected)}")
+
+
+def check_state(schema: Schema, snapshot: object) -> StateSnapshot:
+    """A snapshot that a store with this schema can keep."""
+    if not isinstance(snapshot, StateSnapshot):
+        raise ValidationError(f"snapshot: a StateSnapshot is needed, got {type_name(snapshot)}")
+    schema.check(snapshot.axes)
+    return snapshot
+
+
+def conflict_error(
+    user_id: str, expected: StateSnapshot | None, found: StateSnapshot | None
+) -> ConflictError:
+    """What a conditional write raises that found another snapshot, or none."""
+
+    def at(snapshot: StateSnapshot | None) -> str:
+        return "none" if snapshot is None else f"one of {snapshot.updated_at_unix_ms}"
+
+    return ConflictError(
+        f"user {short_id(user_id)!r}: expected {at(expected)} as the latest snapshot, found {at(found)}; "
+        "read it again and retry, or use update()"
+    )
+
+
+def clamp_score(score: float) -> float:
+    """A cosine within its range, which rounding may have left."""
+    return max(-1.0, min(1.0, score))
+
+
+def page_of_ids(remaining: Any, size: int) -> tuple[list[str], Any]:
+    """A page of ids that are in memory, and the cursor to the next one."""
+    page = list(itertools.islice(remaining, size))
+    return page, remaining if len(page) == size else None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.states.memory
+# The backend of memory: a deque a user, nothing between a caller and the dict.
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Vectors(Protocol):
+    """Unit vectors in numbered rows."""
+
+    def put(self, row: int, direction: Sequence[float]) -> None: ...
+
+    def scores(self, direction: Sequence[float], rows: int) -> Any: ...
+
+    def best(self, scores: Any, number: int) -> Iterable[int]:
+        """The rows of the best scores, best first, at least ``number`` of them or all."""
+        ...
+
+
+class _PlainVectors:
+    """Rows as lists, where numpy is absent."""
+
+    def __init__(self) -> None:
+        self._rows: list[Sequence[float]] = []
+
+    def put(self, row: int, direction: Sequence[float]) -> None:
+        self._rows[row : row + 1] = [direction]
+
+    def scores(self, direction: Sequence[float], rows: int) -> list[float]:
+        return [sum(map(operator.mul, direction, row)) for row in self._rows[:rows]]
+
+    def best(self, scores: list[float], number: int) -> Iterable[int]:  # noqa: ARG002 - sorts all anyhow
+        return sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
+
+
+class _NumpyVectors:
+    """Rows as a matrix."""
+
+    def __init__(self, vector_size: int) -> None:
+        import numpy as np
+
+        self._numpy = np
+        self._matrix = np.zeros((64, vector_size), dtype=np.float32)
+
+    def put(self, row: int, direction: Sequence[float]) -> None:
+        if row >= len(self._matrix):
+            self._matrix = self._numpy.concatenate([self._matrix, self._numpy.zeros_like(self._matrix)])
+        self._matrix[row] = direction
+
+    def scores(self, direction: Sequence[float], rows: int) -> Any:
+        return self._matrix[:rows] @ self._numpy.asarray(direction, dtype=self._numpy.float32)
+
+    def best(self, scores: Any, number: int) -> Iterable[int]:
+        if number < len(scores):
+            rows = self._numpy.argpartition(-scores, number)[:number]
+            rows = rows[self._numpy.argsort(-scores[rows])]
+        else:
+            rows = self._numpy.argsort(-scores)
+        return cast("list[int]", rows.tolist())
+
+
+def make_vectors(vector_size: int) -> Vectors:
+    try:
+        return _NumpyVectors(vector_size)
+    except ImportError:
+        return _PlainVectors()
+
+
+class VectorIndex:
+    """The latest snapshots as unit vectors. It is told who was written, and catches up when asked."""
+
+    def __init__(self, schema: Schema) -> None:
+        self.stale: set[str] = set()
+        self._schema = schema
+        self._vectors: Vectors | None = None
+        self._rows: list[StateSnapshot | None] = []
+        self._row_of: dict[str, int] = {}
+        self._free: list[int] = []
+
+    def catch_up(self, latest: Callable[[str], StateSnapshot | None]) -> bool:
+        """Take in some of the users written since; whether all are taken in."""
+        for _ in range(min(4 * BATCH_SIZE, len(self.stale))):
+            user_id = self.stale.pop()
+            self._take(user_id, latest(user_id))
+        return not self.stale
+
+    def _take(self, user_id: str, snapshot: StateSnapshot | None) -> None:
+        if self._vectors is None:
+            self._vectors = make_vectors(self._schema.vector_size)
+        row = self._row_of.get(user_id)
+        if snapshot is None:
+            if row is not None:
+                self._free.append(self._row_of.pop(user_id))
+                self._rows[row] = None
+            return
+        if row is None:
+            row = self._row_of[user_id] = self._free.pop() if self._free else len(self._rows)
+        self._rows[row : row + 1] = [snapshot]
+        self._vectors.put(row, self._schema.vector(snapshot.axes))
+
+    def search(self, search: SearchRequest) -> list[Match]:
+        """The best matches among those taken in."""
+        if self._vectors is None:
+            return []
+        scores = self._vectors.scores(self._schema.vector(search.axes), len(self._rows))
+        for number in (4 * search.limit + BATCH_SIZE, len(scores)):
+            matches = self._matches(search, scores, self._vectors.best(scores, number))
+            if len(matches) == search.limit or number >= len(scores):
+                break
+        return matches
+
+    def _matches(self, search: SearchRequest, scores: Any, rows: Iterable[int]) -> list[Match]:
+        matches: list[Match] = []
+        for row in rows:
+            snapshot, score = self._rows[row], clamp_score(float(scores[row]))
+            if score < search.score_threshold or len(matches) == search.limit:
+                break
+            if snapshot is not None and search.admits(snapshot):
+                matches.append(Match(snapshot, score))
+        return matches
+
+
+class MemoryBackend:
+    """States in the memory of this process.
+
+    Reads take no lock, unless on a free-threaded Python a write comes between.
+    """
+
+    name = "memory"
+    is_open = True
+    native_snapshots = False
+    batch_size = BATCH_SIZE
+
+    def __init__(self, config: MemoryStoreConfig, waits: Waits) -> None:
+        self.config = config
+        self.schema = Schema.of(config)
+        # One deque a user, ascending in time, the latest at its end: one append changes both at one moment.
+        self.timelines: dict[str, deque[StateSnapshot]] = {}
+        self._waits = waits
+        self._retention = Retention.of(config)
+        self._capacity = max(1, self._retention.maximum)
+        self._lock = threading.Lock()
+        self._index = VectorIndex(self.schema)
+        self._closed = False
+
+    def get_latest(self, user_id: str) -> StateSnapshot | None:
+        """The latest snapshot of a user, whose id need not have been checked."""
+        try:
+            return self.timelines[user_id][-1]
+        except (KeyError, TypeError):
+            self._check_open()
+            check_user_id(user_id)
+            return None
+        except IndexError:  # free threading: it got shorter between the looks at its length and at its end
+            with self._lock:
+                timeline = self.timelines.get(user_id)
+                return timeline[-1] if timeline else None
+
+    def upsert_latest(self, snapshot: StateSnapshot, expected: Expected) -> None:
+        """Write a snapshot, which has been checked like ``expected``."""
+        with self._lock:
+            self._put(snapshot, expected)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise closed_error()
+
+    def _put(self, snapshot: StateSnapshot, expected: Expected = ANY) -> None:
+        if self._closed:
+            raise closed_error()
+        user_id = snapshot.user_id
+        timeline = self.timelines.get(user_id)
+        if expected is not ANY:
+            latest = timeline[-1] if timeline else None
+            if latest != expected:
+                raise conflict_error(user_id, expected, latest)
+        self._index.stale.add(user_id)  # first: an interrupt may come after any line
+        if timeline is None:
+            self.timelines[user_id] = deque((snapshot,), self._capacity)
+        elif snapshot.updated_at_unix_ms > timeline[-1].updated_at_unix_ms:
+            timeline.append(snapshot)
+            if self._retention.days is not None:
+                self._trim(timeline)
+        else:
+            others = [entry for entry in timeline if entry.updated_at_unix_ms != snapshot.updated_at_unix_ms]
+            self.timelines[user_id] = deque(sorted([*others, snapshot], key=time_of), self._capacity)
+
+    def _trim(self, timeline: deque[StateSnapshot]) -> int:
+        removable = self._retention.removable([entry.updated_at_unix_ms for entry in timeline])
+        removable = min(removable, len(timeline) - 1)  # the newest is the latest snapshot, which stays
+        for _ in range(removable):
+            timeline.popleft()
+        return removable
+
+    def _moment(self, user_id: str, *, keep_latest: bool) -> list[StateSnapshot]:
+        """What history shows of a user, oldest first, as it is at one moment; the latest in any case, if asked."""
+        timeline = self.timelines.get(user_id)
+        if timeline is None:
+            return []
+        try:
+            entries = list(timeline.copy())
+        except RuntimeError:  # free threading: a write came between two entries
+            with self._lock:
+                entries = list(timeline)
+        hidden = self._retention.hidden([entry.updated_at_unix_ms for entry in entries])
+        return entries[min(hidden, len(entries) - 1) if keep_latest else hidden :]
+
+    # What Backend asks for. Nothing suspends but a search, between two of its steps.
+
+    async def open(self) -> None:
+        """See Backend.open."""
+
+    def begin(self, operation: Callable[[Any], Coroutine[Any, Any, T]]) -> Coroutine[Any, Any, T]:
+        """See Backend.begin."""
+        return operation(self)
+
+    def cached(self, user_id: str) -> StateSnapshot | None:
+        """See Backend.cached."""
+        return self.get_latest(user_id)
+
+    async def find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
+        """See Backend.find."""
+        found = ((user_id, self.get_latest(user_id)) for user_id in user_ids)
+        return {user_id: latest for user_id, latest in found if latest is not None}
+
+    async def history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]:
+        """See Backend.history."""
+        self._check_open()
+        newest_first = reversed(self._moment(user_id, keep_latest=False))
+        chosen = (entry for entry in newest_first if window.since <= entry.updated_at_unix_ms <= window.until)
+        return list(itertools.islice(chosen, window.limit))
+
+    async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
+        """See Backend.write."""
+        with self._lock:
+            for snapshot in snapshots:
+                self._put(snapshot)
+
+    async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None:
+        """See Backend.write_expected."""
+        self.upsert_latest(snapshot, expected)
+
+    async def delete(self, user_id: str) -> bool:
+        """See Backend.delete."""
+        with self._lock:
+            self._check_open()
+            self._index.stale.add(user_id)
+            return self.timelines.pop(user_id, None) is not None
+
+    async def search(self, request: SearchRequest) -> list[Match]:
+        """See Backend.search."""
+        self._check_open()
+        self.schema.check(request.axes)
+        if request.history or request.user_id is not None:
+            return await self._scan(request)
+        while not self._caught_up():
+            await self._waits.pause()
+        with self._lock:
+            return self._index.search(request)
+
+    def _caught_up(self) -> bool:
+        with self._lock:
+            try:
+                return self._index.catch_up(self.get_latest)
+            except BaseException:  # an interrupt, say: begin anew
+                self._index = VectorIndex(self.schema)
+                self._index.stale.update(self.timelines)
+                raise
+
+    async def _scan(self, request: SearchRequest) -> list[Match]:
+        """Look at snapshots one by one, where the vectors of the latest ones do not serve."""
+        direction, best = self.schema.vector(request.axes), list[Match]()
+        score_of = operator.attrgetter("score")
+        for user_id in list(self.timelines) if request.user_id is None else [request.user_id]:
+            if request.history:
+                entries = self._moment(user_id, keep_latest=False)
+            else:
+                latest = self.get_latest(user_id)
+                entries = [] if latest is None else [latest]
+            for snapshot in filter(request.admits, entries):
+                score = sum(map(operator.mul, direction, self.schema.vector(snapshot.axes)))
+                if score >= request.score_threshold:
+                    best.append(Match(snapshot, clamp_score(score)))
+            if len(best) > 4 * request.limit + BATCH_SIZE:
+                best = heapq.nlargest(request.limit, best, key=score_of)
+            await self._waits.pause_if_due()
+        return heapq.nlargest(request.limit, best, key=score_of)
+
+    async def users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
+        """See Backend.users."""
+        self._check_open()
+        return page_of_ids(iter(list(self.timelines)) if cursor is None else cursor, self.batch_size)
+
+    async def states(self, cursor: Cursor) -> tuple[list[StateSnapshot], Cursor]:
+        """See Backend.states."""
+        self._check_open()
+        remaining: Iterator[str] = iter(list(self.timelines)) if cursor is None else cursor
+        states: list[StateSnapshot] = []
+        for user_id in remaining:
+            states += self._moment(user_id, keep_latest=True)
+            if len(states) >= self.batch_size:
+                return states, remaining
+        return states, None
+
+    async def count(self) -> int:
+        """See Backend.count."""
+        self._check_open()
+        return len(self.timelines)
+
+    async def count_page(self, cursor: Cursor) -> tuple[int, Cursor]:
+        """See Backend.count_page."""
+        page, cursor = await self.users(cursor)
+        return sum(len(self._moment(user_id, keep_latest=False)) for user_id in page), cursor
+
+    async def prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
+        """See Backend.prune_page."""
+        page, cursor = await self.users(cursor)
+        with self._lock:
+            timelines = [self.timelines[user_id] for user_id in page if user_id in self.timelines]
+            return sum(self._trim(timeline) for timeline in timelines), cursor
+
+    async def stage(self, token: str) -> MemoryBackend:  # noqa: ARG002 - nothing of this one can be left
+        """See Backend.stage."""
+        return MemoryBackend(self.config, self._waits)
+
+    async def adopt(self, staged: MemoryBackend) -> None:
+        """See Backend.adopt."""
+        with self._lock:
+            self._check_open()
+            self.timelines, self._index = staged.timelines, staged._index
+
+    async def discard(self, staged: MemoryBackend) -> None:
+        """See Backend.discard."""
+        staged.close()
+
+    async def look(self, seconds: float) -> Health:  # noqa: ARG002 - it is there at once
+        """See Backend.look."""
+        timelines = list(self.timelines.values())
+        points = len(timelines) + (sum(map(len, timelines)) if self._retention.maximum else 0)
+        return Health("healthy", self.name, 0.0, len(timelines), points)
+
+    def close(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._closed = True
+            self.timelines = {}
+            self._index = VectorIndex(self.schema)
+
+
+class MemoryPlace:
+    """The place of a memory store: there is nothing between it and its backend."""
+
+    location = "memory://"
+    engine = "memory"
+    is_shown = True
+
+    def __init__(self, backend: MemoryBackend) -> None:
+        self._backend = backend
+
+    async def open(self) -> MemoryBackend:
+        """See Place.open."""
+        return self._backend
+
+    async def drive(self, body: Coroutine[Any, Any, T], *, long: bool = False) -> T:  # noqa: ARG002 - none is
+        """See Place.drive."""
+        return await body
+
+    async def close(self) -> None:
+        """See Place.close."""
+        self._backend.close()
+
+    def signs(self, latency_ms: float) -> list[str]:  # noqa: ARG002 - there is no trouble
+        """See Place.signs."""
+        return []
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.states.operations
+# The operations of a store, written once: a synchronous store runs them, an asynchronous one awaits them.
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Operations:
+    """What a store does, over a backend and the place where that is."""
+
+    STATUS_TIMEOUT = 5.0  # seconds that a look at a server may take
+
+    def __init__(self, backend: Backend, place: Place, waits: Waits, *, collection: str) -> None:
+        self.backend = backend
+        self.place = place
+        self.waits = waits
+        self.collection = collection
+        self.slow_ms: float | None = None  # a piece that takes longer is logged
+
+    # The life of a store
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the store has been closed."""
+        return self.backend is CLOSED
+
+    def check_open(self) -> None:
+        """Raise StoreClosedError where the store has been closed."""
+        if self.backend is CLOSED:
+            raise closed_error()
+
+    async def open(self) -> None:
+        """Make ready what checks need: open what is not open yet, or connect."""
+        if self.backend is UNOPENED:
+            backend = await self.place.open()
+            if self.backend is UNOPENED:  # else another task was faster, or has closed the store
+                self.backend = backend
+            elif self.backend is CLOSED:
+                await self.place.close()
+        self.check_open()
+        if not self.backend.is_open:
+            await self.place.drive(self.backend.open())
+
+    def axes(self) -> tuple[str, ...]:
+        """The axes of the store, which must be open."""
+        self.check_open()
+        if not self.backend.is_open:
+            raise StoreError("the axes are known once the store is open: await an operation first")
+        return self.backend.schema.axes
+
+    async def close(self) -> None:
+        """Release everything; harmless when repeated."""
+        was_open, self.backend = self.backend is not CLOSED, CLOSED
+        if was_open:
+            await self.place.close()
+
+    async def _drive(
+        self,
+        name: str,
+        operation: Callable[[Any], Coroutine[Any, Any, T]],
+        about: object = None,
+        *,
+        long: bool = False,
+    ) -> T:
+        """Run a piece of an operation, which may run while no other one does, and look how long it takes.
+
+        Pieces of bulk operations, which hold as much as fits, are not looked at: whoever calls these expects to
+        wait. They have no name.
+        """
+        if self.backend is UNOPENED:
+            await self.open()
+        began = time.perf_counter()
+        try:
+            return await self.place.drive(self.backend.begin(operation), long=long)
+        finally:
+            took_ms = (time.perf_counter() - began) * 1000
+            if name and self.slow_ms and took_ms > self.slow_ms:
+                user_id = id_for_logs(about)
+                whose = "" if user_id is None else f", user {user_id!r}"
+                SLOW_LOGGER.warning("slow: %s took %.0f ms on %s%s", name, took_ms, self.place.engine, whose)
+
+    # Single states
+
+    async def upsert_latest(self, snapshot: StateSnapshot, expected: Expected = ANY) -> None:
+        """See StateStore.upsert_latest."""
+
+        async def write(backend: Backend) -> None:
+            check_state(backend.schema, snapshot)
+            check_expected(expected)
+            if expected is ANY:
+                await backend.write([snapshot])
+            else:
+                await backend.write_expected(snapshot, expected)
+
+        await self._drive("upsert", write, snapshot)
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        """See StateStore.get_latest."""
+        cached = self.backend.cached(user_id)
+        if cached is not None:
+            return cached
+        check_user_id(user_id)
+        found: dict[str, StateSnapshot] = await self._drive(
+            "get", lambda backend: backend.find([user_id]), user_id
+        )
+        return found.get(user_id)
+
+    async def update(self, user_id: str, fn: Callable[..., Any], attempts: int) -> StateSnapshot | None:
+        """See StateStore.update."""
+        check_callable("fn", fn)
+        for attempt in range(check_integer("attempts", attempts, 1, MAX_INTEGER)):
+            latest = await self.get_latest(user_id)
+            new = _check_update(user_id, latest, await self.waits.ask(fn, latest))
+            if new is None:
+                return latest
+            try:
+                await self.upsert_latest(new, latest)
+            except ConflictError as conflict:
+                if conflict.ambiguous:
+                    raise
+                # Full jitter, none after the first; see Marc Brooker, "Exponential Backoff And Jitter", AWS
+                # Architecture Blog, 2015.
+                await self.waits.sleep(
+                    random.uniform(0.0, min(0.1, 0.001 * 2.0**attempt)) if attempt else 0.0
+                )
+            else:
+                return new
+        raise ConflictError(
+            f"user {short_id(user_id)!r}: still in conflict after {attempts} attempts; try again later"
+        )
+
+    async def patch(self, user_id: str, axes: Mapping[str, float], fields: SnapshotFields) -> StateSnapshot:
+        """See StateStore.patch."""
+        first = StateSnapshot(user_id, {}, updated_at_unix_ms=0).patched(
+            axes, **fields
+        )  # checks, before any read
+
+        def merge(latest: StateSnapshot | None) -> StateSnapshot:
+            return first if latest is None else latest.patched(axes, **fields)
+
+        return cast("StateSnapshot", await self.update(user_id, merge, 32))
+
+    async def delete(self, user_id: str) -> bool:
+        """See StateStore.delete."""
+        check_user_id(user_id)
+        return await self._drive("delete", lambda backend: backend.delete(user_id), user_id)
+
+    async def get_history(
+        self, user_id: str, limit: int, since: int | None, until: int | None
+    ) -> list[StateSnapshot]:
+        """See StateStore.get_history."""
+        check_user_id(user_id)
+        window = HistoryWindow.of(limit, since, until)
+        return History(
+            await self._drive("history", lambda backend: backend.history(user_id, window), user_id)
+        )
+
+    async def states_to_plot(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        """The newest snapshots of a user, or the latest alone where there is no history."""
+        return await self.get_history(user_id, limit, None, None) or [await self.latest_or_raise(user_id)]
+
+    async def latest_or_raise(self, user_id: str) -> StateSnapshot:
+        """The latest snapshot of a user, or UserNotFoundError."""
+        latest = await self.get_latest(user_id)
+        if latest is None:
+            raise unknown_user_error(user_id)
+        return latest
+
+    async def search(
+        self,
+        query: StateSnapshot | Mapping[str, float] | str,
+        *,
+        exclude_user_id: str | None,
+        **options: Any,
+    ) -> list[Match]:
+        """See StateStore.search_similar."""
+        if isinstance(query, str):
+            if exclude_user_id is None:
+                exclude_user_id = query
+            query = await self.latest_or_raise(query)
+        request = SearchRequest.of(query, exclude_user_id=exclude_user_id, **options)
+        return await self._drive("search", lambda backend: backend.search(request))
+
+    # Many states
+
+    async def upsert_many(self, snapshots: Iterable[StateSnapshot], progress: Progress | None) -> int:
+        """See StateStore.upsert_many."""
+        self.check_open()
+        progress = check_progress(progress)
+        await self.open()
+        written = 0
+        total = len(cast("Any", snapshots)) if hasattr(snapshots, "__len__") else None
+        try:
+            for batch in self._batches(snapshots):
+                await self._write(batch)
+                written += len(batch)
+                progress(written, total)
+                await self.waits.pause()
+        except StoreError as error:
+            error.written = written
+            raise
+        return written
+
+    async def _write(self, batch: Sequence[StateSnapshot]) -> None:
+        await self._drive("", lambda backend: backend.write(batch))
+
+    def _batches(self, snapshots: Iterable[StateSnapshot]) -> Iterator[list[StateSnapshot]]:
+        """Cut into batches, checked before they are handed out: a list or tuple whole, others batch by batch.
+
+        An error of the caller's iterator is raised when what came before it has been dealt with.
+        """
+        if isinstance(snapshots, StateSnapshot) or not isinstance(snapshots, Iterable):
+            raise ValidationError(
+                f"snapshots: an iterable of StateSnapshot is needed, got {type_name(snapshots)}"
+            )
+        schema, size = self.backend.schema, self.backend.batch_size
+        known = isinstance(snapshots, list | tuple)
+        if known:
+            for snapshot in snapshots:
+                check_state(schema, snapshot)
+        failures: list[Exception] = []
+
+        def until_failure() -> Iterator[StateSnapshot]:
+            try:
+                yield from snapshots
+            except Exception as failure:  # noqa: BLE001 - it is raised again
+                failures.append(failure)
+
+        remaining = until_failure()
+        while batch := list(itertools.islice(remaining, size)):
+            if not known:
+                for snapshot in batch:
+                    check_state(schema, snapshot)
+            yield batch
+        for failure in failures:
+            raise failure
+
+    async def get_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
+        """See StateStore.get_many."""
+        self.check_open()
+        if isinstance(user_ids, str) or not isinstance(user_ids, Iterable):
+            raise ValidationError(f"user_ids: an iterable of user ids is needed, got {type_name(user_ids)}")
+        asked = list(dict.fromkeys(check_user_id(user_id) for user_id in user_ids))
+        if asked and self.backend is UNOPENED:
+            await self.open()
+        found: dict[str, StateSnapshot] = {}
+        for start in range(0, len(asked), max(1, self.backend.batch_size)):
+            if start:
+                await self.waits.pause()
+            found.update(await self._find(asked[start : start + self.backend.batch_size]))
+        return found
+
+    async def _find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
+        return await self._drive("get_many", lambda backend: backend.find(user_ids))
+
+    def users(self) -> Pager[list[str]]:
+        """The pages of all user ids."""
+        return self._pages("users", lambda backend, cursor: backend.users(cursor))
+
+    def states(self) -> Pager[list[StateSnapshot]]:
+        """The pages of all states, each user's together."""
+        return self._pages("", lambda backend, cursor: backend.states(cursor))
+
+    def _pages(
+        self, name: str, fetch: Callable[[Backend, Cursor], Coroutine[Any, Any, tuple[T, Cursor]]]
+    ) -> Pager[T]:
+        async def page(cursor: Cursor) -> tuple[T, Cursor]:
+            return await self._drive(name, lambda backend: fetch(backend, cursor))
+
+        return Pager(page, self.waits)
+
+    async def count(self, *, history: bool) -> int:
+        """See StateStore.count."""
+        if not check_flag("history", history):
+            return await self._drive("count", lambda backend: backend.count())
+        return await self._sum(self._pages("count", lambda backend, cursor: backend.count_page(cursor)))
+
+    async def prune(self) -> int:
+        """See StateStore.prune."""
+        return await self._sum(self._pages("", lambda backend, cursor: backend.prune_page(cursor)))
+
+    async def _sum(self, pages: Pager[int]) -> int:
+        total = 0
+        while (number := await pages.next()) is not None:
+            total += number
+        return total
+
+    # How it is
+
+    async def health(self) -> Health:
+        """See StateStore.health."""
+        started = time.perf_counter()
+        place = self.place
+        try:
+            found = await self._look(self.STATUS_TIMEOUT)
+        except StoreError as error:
+            latency_ms = (time.perf_counter() - started) * 1000
+            location = place.location if place.engine not in ("memory", "qdrant") else None
+            return Health("unhealthy", place.engine, latency_ms, location=location, message=str(error))
+        latency_ms = (time.perf_counter() - started) * 1000
+        signs = place.signs(latency_ms)
+        return attrs.evolve(
+            found,
+            status="degraded" if found.status == "healthy" and signs else found.status,
+            latency_ms=latency_ms,
+            location=None if place.engine == "memory" else place.location,
+            message="; ".join(filter(None, [found.message, *signs])),
+        )
+
+    async def _look(self, seconds: float) -> Health:
+        if self.backend is UNOPENED:
+            await self.open()
+        return await self.place.drive(self.backend.look(seconds))
+
+    async def wait_until_ready(self, timeout: float) -> None:  # noqa: ASYNC109 - as in the public method
+        """See StateStore.wait_until_ready."""
+        self.check_open()
+        check_positive("timeout", timeout, zero=True)
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                await self._look(max(0.01, min(deadline - time.monotonic(), self.STATUS_TIMEOUT)))
+            except BackendError as error:
+                left = deadline - time.monotonic()
+                if left <= 0 or not error.retryable:
+                    raise
+                await self.waits.sleep(min(0.25, left))
+            else:
+                return
+
+    # Backups
+
+    def origin(self) -> SnapshotOrigin:
+        """Which store a snapshot is of."""
+        return SnapshotOrigin(self.place.location, self.place.engine, self.collection)
+
+    async def create_snapshot(
+        self, progress: Progress | None, *, directory: Any, kind: Any, **fields: Any
+    ) -> SnapshotReport:
+        """See StateStore.create_snapshot."""
+        self.check_open()
+        progress = check_progress(progress)
+        request = SnapshotRequest.of(
+            directory, kind, cast("Any", fields), native=self.backend.native_snapshots
+        )
+        await self.open()
+        if request.kind == "native":
+            backend = cast("NativeBackend", self.backend)
+            report = await self.place.drive(backend.create_native(request, self.place.location))
+            if report is not None:
+                return report
+            request = attrs.evolve(request, kind="portable")
+        with PortableSnapshotWriter(request, self.origin(), self.axes()) as writer:
+            pages = self.states()
+            while (states := await pages.next()) is not None:
+                progress(writer.add(states), None)
+            return await self.waits.call(writer.finish)
+
+    async def restore_snapshot(self, path: Any, mode: str, progress: Progress | None) -> SnapshotReport:
+        """See StateStore.restore_snapshot."""
+        self.check_open()
+        progress = check_progress(progress)
+        saved = SnapshotFile(path)
+        saved.check_mode(mode, native=self.backend.native_snapshots)
+        await self.open()
+        if saved.kind == "native":
+            await self.waits.call(saved.verify)
+            backend = cast("NativeBackend", self.backend)
+            await self.place.drive(backend.restore_native(saved.path, saved.sha256))
+        elif mode == "replace":
+            if (
+                self.backend.native_snapshots
+            ):  # a server is changed in place: all must be known to be right before
+                await self._verify(saved, progress)
+            await self.replace(saved.sha256, lambda staged: staged.write_from(saved, progress))
+        else:
+            await self._verify(saved, progress)
+            await self.write_from(saved, progress, skip_known=mode == "skip")
+        return saved.report(self.place.location)
+
+    async def replace(self, token: str, fill: Callable[[Operations], Awaitable[object]]) -> None:
+        """Let ``fill`` write to an empty store, which then takes the place of the contents.
+
+        At a failure it is given up. A server is changed in place, and marked with the token until the end.
+        """
+        backend = await self._drive("", lambda backend: backend.stage(token), long=True)
+        staged = Operations(backend, self.place, self.waits, collection=self.collection)
+        try:
+            await fill(staged)
+            await self._drive("", lambda backend: backend.adopt(staged.backend), long=True)
+        except BaseException:
+            await self.waits.shielded(self._discard(staged))
+            raise
+
+    async def _discard(self, staged: Operations) -> None:
+        try:
+            await self._drive("", lambda backend: backend.discard(staged.backend), long=True)
+        except StoreClosedError:
+            return  # the next opening removes it
+
+    async def _verify(self, saved: SnapshotFile, progress: Progress) -> None:
+        for done in saved.verifying(self.axes()):
+            progress(done, None)
+            await self.waits.pause()
+
+    async def write_from(self, saved: SnapshotFile, progress: Progress, *, skip_known: bool = False) -> None:
+        """Write what a portable snapshot holds, of users who are not there yet or of all."""
+        done, adding = 0, None  # ``adding``: a new user whose snapshots may go on in the next batch
+        for batch in saved.batches(self.backend.batch_size, self.axes()):
+            done += len(batch)
+            chosen = batch
+            if skip_known:
+                known = await self._find(list(dict.fromkeys(each.user_id for each in batch)))
+                chosen = [each for each in batch if each.user_id not in known or each.user_id == adding]
+                adding = chosen[-1].user_id if chosen and chosen[-1] is batch[-1] else None
+            if chosen:
+                await self._write(chosen)
+            progress(done, saved.total)
+            await self.waits.pause()
+
+
+class MemoryOperations(Operations):
+    """Operations over a backend in memory, which needs no lock of a place, and no look at how long it takes."""
+
+    backend: MemoryBackend
+
+    def _drive(
+        self,
+        name: str,  # noqa: ARG002 - nothing is told of it
+        operation: Callable[[Any], Coroutine[Any, Any, T]],
+        about: object = None,  # noqa: ARG002
+        *,
+        long: bool = False,  # noqa: ARG002
+    ) -> Coroutine[Any, Any, T]:
+        return operation(self.backend)
+
+    async def upsert_latest(self, snapshot: StateSnapshot, expected: Expected = ANY) -> None:
+        """See StateStore.upsert_latest."""
+        check_state(self.backend.schema, snapshot)
+        check_expected(expected)
+        self.backend.upsert_latest(snapshot, expected)
+
+
+def _check_update(user_id: str, latest: StateSnapshot | None, new: object) -> StateSnapshot | None:
+    """Check what the function of an ``update`` gave."""
+    if new is None:
+        return None
+    if not isinstance(new, StateSnapshot):
+        raise ValidationError(
+            f"update: the function must return a StateSnapshot or None, got {type_name(new)}"
+        )
+    if new.user_id != user_id:
+        raise ValidationError("user_id: the function of an update must return a snapshot of the same user")
+    if latest is not None and new.updated_at_unix_ms <= latest.updated_at_unix_ms:
+        raise ValidationError(
+            f"updated_at_unix_ms: an update must be newer than {latest.updated_at_unix_ms}, "
+            f"got {new.updated_at_unix_ms}; StateSnapshot.patched sets it so"
+        )
+    return new
+
+
+class UserIterator:
+    """The users of a store: iterated in place, or awaited."""
+
+    def __init__(self, pages: Pager[list[str]]) -> None:
+        self._pages = pages
+        self._ready: deque[str] = deque()
+        self._ended = False
+
+    async def fill(self) -> None:
+        """Get users ready, unless there are some or no more."""
+        while not self._ready and not self._ended:
+            page = await self._pages.next()
+            self._ended = page is None
+            self._ready.extend(page or ())
+
+    def __iter__(self) -> UserIterator:
+        return self
+
+    def __next__(self) -> str:
+        if not self._ready:
+            run(self.fill())
+            if not self._ready:
+                raise StopIteration
+        return self._ready.popleft()
+
+    def __aiter__(self) -> UserIterator:
+        return self
+
+    async def __anext__(self) -> str:
+        if not self._ready:
+            await self.fill()
+            if not self._ready:
+                raise StopAsyncIteration
+        return self._ready.popleft()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.states.points
+# States as points: what backends over an engine of points share.
+# ------------------------------------------------------------------------------------------------------------
+
+
+_INDEXES: Mapping[str, IndexKind] = {
+    "user_id": "tenant",
+    "kind": "keyword",
+    "updated_at_unix_ms": "integer",
+    "source": "keyword",
+}
+
+
+LATEST = Equal("kind", "latest")
+
+
+HISTORY = Equal("kind", "history")
+
+
+LAST_BITS = 1e-12  # by so much an engine may change a float
+
+
+_MOST_MATCHES = 2**31 - 1
+
+
+LINEAGE = 32  # revisions that a point on a server remembers
+
+
+MAX_COUNTED = 10_000  # users whose writes are counted on a server
+
+
+WHOLE_HISTORY = 1_000_000  # more entries than the history of one user can sensibly have
+
+
+def encode_snapshot(snapshot: StateSnapshot, kind: str, *, compact: bool) -> dict[str, Any]:
+    """The payload of a point, its axes nested or, where that is cheaper, as a text.
+
+    Qdrant Edge may change a float in its last bit; in the compact form there is a text of the confidence too.
+    """
+    axes = snapshot.axes
+    exact = {"exact_confidence": repr(snapshot.confidence)} if compact and snapshot.confidence != 1.0 else {}
+    return {
+        "user_id": snapshot.user_id,
+        "updated_at_unix_ms": snapshot.updated_at_unix_ms,
+        "source": snapshot.source.value,
+        "confidence": snapshot.confidence,
+        "schema_version": snapshot.schema_version,
+        "axes": pack_axes(axes) if compact else dict(axes),
+        "kind": kind,
+        **exact,
+    }
+
+
+def decode_snapshot(payload: Mapping[str, Any]) -> StateSnapshot:
+    """The snapshot that a payload of either form holds."""
+    try:
+        axes = payload["axes"]
+        return StateSnapshot(
+            payload["user_id"],
+            unpack_axes(axes) if isinstance(axes, str) else axes,
+            payload["updated_at_unix_ms"],
+            payload["source"],
+            float(payload.get("exact_confidence", payload["confidence"])),
+            payload["schema_version"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise BackendError(
+            f"a point does not hold a state snapshot: {error}", backend="qdrant", operation="decode"
+        ) from error
+
+
+def payload_field(record: Record, field: str) -> Any:
+    """A field of a payload that need not hold a snapshot."""
+    try:
+        return record.payload[field]
+    except KeyError:
+        message = f"a point does not hold a state snapshot: it has no {field}"
+        raise BackendError(message, backend="qdrant", operation="decode") from None
+
+
+def _where(search: SearchRequest) -> Filter:
+    must: list[Condition] = [HISTORY if search.history else LATEST]
+    if search.user_id is not None:
+        must.append(Equal("user_id", search.user_id))
+    if search.source is not None:
+        must.append(Equal("source", search.source.value))
+    if search.min_confidence is not None:
+        must.append(Range("confidence", least=search.min_confidence - LAST_BITS))
+    if search.since is not None or search.until is not None:
+        must.append(Range("updated_at_unix_ms", search.since, search.until))
+    excluded = () if search.exclude_user_id is None else (Equal("user_id", search.exclude_user_id),)
+    return Filter(tuple(must), excluded)
+
+
+def _recorded_schema(config: QdrantStoreConfig, found: Mapping[str, Any]) -> Schema:
+    """The schema of a collection, if it is ours and what the configuration asks for."""
+    place = f"{config.path or config.url}: collection {config.collection_name!r}"
+    version, axes, vector_size = (found.get(key) for key in ("format_version", "axes", "vector_size"))
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise SchemaMismatchError(
+            f"{place} has format {version}; this version reads up to {FORMAT_VERSION}: upgrade attuned-store"
+        )
+    try:
+        recorded = check_axis_names(axes) or ()
+        size = check_integer("vector_size", vector_size, max(1, len(recorded)), MAX_VECTOR_SIZE)
+    except (TypeError, ValidationError):
+        recorded, size = (), 0
+    if version != FORMAT_VERSION or not recorded:
+        raise SchemaMismatchError(f"{place} was not made by attuned_store; choose another collection_name")
+    for name, asked, there in (
+        ("axes", config.axes, recorded),
+        ("vector_size", config.vector_size, size),
+    ):
+        if asked is not None and asked != there:
+            raise SchemaMismatchError(f"{place} has {name} {there}; this store asks for {asked}")
+    return Schema(recorded, size)
+
+
+class _Reading(NamedTuple):
+    """Where a reading of all states stands."""
+
+    following: Cursor  # where the next page of users begins
+    share: int  # how many users to read at once
+
+
+class PointsBackend(ABC):
+    """The logic of the Qdrant stores that every engine shares.
+
+    It awaits the engine and itself, nothing else.
+    """
+
+    schema: Schema
+    batch_size = BATCH_SIZE
+    is_open = False
+    native_snapshots = False
+
+    def __init__(self, engine: Engine, config: QdrantStoreConfig, collection: str | None = None) -> None:
+        self.engine = engine
+        self.name = engine.name
+        self.config = config
+        self._collection = collection or config.collection_name
+        self._retention = Retention.of(config)
+
+    @abstractmethod
+    def cached(self, user_id: str) -> StateSnapshot | None:
+        """The latest snapshot where a cache has it. Safe without a lock: it only looks."""
+
+    @abstractmethod
+    async def find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
+        """The latest snapshots of those of these users who have one."""
+
+    @abstractmethod
+    async def history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]: ...
+
+    @abstractmethod
+    async def write(self, snapshots: Sequence[StateSnapshot]) -> None: ...
+
+    @abstractmethod
+    async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None: ...
+
+    @abstractmethod
+    async def delete(self, user_id: str) -> bool: ...
+
+    @abstractmethod
+    async def stage(self, token: str) -> PointsBackend:
+        """What is written to the backend that this gives takes the place of the contents when adopted."""
+
+    @abstractmethod
+    async def adopt(self, staged: PointsBackend) -> None:
+        """Let what was staged take the place of the contents."""
+
+    @abstractmethod
+    async def discard(self, staged: PointsBackend) -> None:
+        """Give up what was staged."""
+
+    @abstractmethod
+    async def _times_of(self, user_id: str) -> list[int]:
+        """The times of a user's history, ascending, hidden ones included."""
+
+    @abstractmethod
+    async def _remove(self, times: Mapping[str, list[int]]) -> None:
+        """Remove the oldest entries of histories, which are given."""
+
+    async def _open_schema(self) -> Schema:
+        """Open the collection, creating it where absent: with the axes that it had, if it has been open."""
+        fresh = getattr(self, "schema", None) or Schema.of(self.config)
+        wanted = {
+            "format_version": FORMAT_VERSION,
+            "axes": list(fresh.axes),
+            "vector_size": fresh.vector_size,
+        }
+        accept = functools.partial(_recorded_schema, self.config)
+        collection = CollectionSpec(self._collection, fresh.vector_size, _INDEXES, wanted, accept)
+        return accept(await self.engine.open_collection(collection))
+
+    @abstractmethod
+    async def open(self) -> None:
+        """See Backend.open."""
+
+    def begin(self, operation: Callable[[Any], Coroutine[Any, Any, T]]) -> Coroutine[Any, Any, T]:
+        """The coroutine of an operation; one that needs the collection opens it first."""
+        return operation(self)
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        """The latest snapshot of a user, as a step of other operations."""
+        return (await self.find([user_id])).get(user_id)
+
+    async def search(self, request: SearchRequest) -> list[Match]:
+        vector, where = self.schema.vector(request.axes), _where(request)
+        limit = min(request.limit, _MOST_MATCHES)
+        while True:
+            records = await self.engine.search(self._collection, vector, where, limit)
+            found = ((decode_snapshot(record.payload), record.score) for record in records)
+            matches = [Match(entry, clamp_score(score)) for entry, score in found if request.admits(entry)]
+            if request.history:
+                matches = await self._shown(matches)
+            if len(matches) >= request.limit or len(records) < limit or limit == _MOST_MATCHES:
+                break
+            limit = min(4 * limit, _MOST_MATCHES)  # some were not to be shown: look further
+        return [match for match in matches[: request.limit] if match.score >= request.score_threshold]
+
+    async def _shown(self, matches: list[Match]) -> list[Match]:
+        """Those matches that history shows: one that is not yet trimmed holds more."""
+        overfull = await self._overfull(list({match.snapshot.user_id for match in matches}))
+        return [
+            match
+            for match in matches
+            if match.snapshot.user_id not in overfull or await self._in_history(match.snapshot)
+        ]
+
+    async def _in_history(self, snapshot: StateSnapshot) -> bool:
+        times = await self._times_of(snapshot.user_id)
+        return snapshot.updated_at_unix_ms in times[self._retention.hidden(times) :]
+
+    async def users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
+        page = await self.engine.page(
+            self._collection, Filter((LATEST,)), limit=self.batch_size, cursor=cursor
+        )
+        return [str(payload_field(record, "user_id")) for record in page.records], page.cursor
+
+    async def count(self) -> int:
+        return await self.engine.count(self._collection, Filter((LATEST,)))
+
+    async def count_page(self, cursor: Cursor) -> tuple[int, Cursor]:
+        user_ids, cursor = await self.users(cursor)
+        counts = await self._count_by_user(user_ids, self._retention.cutoff())
+        return sum(min(self._retention.maximum, count) for count in counts.values()), cursor
+
+    async def _count_by_user(self, user_ids: Sequence[str], least: int = 0) -> Mapping[str, int]:
+        """How many entries the histories of users hold, from a time on."""
+        if not user_ids:
+            return {}
+        where = Filter((HISTORY, Range("updated_at_unix_ms", least)) if least else (HISTORY,))
+        return await self.engine.count_by(self._collection, "user_id", user_ids, where)
+
+    async def prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
+        user_ids, cursor = await self.users(cursor)
+        hidden, removed = dict[str, list[int]](), 0
+        for user_id in await self._overfull(user_ids):
+            times = await self._times_of(user_id)
+            removed += self._retention.removable(
+                times
+            )  # the newest entry is the latest snapshot, which stays
+            if number := self._retention.hidden(times):
+                hidden[user_id] = times[:number]
+        if hidden:
+            await self._remove(hidden)
+        return removed, cursor
+
+    async def _overfull(self, user_ids: Sequence[str]) -> list[str]:
+        """The users whose history holds entries that it does not show."""
+        held = await self._count_by_user(user_ids)
+        cutoff = self._retention.cutoff()
+        shown = await self._count_by_user(user_ids, cutoff) if cutoff else held
+        maximum = self._retention.maximum
+        return [user_id for user_id, count in held.items() if count > min(maximum, shown.get(user_id, 0))]
+
+    async def states(self, cursor: _Reading | None) -> tuple[list[StateSnapshot], _Reading | None]:
+        """All of what some users have, oldest first."""
+        following, share = cursor or (None, 1)
+        page = await self.engine.page(self._collection, Filter((LATEST,)), limit=share, cursor=following)
+        latest = {str(payload_field(record, "user_id")): record for record in page.records}
+        states = self._states(latest, await self._histories(list(latest)))
+        if page.cursor is None:
+            return states, None
+        return states, _Reading(page.cursor, self._share(len(latest), len(states)))
+
+    def _share(self, users: int, states: int) -> int:
+        """How many users to read at once, going by those just read."""
+        return max(1, int(2 * self.batch_size * users / max(users, states, 1)))
+
+    async def _histories(self, user_ids: Sequence[str]) -> list[Record]:
+        if not (user_ids and self._retention.maximum):
+            return []
+        where = Filter((AnyOf("user_id", user_ids), HISTORY))
+        return (await self.engine.page(self._collection, where, limit=WHOLE_HISTORY)).records
+
+    def _states(self, latest: Mapping[str, Record], histories: Iterable[Record]) -> list[StateSnapshot]:
+        """What history shows of users, and the latest."""
+        points = {
+            user_id: {payload_field(record, "updated_at_unix_ms"): record}
+            for user_id, record in latest.items()
+        }
+        for record in histories:
+            points[payload_field(record, "user_id")].setdefault(
+                payload_field(record, "updated_at_unix_ms"), record
+            )
+        states: list[StateSnapshot] = []
+        for entries in points.values():
+            times = sorted(entries)
+            shown = times[min(self._retention.hidden(times), len(times) - 1) :]
+            states += [decode_snapshot(entries[time_ms].payload) for time_ms in shown]
+        return states
+
+    async def look(self, seconds: float) -> Health:  # noqa: ARG002 - what is in the process is asked at once
+        """How many users and how many points there are, found out within so many seconds."""
+        users = await self.count()
+        points = await self.engine.count(self._collection, Filter())
+        return Health("healthy", self.engine.name, 0.0, users, points)
+
+    async def _newest(self, user_id: str, wanted: int, least: int = 0) -> list[StateSnapshot]:
+        """The newest entries of a history from a time on, newest first, in one request.
+
+        The latest point is among them, hence one more, in case history does not hold it: a writer on a server
+        died before it wrote the history, or history was off. Without it the user has been deleted, and what
+        there is was left by a writer that did not know.
+        """
+        since = (Range("updated_at_unix_ms", least),) if least else ()
+        where = Filter((Equal("user_id", user_id), *since))
+        page = await self.engine.page(
+            self._collection, where, limit=wanted + 1, newest_by="updated_at_unix_ms"
+        )
+        if not any(payload_field(record, "kind") == "latest" for record in page.records):
+            return []
+        distinct: dict[int, Record] = {}
+        for record in page.records:
+            time_ms = payload_field(record, "updated_at_unix_ms")
+            # The latest counts, if they differ.
+            if time_ms not in distinct or payload_field(record, "kind") == "latest":
+                distinct[time_ms] = record
+        return [decode_snapshot(record.payload) for record in itertools.islice(distinct.values(), wanted)]
+
+    async def _history_times(self, user_id: str) -> list[int]:
+        where = Filter((Equal("user_id", user_id), HISTORY))
+        page = await self.engine.page(
+            self._collection, where, limit=WHOLE_HISTORY, newest_by="updated_at_unix_ms", payload=False
+        )
+        return [payload_field(record, "updated_at_unix_ms") for record in reversed(page.records)]
+
+    def _point(self, snapshot: StateSnapshot, suffix: str | int, **extra: Any) -> Point:
+        kind = "latest" if suffix == "latest" else "history"
+        payload = encode_snapshot(snapshot, kind, compact=self.engine.compact)
+        vector = self.schema.vector(snapshot.axes)
+        return Point(
+            make_point_id(snapshot.user_id, suffix), vector, {**payload, **extra} if extra else payload
+        )
+
+
+def same_state(found: StateSnapshot | None, expected: StateSnapshot | None) -> bool:
+    """Whether two snapshots are equal, but for the last bits of floats that went through a server."""
+    if found is None or expected is None:
+        return found is expected
+    near = all(
+        abs(found.axes[name] - value) <= LAST_BITS if name in found.axes else False
+        for name, value in expected.axes.items()
+    )
+    alike = attrs.evolve(found, axes=expected.axes, confidence=expected.confidence) == expected
+    confidence = abs(found.confidence - expected.confidence) <= LAST_BITS
+    return near and alike and confidence and len(found.axes) == len(expected.axes)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.states.owned
+# States in a collection that this process alone writes to.
+# ------------------------------------------------------------------------------------------------------------
 
 
 class RecentHistory(NamedTuple):
@@ -6874,9 +6980,10 @@ class OwnedBackend(PointsBackend):
         self._times.clear()
 
 
-# -----------------------------------------------------------------------------
-# states.shared: States in a collection on a server, which others write to as well
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# attuned.states.shared
+# States in a collection on a server, which others write to as well.
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _is_marked(collection: Mapping[str, Any]) -> bool:
@@ -7218,69 +7325,12 @@ def _lost(user_id: str, *, ambiguous: bool) -> ConflictError:
     return ConflictError(f"user {short_id(user_id)!r}: the latest snapshot {message}", ambiguous=ambiguous)
 
 
-# -----------------------------------------------------------------------------
-# engines.embedded: Which embedded engine a directory belongs to
-# -----------------------------------------------------------------------------
-
-
-def engine_class(path: Path, config: QdrantStoreConfig) -> type[EdgeEngine | LocalEngine]:
-    """The engine that wrote a directory, or the one for a new one; its library is there."""
-    written = engine_of(path)
-    if written is not None and config.engine not in ("auto", written):
-        raise SchemaMismatchError(
-            f'{path}: written by engine="{written}", not by "{config.engine}"; '
-            f'open it with engine="auto", or export it and import that elsewhere'
-        )
-    engine = written or config.engine
-    if engine == "local":
-        import_qdrant_local()
-        return LocalEngine
-    try:
-        import_qdrant_edge()
-    except MissingDependencyError:
-        if engine == "auto":
-            with contextlib.suppress(MissingDependencyError):
-                import_qdrant_local()
-                return LocalEngine
-        raise
-    return EdgeEngine
-
-
-def engine_of(path: Path) -> Literal["edge", "local"] | None:
-    try:
-        edge, local = (path / "collections").exists(), (path / "meta.json").exists()
-        of_a_server = edge and _is_of_a_server(path)
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error}") from error
-    if edge and local:
-        raise StoreError(f"{path}: holds the files of two engines (collections/ of edge, meta.json of local)")
-    if of_a_server:
-        raise StoreError(f"{path}: holds collections of something else, such as a Qdrant server")
-    return "edge" if edge else "local" if local else None
-
-
-def _is_of_a_server(path: Path) -> bool:
-    """Whether there are collections, none of which has a manifest of ours, which is there before them."""
-    found = [each for each in (path / "collections").iterdir() if each.is_dir() and each.name[0] != "."]
-    manifests = {each.with_name(each.name.partition("@")[0] + ".json") for each in found}
-    return bool(found) and not any(manifest.exists() for manifest in manifests)
-
-
-def collection_exists(config: QdrantStoreConfig) -> bool:
-    """Whether a directory holds the collection, as far as can be seen without opening it."""
-    path = absolute_path(cast("str", config.path))
-    match engine_of(path):
-        case "edge":
-            return (path / "collections" / f"{config.collection_name}.json").exists()
-        case "local":
-            return config.collection_name in read_manifest(path / "meta.json").get("collections", {})
-        case None:
-            return False
-
-
-# -----------------------------------------------------------------------------
-# states.places: Where Qdrant backends are: in a directory of this process, or on a server over a connection
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# attuned.states.places
+# Where Qdrant backends are: in a directory of this process, or on a server over a connection.
+#
+# An embedded engine is opened once per real path and process, and shared by every store on it.
+# ------------------------------------------------------------------------------------------------------------
 
 
 class DirectoryPlace:
@@ -7507,9 +7557,10 @@ def blocking_twin(place: DirectoryPlace) -> DirectoryPlace:
     return twin
 
 
-# -----------------------------------------------------------------------------
-# stores: The stores that callers use, synchronous and asynchronous: one line a method over states/operations
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# attuned.stores
+# The stores that callers use, synchronous and asynchronous: one line a method over states/operations.py.
+# ------------------------------------------------------------------------------------------------------------
 
 
 class StoreBase(ABC):
@@ -8016,7 +8067,7 @@ class AsyncMemoryStore(AsyncStateStore):
 
 def _in_memory(config: MemoryStoreConfig, waits: Waits) -> tuple[MemoryBackend, Operations]:
     backend = MemoryBackend(config, waits)
-    return backend, Operations(backend, MemoryPlace(backend), waits, collection=DEFAULT_COLLECTION)
+    return backend, MemoryOperations(backend, MemoryPlace(backend), waits, collection=DEFAULT_COLLECTION)
 
 
 class QdrantStore(StateStore):
@@ -8074,9 +8125,11 @@ def _on_qdrant(config: QdrantStoreConfig, waits: Waits) -> Operations:
     return operations
 
 
-# -----------------------------------------------------------------------------
-# open: Stores by their address
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# attuned.open
+# Stores by their address.
+# ------------------------------------------------------------------------------------------------------------
+
 
 _DEFAULT_TARGET = "./attuned_state"
 
@@ -8155,9 +8208,11 @@ def store_exists(target: str | os.PathLike[str] | None = None) -> bool:
         return health.status == "unhealthy" or health.collection_status is not None
 
 
-# -----------------------------------------------------------------------------
-# copying: From store to store, from files to stores, and snapshots when an application starts
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# attuned.copying
+# From store to store, from files to stores, and snapshots when an application starts.
+# ------------------------------------------------------------------------------------------------------------
+
 
 AnyStore = StateStore | AsyncStateStore
 Kind = TypeVar("Kind", bound=AnyStore)
@@ -8523,9 +8578,11 @@ def failed_report(target: str, reason: SnapshotReason, error: Exception) -> Snap
     return SnapshotReport(status="failed", target=target, reason=reason, message=str(error))
 
 
-# -----------------------------------------------------------------------------
-# service: Stores over HTTP
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# attuned.service
+# Stores over HTTP.
+# ------------------------------------------------------------------------------------------------------------
+
 
 _Answering = Callable[["Request"], Awaitable["Response"]]
 
@@ -8710,9 +8767,11 @@ def snapshot_app(
     return Starlette(routes=routes)
 
 
-# -----------------------------------------------------------------------------
-# command: The command line
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# attuned.command
+# The command line.
+# ------------------------------------------------------------------------------------------------------------
+
 
 _ABSENT_CELLS = frozenset({"", "NA"})
 
@@ -10142,7 +10201,6 @@ is taken if QDRANT_SNAPSHOT_ON_START is true. SIGTERM and Ctrl-C end it, and are
 
 
 def _make_parser() -> _CommandParser:
-
     common = _CommandParser(add_help=False)
     text = "a directory, or http(s)://host:6333; default: $ATTUNED_STORE, $QDRANT_URL, "
     text += "$ATTUNED_STORE_PATH or ./attuned_state"
@@ -10258,4 +10316,8 @@ def _flush_stdout() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.stderr.write(
+        'This file is the library. For the command: pip install "attuned-store[cli]", '
+        "then attuned-store or python -m attuned_store\n"
+    )
+    sys.exit(2)

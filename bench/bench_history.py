@@ -61,7 +61,7 @@ def test_ordered_scroll(benchmark: Any, table: Table, full: QdrantStore, cache: 
     from qdrant_client import models
 
     users = user_ids(100)
-    core: Any = full._core
+    core: Any = full._operations.backend
     client = core.engine._client
     order = models.OrderBy(key="updated_at_unix_ms", direction=models.Direction.DESC)
 

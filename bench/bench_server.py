@@ -63,7 +63,7 @@ def compare(
 
 
 def test_get_latest(benchmark: Any, table: Table, store: QdrantStore, client: QdrantClient) -> None:
-    core: Any = store._core
+    core: Any = store._operations.backend
     ids = [core._point(snapshot, "latest").id for snapshot in states(USERS[:CALLS])]
 
     def ours() -> None:
@@ -78,7 +78,7 @@ def test_get_latest(benchmark: Any, table: Table, store: QdrantStore, client: Qd
 
 
 def test_upsert_latest(benchmark: Any, table: Table, store: QdrantStore, client: QdrantClient) -> None:
-    core: Any = store._core
+    core: Any = store._operations.backend
     rounds = batches(USERS, ROUNDS + 2, CALLS)
 
     def points(snapshot: Any) -> list[Any]:
@@ -103,7 +103,7 @@ def test_upsert_latest(benchmark: Any, table: Table, store: QdrantStore, client:
 
 def test_get_many(benchmark: Any, table: Table, store: QdrantStore, client: QdrantClient) -> None:
     """100 users in one request."""
-    core: Any = store._core
+    core: Any = store._operations.backend
     users = USERS[:100]
     ids = [core._point(snapshot, "latest").id for snapshot in states(users)]
 
@@ -140,7 +140,7 @@ def test_get_history(benchmark: Any, table: Table, store: QdrantStore, client: Q
 
 
 def test_search_similar(benchmark: Any, table: Table, store: QdrantStore, client: QdrantClient) -> None:
-    core: Any = store._core
+    core: Any = store._operations.backend
     (query,) = states(USERS[:1])
     vector = core.schema.vector(query.axes)
 

@@ -253,8 +253,9 @@ class OursInMemory(_Ours):
     name = "attuned memory"
 
     def open(self) -> None:
-        both = AsyncMemoryStore(axes=AXES)
-        self.use(both._store, both)
+        store, both = MemoryStore(axes=AXES), AsyncMemoryStore(axes=AXES)
+        store._backend, store._operations = both._backend, both._operations
+        self.use(store, both)
 
 
 class CacheTools(Contender):
@@ -390,7 +391,7 @@ class _OursOnDisk(_OnDisk, _OursOpened):
 
     @property
     def core(self) -> Any:
-        return self.store._core
+        return self.store._operations.backend
 
     def forget(self) -> None:
         if self.core.engine.indexed:

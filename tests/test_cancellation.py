@@ -473,7 +473,7 @@ async def check_cancelling(store: AsyncStateStore, name: str, at: int, how: str)
     found = await content(store)
     outcomes = outcomes_of_restoring(name)
     if name in RESTORING or name in RESTORING_NATIVE:
-        on_server = store._has_native
+        on_server = store.engine == "server"
         degraded = (await store.health()).status == "degraded"
         if not on_server:
             assert found in outcomes, (name, at, found)
@@ -540,7 +540,7 @@ def check_interrupt_of_snapshot(store: StateStore, name: str, at: int) -> bool:
         other.restore_snapshot(path)
         assert shown(other) == found, (name, at)
     del found["next"]
-    if store._has_native and name in RESTORING:
+    if store.engine == "server" and name in RESTORING:
         assert store.health().status == "degraded" or possible(found, "batch", "server"), (name, at, found)
         resumed(store, name)
     else:

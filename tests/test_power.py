@@ -46,8 +46,9 @@ class Flushing:
     """Counts the flushes of an engine, holds up the first ones, and makes them fail if told to."""
 
     def __init__(self, store: Any, *, held: int = 0, failing: BaseException | None = None) -> None:
-        self._engine, self._held, self._failing = store._held.engine, held, failing
-        self._flush, self.flushes = self._engine.flush, store._held.flushes
+        directory = store._operations.place.directory
+        self._engine, self._held, self._failing = directory.engine, held, failing
+        self._flush, self.flushes = self._engine.flush, directory.flushes
         self.reached, self.go = threading.Event(), threading.Event()
         self.writes: list[int] = []  # how many there were when each flush began
         self._engine.flush = self

@@ -653,20 +653,17 @@ def test_no_archive_takes_up_much_memory(bomb: Callable[[Deflated], None], tmp_p
 def test_memory_does_not_grow_with_the_number_of_states(tmp_path: Path) -> None:
     """Creating and verifying take the same memory for many states as for few."""
 
-    class Endless(MemoryStore):
-        """A store of so many users, whose states are made while they are read."""
-
-        users_left = 0
-
-        def _page_of_states(self, cursor: Any) -> Any:
-            start = cursor or 0
-            stop = min(start + 64, self.users_left)
-            states = [state(f"user-{number}", number) for number in range(start, stop)]
-            return states, stop if stop < self.users_left else None
-
     def peak_of(number: int) -> int:
-        store = Endless()
-        store.users_left = number
+        """How much a store takes of so many users, whose states are made while they are read."""
+
+        async def states(cursor: Any) -> Any:
+            start = cursor or 0
+            stop = min(start + 64, number)
+            made = [state(f"user-{each}", each) for each in range(start, stop)]
+            return made, stop if stop < number else None
+
+        store = MemoryStore()
+        store._backend.states = states  # type: ignore[method-assign]
         tracemalloc.start()
         try:
             path = store.create_snapshot(tmp_path).path

@@ -21,7 +21,7 @@ from attuned.base.values import ANY, Expected, Health, Match, SnapshotFields, So
 from attuned.connections.runtime import BLOCKING, Suspending, Waits, run
 from attuned.states.contract import UNOPENED, check_expected, check_state
 from attuned.states.memory import MemoryBackend, MemoryPlace
-from attuned.states.operations import Operations, UserIterator
+from attuned.states.operations import MemoryOperations, Operations, UserIterator
 from attuned.states.places import DirectoryPlace, ServerPlace, blocking_twin
 
 if TYPE_CHECKING:
@@ -537,7 +537,7 @@ class AsyncMemoryStore(AsyncStateStore):
 
 def _in_memory(config: MemoryStoreConfig, waits: Waits) -> tuple[MemoryBackend, Operations]:
     backend = MemoryBackend(config, waits)
-    return backend, Operations(backend, MemoryPlace(backend), waits, collection=DEFAULT_COLLECTION)
+    return backend, MemoryOperations(backend, MemoryPlace(backend), waits, collection=DEFAULT_COLLECTION)
 
 
 class QdrantStore(StateStore):

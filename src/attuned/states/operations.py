@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 
     from attuned.snapshots.archive import Progress
+    from attuned.states.memory import MemoryBackend
 
 
 class Operations:
@@ -478,6 +479,28 @@ class Operations:
                 await self._write(chosen)
             progress(done, saved.total)
             await self.waits.pause()
+
+
+class MemoryOperations(Operations):
+    """Operations over a backend in memory, which needs no lock of a place, and no look at how long it takes."""
+
+    backend: MemoryBackend
+
+    def _drive(
+        self,
+        name: str,  # noqa: ARG002 - nothing is told of it
+        operation: Callable[[Any], Coroutine[Any, Any, T]],
+        about: object = None,  # noqa: ARG002
+        *,
+        long: bool = False,  # noqa: ARG002
+    ) -> Coroutine[Any, Any, T]:
+        return operation(self.backend)
+
+    async def upsert_latest(self, snapshot: StateSnapshot, expected: Expected = ANY) -> None:
+        """See StateStore.upsert_latest."""
+        check_state(self.backend.schema, snapshot)
+        check_expected(expected)
+        self.backend.upsert_latest(snapshot, expected)
 
 
 def _check_update(user_id: str, latest: StateSnapshot | None, new: object) -> StateSnapshot | None:
