@@ -63,7 +63,7 @@ from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from importlib import import_module
@@ -96,7 +96,7 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, MutableMapping
+    from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator
     from types import TracebackType
 
     from starlette.applications import Starlette
@@ -187,7 +187,10 @@ _SHOWN_ID_CHARACTERS = 4
 
 def brief(value: object) -> str:
     """A value for an error message: its repr, cut to a readable length."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - of a foreign class, or of an integer with more digits than Python writes
+        return f"a value of type {type(value).__name__} that cannot be shown"
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…"
 
 
@@ -234,6 +237,19 @@ class StoreError(Exception):
     """
 
     written: int | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _remake_error, (type(self), self.args, dict(vars(self)))
+
+
+def _remake_error(
+    kind: type[StoreError], arguments: tuple[Any, ...], attributes: dict[str, Any]
+) -> StoreError:
+    """An error that was pickled or copied, whatever its constructor asks for."""
+    error = kind.__new__(kind, *arguments)
+    error.args = arguments
+    vars(error).update(attributes)
+    return error
 
 
 class ValidationError(StoreError, ValueError):
@@ -496,15 +512,37 @@ MAX_TIME_MS = 253_402_300_799_999  # the last millisecond of the year 9999, UTC
 MAX_INTEGER = 2**63 - 1  # what Qdrant's payload integers hold
 
 
+_SHOWN_AXES = 8  # of a snapshot in its repr
 _AXIS_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_")
 
 
 class WallClock:
     """The time of day; every look at it comes through the one below."""
 
+    AHEAD_MS = 1_000  # at most: a storm of states does not run into the future
+
+    def __init__(self) -> None:
+        self._given: MutableMapping[object, int] = FIFOCache(1_024)  # the last default times, by user
+        self._lock = threading.Lock()
+
     def now_ms(self) -> int:
         """Milliseconds since 1970, UTC."""
         return time.time_ns() // 1_000_000
+
+    def default_ms(self, user_id: object) -> int:
+        """The time of a state that is given none: now, or 1 ms after the last one of the user.
+
+        So a loop of states leaves a history, though a millisecond has room for hundreds of them.
+        """
+        now = self.now_ms()
+        if user_id.__class__ is not str:  # not checked yet
+            return now
+        with self._lock:
+            last = self._given.get(user_id, -1)
+            if now <= last < now + self.AHEAD_MS:
+                now = last + 1
+            self._given[user_id] = now
+        return now
 
 
 wall_clock = WallClock()
@@ -534,8 +572,12 @@ class Shape:
         self.packing = struct.Struct(f">{len(names)}d")
 
 
-class Shapes(dict[tuple[str, ...], Shape]):
-    """The shapes in use, by their names. An application has a handful; the bound is for generated names."""
+class Shapes(dict[str, Shape]):
+    """The shapes in use, by their names, joined by commas, which no name holds.
+
+    What a subclass of str says of itself, as its hash, does not count so. An application has a handful of shapes;
+    the bound is for generated names.
+    """
 
     maximum = 1024
 
@@ -545,30 +587,38 @@ SHAPES = Shapes()
 
 def shape_of(names: tuple[Any, ...]) -> Shape:
     """The shape with these names, which are checked where it is a new one."""
-    shape = SHAPES.get(names)
-    if shape is None:
-        if len(names) > MAX_AXES:
-            raise ValidationError(f"axes: at most {MAX_AXES} names, got {len(names)}")
-        for name in names:
-            _check_axis_name(name)
-        if len(SHAPES) >= SHAPES.maximum:
-            SHAPES.clear()
-        shape = SHAPES[names] = Shape(tuple(str(name) for name in names))
+    try:
+        key = ",".join(names)
+        shape = SHAPES.get(key)
+    except (TypeError, UnicodeError):
+        key, shape = "", None  # one of them is no name, as is said below
+    if shape is not None and len(shape.names) == len(names):
+        return shape
+    if len(names) > MAX_AXES:
+        raise ValidationError(f"axes: at most {MAX_AXES} names, got {len(names)}")
+    plain = tuple(map(_check_axis_name, names))
+    if len(set(plain)) < len(plain):
+        raise ValidationError(f"axes: each name once, got {brief(plain)}")
+    if len(SHAPES) >= SHAPES.maximum:
+        SHAPES.clear()
+    shape = SHAPES[key] = Shape(plain)
     return shape
 
 
-def _check_axis_name(name: object) -> None:
+def _check_axis_name(name: object) -> str:
+    """A name of an axis as a plain string."""
+    plain = str.__str__(name) if isinstance(name, str) else ""
     if (
-        not isinstance(name, str)
-        or not 1 <= len(name) <= _MAX_AXIS_NAME
-        or not _AXIS_CHARACTERS.issuperset(name)
-        or name[0] == "_"
-        or name[-1] == "_"
+        not 1 <= len(plain) <= _MAX_AXIS_NAME
+        or not _AXIS_CHARACTERS.issuperset(plain)
+        or plain[0] == "_"
+        or plain[-1] == "_"
     ):
         raise ValidationError(
             f"axes: a name is 1 to {_MAX_AXIS_NAME} of a-z, 0-9 and _, with no _ at either end; "
             f"got {brief(name)}"
         )
+    return plain
 
 
 class Axes(Mapping[str, float]):
@@ -632,11 +682,11 @@ def _checked_axes(axes: Mapping[str, float] | Iterable[tuple[str, float]]) -> Ax
     if axes.__class__ is Axes:  # isinstance() is slow for the subclass of an abstract class
         return cast("Axes", cast("object", axes))
     given = _as_dict(axes)
-    names = tuple(given)
-    return make_axes(SHAPES.get(names) or shape_of(names), tuple(given.values()))
+    return make_axes(shape_of(tuple(given)), tuple(given.values()))
 
 
 def make_axes(shape: Shape, values: tuple[Any, ...]) -> Axes:
+    """Axes of these names, with values that are checked here."""
     for value in values:
         if value.__class__ is not float or not 0.0 <= value <= 1.0:
             values = tuple(map(check_unit, [f"axes[{name!r}]" for name in shape.names], values))
@@ -658,26 +708,28 @@ def _as_dict(axes: Any) -> dict[Any, Any]:
 
 def check_unit(field: str, value: object) -> float:
     """A real number in [0, 1] as a float."""
-    if _is_real(value) and 0 <= cast("float", value) <= 1:
-        return float(cast("float", value))
+    with contextlib.suppress(ValidationError):
+        number = check_number(field, value)
+        if 0.0 <= number <= 1.0:
+            return number
     raise ValidationError(f"{field}: a real number from 0 to 1 is needed, got {brief(value)}")
 
 
-def _is_real(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
 def check_number(field: str, value: object) -> float:
-    with contextlib.suppress(OverflowError):  # an integer that is larger than any float
-        if _is_real(value) and not math.isnan(number := float(cast("float", value))):
-            return number
+    """A real number as a plain float."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # an integer that is larger than any float
+            number = float.__float__(value) if isinstance(value, float) else float(value)
+            if not math.isnan(number):
+                return number
     raise ValidationError(f"{field}: a number is needed, got {brief(value)}")
 
 
 def check_integer(field: str, value: object, lowest: int, highest: int) -> int:
+    """An integer within bounds, as a plain int."""
     if not isinstance(value, bool):
         try:
-            number = operator.index(cast("Any", value))
+            number = int.__index__(operator.index(cast("Any", value)))
         except TypeError:
             pass  # not an integer: the error below says so
         else:
@@ -688,6 +740,7 @@ def check_integer(field: str, value: object, lowest: int, highest: int) -> int:
 
 
 def check_user_id(value: object) -> str:
+    """An id of a user, as a plain string."""
     if not isinstance(value, str):
         raise ValidationError(f"user_id: a string is needed, got {type_name(value)}")
     if value.__class__ is not str:
@@ -708,19 +761,32 @@ def check_user_id(value: object) -> str:
     return value
 
 
+_LIKE_SECONDS = range(10**9, 10**10 + 1)  # from 2001 to 2286, in seconds; in milliseconds some weeks of 1970
+
+
 def check_time_ms(value: object, field: str = "updated_at_unix_ms") -> int:
-    try:
-        return check_integer(field, value, 0, MAX_TIME_MS)
-    except ValidationError:
-        if not isinstance(value, datetime):
-            raise
-    raise ValidationError(
-        f"{field}: milliseconds since 1970 are needed, got a datetime; with its time zone set, "
-        "int(moment.timestamp() * 1000) makes them"
-    )
+    """A time in milliseconds since 1970, UTC, of an int or an aware datetime, as a caller gives it."""
+    if isinstance(value, datetime):
+        if value.tzinfo is None or value.utcoffset() is None:
+            raise ValidationError(
+                f"{field}: a datetime needs a time zone, as in datetime.now(UTC); got a naive one"
+            )
+        value = (value - UNIX_EPOCH) // timedelta(milliseconds=1)
+    elif isinstance(value, float):
+        raise ValidationError(
+            f"{field}: whole milliseconds since 1970 or an aware datetime are needed, got {brief(value)}; "
+            "int(time.time() * 1000) makes them of the time in seconds"
+        )
+    time_ms = check_integer(field, value, 0, MAX_TIME_MS)
+    if time_ms in _LIKE_SECONDS:
+        raise ValidationError(
+            f"{field}: {time_ms} looks like seconds; milliseconds since 1970 are needed: {time_ms}000"
+        )
+    return time_ms
 
 
 def check_source(value: Source | str) -> Source:
+    """A source, of one or of its value."""
     if value.__class__ is Source:
         return cast("Source", cast("object", value))
     source = _SOURCES.get(value) if isinstance(value, str) else None  # callers need not be typed
@@ -732,7 +798,7 @@ def check_source(value: Source | str) -> Source:
 class SnapshotFields(TypedDict, total=False):
     """The fields of a snapshot that ``patch`` and ``patched`` can set beside the axes."""
 
-    updated_at_unix_ms: int
+    updated_at_unix_ms: int | datetime
     source: Source | str
     confidence: float
     schema_version: int
@@ -743,7 +809,8 @@ class StateSnapshot:
     """The state of one user at one time; immutable, validated at construction, equal by value.
 
     ``user_id`` is 1 to 256 bytes of UTF-8 without control characters; ``axes`` maps axis names to real
-    numbers in [0, 1]; ``updated_at_unix_ms`` is milliseconds since 1970, UTC (now unless given); ``source``
+    numbers in [0, 1]; ``updated_at_unix_ms`` is milliseconds since 1970, UTC, or an aware datetime (now unless
+    given, and at least 1 ms after the last such state of the user); ``source``
     is a ``Source`` or its value; ``confidence`` is in [0, 1]; ``schema_version`` is at least 1. A
     violation raises ValidationError, which names the field, the rule and the value.
 
@@ -753,7 +820,9 @@ class StateSnapshot:
 
     user_id: str
     axes: Axes = attrs.field(converter=_checked_axes)
-    updated_at_unix_ms: int = attrs.field(factory=lambda: wall_clock.now_ms())  # noqa: PLW0108 - looked up anew: tests replace the clock
+    updated_at_unix_ms: int = attrs.field(
+        default=attrs.Factory(lambda self: wall_clock.default_ms(self.user_id), takes_self=True)
+    )
     source: Source = attrs.field(default=Source.SELF_REPORT, converter=check_source)
     confidence: float = 1.0
     schema_version: int = 1
@@ -768,7 +837,7 @@ class StateSnapshot:
             and 0 < len(user_id) <= MAX_USER_ID_BYTES
         ):
             object.__setattr__(self, "user_id", check_user_id(user_id))
-        if time_ms.__class__ is not int or not 0 <= time_ms <= MAX_TIME_MS:
+        if time_ms.__class__ is not int or not 0 <= time_ms <= MAX_TIME_MS or time_ms in _LIKE_SECONDS:
             object.__setattr__(self, "updated_at_unix_ms", check_time_ms(time_ms))
         if confidence.__class__ is not float or not 0.0 <= confidence <= 1.0:
             object.__setattr__(self, "confidence", check_unit("confidence", confidence))
@@ -776,18 +845,24 @@ class StateSnapshot:
             version = check_integer("schema_version", self.schema_version, 1, MAX_INTEGER)
             object.__setattr__(self, "schema_version", version)
 
+    @property
+    def updated_at(self) -> datetime:
+        """The time as an aware datetime, in UTC."""
+        return UNIX_EPOCH + timedelta(milliseconds=self.updated_at_unix_ms)
+
     def __repr__(self) -> str:
-        return (
-            f"StateSnapshot({short_id(self.user_id)!r}, {len(self.axes)} axes, "
-            f"updated_at_unix_ms={self.updated_at_unix_ms}, source={self.source.value!r}, "
-            f"confidence={self.confidence}, schema_version={self.schema_version})"
-        )
+        axes = [f"{name!r}: {value:.4g}" for name, value in itertools.islice(self.axes.items(), _SHOWN_AXES)]
+        if len(self.axes) > _SHOWN_AXES:
+            axes.append(f"… {len(self.axes) - _SHOWN_AXES} more")
+        facts = [iso_time(self.updated_at_unix_ms), f"source={self.source.value!r}"]
+        facts += [f"confidence={self.confidence:g}", f"schema_version={self.schema_version}"]
+        return f"StateSnapshot({short_id(self.user_id)!r}, {{{', '.join(axes)}}}, {', '.join(facts)})"
 
     def _repr_html_(self) -> str:
         return snapshot_html(self)
 
-    def __reduce__(self) -> tuple[type[StateSnapshot], tuple[Any, ...]]:
-        return StateSnapshot, attrs.astuple(self, recurse=False)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return stored_snapshot, attrs.astuple(self, recurse=False)
 
     def __copy__(self) -> StateSnapshot:
         return self
@@ -814,7 +889,7 @@ class StateSnapshot:
             raise ValidationError(f"patched: unknown field {brief(min(unknown))}")
         merged = {**self.axes, **Axes(axes)}
         fields.setdefault("updated_at_unix_ms", max(wall_clock.now_ms(), self.updated_at_unix_ms + 1))
-        return attrs.evolve(self, axes=merged, **fields)
+        return attrs.evolve(self, axes=merged, **cast("Any", fields))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON types, ``axes`` a dict; ``from_dict`` is the inverse."""
@@ -918,6 +993,24 @@ def iso_time(milliseconds: int) -> str:
     """Write milliseconds since 1970 as ISO 8601 in UTC."""
     moment = UNIX_EPOCH + timedelta(milliseconds=milliseconds)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def stored_snapshot(
+    user_id: str,
+    axes: Axes | Mapping[str, float],
+    updated_at_unix_ms: object,
+    source: str,
+    confidence: float,
+    schema_version: int,
+) -> StateSnapshot:
+    """A snapshot that is read back: checked, but for the time that from a caller would look like seconds."""
+    if updated_at_unix_ms.__class__ is not int or updated_at_unix_ms not in _LIKE_SECONDS:
+        return StateSnapshot(
+            user_id, axes, cast("int", updated_at_unix_ms), source, confidence, schema_version
+        )
+    snapshot = StateSnapshot(user_id, axes, 0, source, confidence, schema_version)
+    object.__setattr__(snapshot, "updated_at_unix_ms", updated_at_unix_ms)
+    return snapshot
 
 
 def distinct_users(snapshots: Iterable[StateSnapshot]) -> list[str]:
@@ -2247,7 +2340,7 @@ def _snapshot_of_line(line: bytes) -> StateSnapshot:
     strings = len(fields) + len(cast("dict[str, Any]", fields["axes"])) + 2  # and the values of two fields
     if text.count('"') != 2 * strings:  # a name is there twice, or a quote is escaped
         json.loads(text, object_pairs_hook=_each_once)
-    return StateSnapshot(**fields)
+    return stored_snapshot(**fields)
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -5114,7 +5207,7 @@ class HistoryWindow(NamedTuple):
     until: int
 
     @classmethod
-    def of(cls, limit: int, since: int | None, until: int | None) -> HistoryWindow:
+    def of(cls, limit: int, since: int | datetime | None, until: int | datetime | None) -> HistoryWindow:
         """Check what a caller gave."""
         return cls(
             check_integer("limit", limit, 0, MAX_INTEGER),
@@ -5149,8 +5242,8 @@ class SearchRequest:
         exclude_user_id: str | None,
         source: Source | str | None,
         min_confidence: float | None,
-        since: int | None,
-        until: int | None,
+        since: int | datetime | None,
+        until: int | datetime | None,
         history: bool,
     ) -> SearchRequest:
         """Check what a caller gave."""
@@ -5900,7 +5993,7 @@ class Operations:
         return await self._drive("delete", lambda backend: backend.delete(user_id), user_id)
 
     async def get_history(
-        self, user_id: str, limit: int, since: int | None, until: int | None
+        self, user_id: str, limit: int, since: int | datetime | None, until: int | datetime | None
     ) -> list[StateSnapshot]:
         """See StateStore.get_history."""
         check_user_id(user_id)
@@ -6307,7 +6400,7 @@ def decode_snapshot(payload: Mapping[str, Any]) -> StateSnapshot:
     """The snapshot that a payload of either form holds."""
     try:
         axes = payload["axes"]
-        return StateSnapshot(
+        return stored_snapshot(
             payload["user_id"],
             unpack_axes(axes) if isinstance(axes, str) else axes,
             payload["updated_at_unix_ms"],
@@ -6616,7 +6709,10 @@ def same_state(found: StateSnapshot | None, expected: StateSnapshot | None) -> b
         abs(found.axes[name] - value) <= LAST_BITS if name in found.axes else False
         for name, value in expected.axes.items()
     )
-    alike = attrs.evolve(found, axes=expected.axes, confidence=expected.confidence) == expected
+    alike = all(
+        getattr(found, field) == getattr(expected, field)
+        for field in ("user_id", "updated_at_unix_ms", "source", "schema_version")
+    )
     confidence = abs(found.confidence - expected.confidence) <= LAST_BITS
     return near and alike and confidence and len(found.axes) == len(expected.axes)
 
@@ -7677,11 +7773,16 @@ class StateStore(StoreBase):
         return run(self._operations.get_many(user_ids))
 
     def get_history(
-        self, user_id: str, limit: int = 100, *, since: int | None = None, until: int | None = None
+        self,
+        user_id: str,
+        limit: int = 100,
+        *,
+        since: int | datetime | None = None,
+        until: int | datetime | None = None,
     ) -> list[StateSnapshot]:
         """At most ``limit`` snapshots of a user, newest first; [] for an unknown user.
 
-        ``since`` and ``until`` are milliseconds since 1970, UTC, inclusive. The bounds of the store come
+        ``since`` and ``until`` are aware datetimes or milliseconds since 1970, UTC, inclusive. The bounds of the store come
         first: its newest ``max_history_per_user``, of these what is younger than ``history_retention_days``.
         Raises ValidationError, BackendError.
         """
@@ -7706,8 +7807,8 @@ class StateStore(StoreBase):
         exclude_user_id: str | None = None,
         source: Source | str | None = None,
         min_confidence: float | None = None,
-        since: int | None = None,
-        until: int | None = None,
+        since: int | datetime | None = None,
+        until: int | datetime | None = None,
         history: bool = False,
     ) -> list[Match]:
         """The users whose latest states are most like the query, best first.
@@ -7716,7 +7817,7 @@ class StateStore(StoreBase):
         unless ``exclude_user_id=""``. The score is the cosine of the axes around neutral, from -1 to 1; a
         neutral state scores 0. At most ``limit``, which is 1 or more, with a score of ``score_threshold`` or
         more. The filters: one ``user_id``, a ``source``, at least ``min_confidence`` from 0 to 1, taken
-        between ``since`` and ``until``, both inclusive, in milliseconds since 1970, UTC. ``history=True``
+        between ``since`` and ``until``, both inclusive, aware datetimes or milliseconds since 1970, UTC. ``history=True``
         searches all snapshots in history instead of the latest ones. Raises UserNotFoundError where the query
         is an unknown user, ValidationError, BackendError.
         """
@@ -7902,7 +8003,12 @@ class AsyncStateStore(StoreBase):
         return await self._operations.get_many(user_ids)
 
     async def get_history(
-        self, user_id: str, limit: int = 100, *, since: int | None = None, until: int | None = None
+        self,
+        user_id: str,
+        limit: int = 100,
+        *,
+        since: int | datetime | None = None,
+        until: int | datetime | None = None,
     ) -> list[StateSnapshot]:
         """See StateStore.get_history."""
         return await self._operations.get_history(user_id, limit, since, until)
@@ -7921,8 +8027,8 @@ class AsyncStateStore(StoreBase):
         exclude_user_id: str | None = None,
         source: Source | str | None = None,
         min_confidence: float | None = None,
-        since: int | None = None,
-        until: int | None = None,
+        since: int | datetime | None = None,
+        until: int | datetime | None = None,
         history: bool = False,
     ) -> list[Match]:
         """See StateStore.search_similar."""

@@ -140,6 +140,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The wall clock, which stands at NOW until the test moves it."""
     clock = Clock()
     monkeypatch.setattr(attuned_store.wall_clock, "now_ms", clock)
+    attuned_store.wall_clock._given.clear()  # times that other tests were given
     return clock
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from conformance import NOW, AsyncStoreTests, MappingTests, StoreTests, cosine, random_states, run, state
@@ -201,15 +200,6 @@ def test_a_place_where_the_configuration_should_be(kind: str, tmp_path: Path) ->
     with pytest.raises(ValidationError, match=r"^config: a \w+StoreConfig is needed, got str; .*path="):
         getattr(attuned_store, kind)(str(tmp_path / "mood"))
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("moment", [datetime(2026, 1, 17), datetime(2026, 1, 17, tzinfo=UTC)])  # noqa: DTZ001
-def test_a_datetime_is_told_how_to_become_milliseconds(moment: datetime) -> None:
-    """A datetime is no time in milliseconds; the error says how to make them of it."""
-    with pytest.raises(ValidationError, match=r"^updated_at_unix_ms: .* int\(moment.timestamp\(\) \* 1000\)"):
-        attuned_store.StateSnapshot("ann", {}, cast("Any", moment))
-    with pytest.raises(ValidationError, match=r"^since: .* int\(moment.timestamp\(\) \* 1000\)"):
-        MemoryStore().get_history("ann", since=cast("Any", moment))
 
 
 def test_single_operations_of_an_async_store_in_memory_never_suspend() -> None:

@@ -32,7 +32,6 @@ from attuned_store import (
     OwnedBackend,
     Page,
     Point,
-    PointsBackend,
     Put,
     QdrantStoreConfig,
     Range,

@@ -27,6 +27,7 @@ from attuned.states.places import DirectoryPlace, ServerPlace, blocking_twin
 if TYPE_CHECKING:
     import os
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+    from datetime import datetime
     from types import TracebackType
 
     from attuned.base.values import SnapshotReason, SnapshotReport
@@ -147,11 +148,16 @@ class StateStore(StoreBase):
         return run(self._operations.get_many(user_ids))
 
     def get_history(
-        self, user_id: str, limit: int = 100, *, since: int | None = None, until: int | None = None
+        self,
+        user_id: str,
+        limit: int = 100,
+        *,
+        since: int | datetime | None = None,
+        until: int | datetime | None = None,
     ) -> list[StateSnapshot]:
         """At most ``limit`` snapshots of a user, newest first; [] for an unknown user.
 
-        ``since`` and ``until`` are milliseconds since 1970, UTC, inclusive. The bounds of the store come
+        ``since`` and ``until`` are aware datetimes or milliseconds since 1970, UTC, inclusive. The bounds of the store come
         first: its newest ``max_history_per_user``, of these what is younger than ``history_retention_days``.
         Raises ValidationError, BackendError.
         """
@@ -176,8 +182,8 @@ class StateStore(StoreBase):
         exclude_user_id: str | None = None,
         source: Source | str | None = None,
         min_confidence: float | None = None,
-        since: int | None = None,
-        until: int | None = None,
+        since: int | datetime | None = None,
+        until: int | datetime | None = None,
         history: bool = False,
     ) -> list[Match]:
         """The users whose latest states are most like the query, best first.
@@ -186,7 +192,7 @@ class StateStore(StoreBase):
         unless ``exclude_user_id=""``. The score is the cosine of the axes around neutral, from -1 to 1; a
         neutral state scores 0. At most ``limit``, which is 1 or more, with a score of ``score_threshold`` or
         more. The filters: one ``user_id``, a ``source``, at least ``min_confidence`` from 0 to 1, taken
-        between ``since`` and ``until``, both inclusive, in milliseconds since 1970, UTC. ``history=True``
+        between ``since`` and ``until``, both inclusive, aware datetimes or milliseconds since 1970, UTC. ``history=True``
         searches all snapshots in history instead of the latest ones. Raises UserNotFoundError where the query
         is an unknown user, ValidationError, BackendError.
         """
@@ -372,7 +378,12 @@ class AsyncStateStore(StoreBase):
         return await self._operations.get_many(user_ids)
 
     async def get_history(
-        self, user_id: str, limit: int = 100, *, since: int | None = None, until: int | None = None
+        self,
+        user_id: str,
+        limit: int = 100,
+        *,
+        since: int | datetime | None = None,
+        until: int | datetime | None = None,
     ) -> list[StateSnapshot]:
         """See StateStore.get_history."""
         return await self._operations.get_history(user_id, limit, since, until)
@@ -391,8 +402,8 @@ class AsyncStateStore(StoreBase):
         exclude_user_id: str | None = None,
         source: Source | str | None = None,
         min_confidence: float | None = None,
-        since: int | None = None,
-        until: int | None = None,
+        since: int | datetime | None = None,
+        until: int | datetime | None = None,
         history: bool = False,
     ) -> list[Match]:
         """See StateStore.search_similar."""

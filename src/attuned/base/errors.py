@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +28,10 @@ _SHOWN_ID_CHARACTERS = 4
 
 def brief(value: object) -> str:
     """A value for an error message: its repr, cut to a readable length."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - of a foreign class, or of an integer with more digits than Python writes
+        return f"a value of type {type(value).__name__} that cannot be shown"
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…"
 
 
@@ -75,6 +78,19 @@ class StoreError(Exception):
     """
 
     written: int | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _remake_error, (type(self), self.args, dict(vars(self)))
+
+
+def _remake_error(
+    kind: type[StoreError], arguments: tuple[Any, ...], attributes: dict[str, Any]
+) -> StoreError:
+    """An error that was pickled or copied, whatever its constructor asks for."""
+    error = kind.__new__(kind, *arguments)
+    error.args = arguments
+    vars(error).update(attributes)
+    return error
 
 
 class ValidationError(StoreError, ValueError):

@@ -13,7 +13,7 @@ import attrs
 
 from attuned.base.config import check_axis_names, check_callable
 from attuned.base.errors import SnapshotError, ValidationError, brief, one_line
-from attuned.base.values import Shape, StateSnapshot, iso_time
+from attuned.base.values import Shape, StateSnapshot, iso_time, stored_snapshot
 
 # A portable snapshot is a gzipped tar: snapshots-00000.jsonl, snapshots-00001.jsonl and so on, one
 # StateSnapshot a line, those of a user together and oldest first; at the end manifest.json, since only then
@@ -383,7 +383,7 @@ def _snapshot_of_line(line: bytes) -> StateSnapshot:
     strings = len(fields) + len(cast("dict[str, Any]", fields["axes"])) + 2  # and the values of two fields
     if text.count('"') != 2 * strings:  # a name is there twice, or a quote is escaped
         json.loads(text, object_pairs_hook=_each_once)
-    return StateSnapshot(**fields)
+    return stored_snapshot(**fields)
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

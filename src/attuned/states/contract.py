@@ -42,6 +42,7 @@ from attuned.base.values import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from datetime import datetime
     from pathlib import Path
 
     from attuned.base.values import Health, Match, SnapshotReport
@@ -86,7 +87,7 @@ class HistoryWindow(NamedTuple):
     until: int
 
     @classmethod
-    def of(cls, limit: int, since: int | None, until: int | None) -> HistoryWindow:
+    def of(cls, limit: int, since: int | datetime | None, until: int | datetime | None) -> HistoryWindow:
         """Check what a caller gave."""
         return cls(
             check_integer("limit", limit, 0, MAX_INTEGER),
@@ -121,8 +122,8 @@ class SearchRequest:
         exclude_user_id: str | None,
         source: Source | str | None,
         min_confidence: float | None,
-        since: int | None,
-        until: int | None,
+        since: int | datetime | None,
+        until: int | datetime | None,
         history: bool,
     ) -> SearchRequest:
         """Check what a caller gave."""

@@ -62,6 +62,7 @@ from attuned.states.contract import (
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+    from datetime import datetime
 
     from attuned.snapshots.archive import Progress
     from attuned.states.memory import MemoryBackend
@@ -161,7 +162,7 @@ class Operations:
         cached = self.backend.cached(user_id)
         if cached is not None:
             return cached
-        check_user_id(user_id)
+        user_id = check_user_id(user_id)
         found: dict[str, StateSnapshot] = await self._drive(
             "get", lambda backend: backend.find([user_id]), user_id
         )
@@ -204,14 +205,14 @@ class Operations:
 
     async def delete(self, user_id: str) -> bool:
         """See StateStore.delete."""
-        check_user_id(user_id)
+        user_id = check_user_id(user_id)
         return await self._drive("delete", lambda backend: backend.delete(user_id), user_id)
 
     async def get_history(
-        self, user_id: str, limit: int, since: int | None, until: int | None
+        self, user_id: str, limit: int, since: int | datetime | None, until: int | datetime | None
     ) -> list[StateSnapshot]:
         """See StateStore.get_history."""
-        check_user_id(user_id)
+        user_id = check_user_id(user_id)
         window = HistoryWindow.of(limit, since, until)
         return History(
             await self._drive("history", lambda backend: backend.history(user_id, window), user_id)

@@ -7,12 +7,10 @@ import itertools
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import attrs
-
 from attuned.base.codec import FORMAT_VERSION, Schema, make_point_id, pack_axes, unpack_axes
 from attuned.base.config import QdrantStoreConfig, check_axis_names
 from attuned.base.errors import BackendError, SchemaMismatchError, T, ValidationError
-from attuned.base.values import MAX_VECTOR_SIZE, Health, Match, StateSnapshot, check_integer
+from attuned.base.values import MAX_VECTOR_SIZE, Health, Match, StateSnapshot, check_integer, stored_snapshot
 from attuned.engines.waist import (
     AnyOf,
     CollectionSpec,
@@ -89,7 +87,7 @@ def decode_snapshot(payload: Mapping[str, Any]) -> StateSnapshot:
     """The snapshot that a payload of either form holds."""
     try:
         axes = payload["axes"]
-        return StateSnapshot(
+        return stored_snapshot(
             payload["user_id"],
             unpack_axes(axes) if isinstance(axes, str) else axes,
             payload["updated_at_unix_ms"],
@@ -398,6 +396,9 @@ def same_state(found: StateSnapshot | None, expected: StateSnapshot | None) -> b
         abs(found.axes[name] - value) <= LAST_BITS if name in found.axes else False
         for name, value in expected.axes.items()
     )
-    alike = attrs.evolve(found, axes=expected.axes, confidence=expected.confidence) == expected
+    alike = all(
+        getattr(found, field) == getattr(expected, field)
+        for field in ("user_id", "updated_at_unix_ms", "source", "schema_version")
+    )
     confidence = abs(found.confidence - expected.confidence) <= LAST_BITS
     return near and alike and confidence and len(found.axes) == len(expected.axes)
