@@ -357,6 +357,16 @@ def forked_error(place: str) -> StoreError:
     return StoreError(f"{place}: the store was opened before the fork; open it after the fork")
 
 
+class ReenteredError(StoreError):
+    """A call came in the middle of another one of the same thread, where waiting would never end."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__(
+            f"{place}: called in the middle of another call of this thread, as by a signal handler or a __del__; "
+            "nothing was done: let the handler note what is to be done, and do it afterwards"
+        )
+
+
 # ------------------------------------------------------------------------------------------------------------
 # attuned.base.disk
 # Durable files and the locks of the operating system.
@@ -3598,6 +3608,7 @@ class Directory:
         self.writer, self.flusher = Worker(), Worker()  # of asynchronous stores
         self._orphaned = self._closed = False
         self._lock = threading.Lock()
+        self._inside: set[int] = set()  # the threads that are in a call
         _make_directory(path)
         self._lock_file = self._take_lock()
         try:
@@ -3620,11 +3631,27 @@ class Directory:
         except OSError as error:
             raise StoreError(f"{self.path}: cannot be locked, is it writable? {error}") from error
 
+    def check_free(self) -> None:
+        """Raise ReenteredError in the middle of another call of this thread."""
+        if threading.get_ident() in self._inside:
+            raise ReenteredError(self.path)
+
+    @contextlib.contextmanager
+    def _entered(self) -> Generator[None]:
+        """Refuse a call in the middle of another one of the same thread, which would wait for itself."""
+        self.check_free()
+        thread = threading.get_ident()
+        try:
+            self._inside.add(thread)
+            yield
+        finally:
+            self._inside.discard(thread)
+
     def drive(self, body: Coroutine[Any, Any, T]) -> T:
         """Run one body to its end, alone; what it wrote is kept."""
         answer, written = self.apply(body)
         if written is not None:
-            self.flushes.settle(written)
+            self.settle(written)
         return answer
 
     def apply(self, body: Coroutine[Any, Any, T]) -> tuple[T, FlushRound | None]:
@@ -3632,7 +3659,7 @@ class Directory:
         try:
             if self._orphaned:
                 raise forked_error(self.path)
-            with self._lock:
+            with self._entered(), self._lock:
                 if self._closed:
                     raise closed_error()
                 before = self.engine.writes
@@ -3642,6 +3669,11 @@ class Directory:
                 return answer, self.flushes.join() if flush else None
         finally:
             body.close()
+
+    def settle(self, written: FlushRound) -> None:
+        """Wait until what was written is safe."""
+        with self._entered():
+            self.flushes.settle(written)
 
     def release(self) -> None:
         """Give up a store's hold on the directory, and close it with the last."""
@@ -3692,7 +3724,7 @@ class OpenPlaces:
 
     def __init__(self) -> None:
         self.directories: dict[str, Directory] = {}
-        self.connections: weakref.WeakSet[Any] = weakref.WeakSet()  # to servers
+        self.others: weakref.WeakSet[Any] = weakref.WeakSet()  # connections, and what is in memory
         self.lock = threading.RLock()  # reentrant: a store may be collected, and released, while it is held
         self._abandoned: list[Directory] = []  # kept, so that a child never cleans up the parent's objects
 
@@ -3716,8 +3748,8 @@ class OpenPlaces:
             directory.abandon()
             self._abandoned.append(directory)
         self.directories.clear()
-        for connection in self.connections:
-            connection.abandon()
+        for other in self.others:
+            other.abandon()
 
 
 OPEN = OpenPlaces()
@@ -5611,9 +5643,11 @@ class MemoryBackend:
         self._waits = waits
         self._retention = Retention.of(config)
         self._capacity = max(1, self._retention.maximum)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._held = False  # by a call, in the middle of which the same thread may come again
         self._index = VectorIndex(self.schema)
         self._closed = False
+        OPEN.others.add(self)
 
     def get_latest(self, user_id: str) -> StateSnapshot | None:
         """The latest snapshot of a user, whose id need not have been checked."""
@@ -5630,8 +5664,25 @@ class MemoryBackend:
 
     def upsert_latest(self, snapshot: StateSnapshot, expected: Expected) -> None:
         """Write a snapshot, which has been checked like ``expected``."""
-        with self._lock:
-            self._put(snapshot, expected)
+        with self._lock:  # and _piece(), in a third of the time
+            if self._held:
+                raise ReenteredError("memory://")
+            try:
+                self._held = True
+                self._put(snapshot, expected)
+            finally:
+                self._held = False
+
+    @contextlib.contextmanager
+    def _piece(self) -> Generator[None]:
+        """Refuse a call in the middle of another one of the same thread, which holds the lock already."""
+        if self._held:
+            raise ReenteredError("memory://")
+        try:
+            self._held = True
+            yield
+        finally:
+            self._held = False
 
     def _check_open(self) -> None:
         if self._closed:
@@ -5672,7 +5723,7 @@ class MemoryBackend:
         try:
             entries = list(timeline.copy())
         except RuntimeError:  # free threading: a write came between two entries
-            with self._lock:
+            with self._lock, self._piece():
                 entries = list(timeline)
         hidden = self._retention.hidden([entry.updated_at_unix_ms for entry in entries])
         return entries[min(hidden, len(entries) - 1) if keep_latest else hidden :]
@@ -5704,7 +5755,7 @@ class MemoryBackend:
 
     async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
         """See Backend.write."""
-        with self._lock:
+        with self._lock, self._piece():
             for snapshot in snapshots:
                 self._put(snapshot)
 
@@ -5714,7 +5765,7 @@ class MemoryBackend:
 
     async def delete(self, user_id: str) -> bool:
         """See Backend.delete."""
-        with self._lock:
+        with self._lock, self._piece():
             self._check_open()
             self._index.stale.add(user_id)
             return self.timelines.pop(user_id, None) is not None
@@ -5727,11 +5778,11 @@ class MemoryBackend:
             return await self._scan(request)
         while not self._caught_up():
             await self._waits.pause()
-        with self._lock:
+        with self._lock, self._piece():
             return self._index.search(request)
 
     def _caught_up(self) -> bool:
-        with self._lock:
+        with self._lock, self._piece():
             try:
                 return self._index.catch_up(self.get_latest)
             except BaseException:  # an interrupt, say: begin anew
@@ -5787,7 +5838,7 @@ class MemoryBackend:
     async def prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
         """See Backend.prune_page."""
         page, cursor = await self.users(cursor)
-        with self._lock:
+        with self._lock, self._piece():
             timelines = [self.timelines[user_id] for user_id in page if user_id in self.timelines]
             return sum(self._trim(timeline) for timeline in timelines), cursor
 
@@ -5797,7 +5848,7 @@ class MemoryBackend:
 
     async def adopt(self, staged: MemoryBackend) -> None:
         """See Backend.adopt."""
-        with self._lock:
+        with self._lock, self._piece():
             self._check_open()
             self.timelines, self._index = staged.timelines, staged._index
 
@@ -5811,9 +5862,13 @@ class MemoryBackend:
         points = len(timelines) + (sum(map(len, timelines)) if self._retention.maximum else 0)
         return Health("healthy", self.name, 0.0, len(timelines), points)
 
+    def abandon(self) -> None:
+        """Go on in a forked child, whatever the parent's threads held at the fork: it has a copy of its own."""
+        self._lock, self._held = threading.RLock(), False
+
     def close(self) -> None:
         """Forget everything."""
-        with self._lock:
+        with self._lock, self._piece():
             self._closed = True
             self.timelines = {}
             self._index = VectorIndex(self.schema)
@@ -5897,9 +5952,14 @@ class Operations:
 
     async def close(self) -> None:
         """Release everything; harmless when repeated."""
-        was_open, self.backend = self.backend is not CLOSED, CLOSED
-        if was_open:
+        backend, self.backend = self.backend, CLOSED
+        if backend is CLOSED:
+            return
+        try:
             await self.place.close()
+        except ReenteredError:
+            self.backend = backend  # nothing was done
+            raise
 
     async def _drive(
         self,
@@ -5946,7 +6006,7 @@ class Operations:
         cached = self.backend.cached(user_id)
         if cached is not None:
             return cached
-        check_user_id(user_id)
+        user_id = check_user_id(user_id)
         found: dict[str, StateSnapshot] = await self._drive(
             "get", lambda backend: backend.find([user_id]), user_id
         )
@@ -5989,14 +6049,14 @@ class Operations:
 
     async def delete(self, user_id: str) -> bool:
         """See StateStore.delete."""
-        check_user_id(user_id)
+        user_id = check_user_id(user_id)
         return await self._drive("delete", lambda backend: backend.delete(user_id), user_id)
 
     async def get_history(
         self, user_id: str, limit: int, since: int | datetime | None, until: int | datetime | None
     ) -> list[StateSnapshot]:
         """See StateStore.get_history."""
-        check_user_id(user_id)
+        user_id = check_user_id(user_id)
         window = HistoryWindow.of(limit, since, until)
         return History(
             await self._drive("history", lambda backend: backend.history(user_id, window), user_id)
@@ -7503,7 +7563,7 @@ class DirectoryPlace:
                 with contextlib.suppress(ValueError):  # a worker has started it just now, and will close it
                     body.close()
         if written is not None:
-            settle = functools.partial(directory.flushes.settle, written)
+            settle = functools.partial(directory.settle, written)
             await self._waits.call(settle, directory.flusher, lambda: written.ended)
         return answer
 
@@ -7512,6 +7572,9 @@ class DirectoryPlace:
         finalizer, directory = self._finalizer, self.directory
         if finalizer is None or directory is None:
             return
+
+        if self._waits.blocking:
+            directory.check_free()
 
         def release() -> None:
             if finalizer.detach():  # once, by whoever comes first
@@ -7588,7 +7651,8 @@ class Connection:
             raise ValidationError(message) from error
         self.backend = SharedBackend(self.engine, config)
         self.orphaned = False
-        OPEN.connections.add(self)
+        self.inside: set[int] = set()  # the threads that are in a call over a blocking connection
+        OPEN.others.add(self)
 
     def release(self) -> None:
         """Close a blocking connection."""
@@ -7627,15 +7691,26 @@ class ServerPlace:
 
     async def drive(self, body: Coroutine[Any, Any, T], *, long: bool = False) -> T:  # noqa: ARG002 - it waits
         """See Place.drive; many run at once."""
+        connection, thread = self.connection, threading.get_ident()
+        entered = False
         try:
-            if self.connection.orphaned:
+            if connection.orphaned:
                 raise forked_error(self.location)
+            if self._waits.blocking:
+                if thread in connection.inside:
+                    raise ReenteredError(self.location)
+                entered = True
+                connection.inside.add(thread)
             return await body
         finally:
+            if entered:
+                connection.inside.discard(thread)
             body.close()
 
     async def close(self) -> None:
         """See Place.close."""
+        if self._waits.blocking and threading.get_ident() in self.connection.inside:
+            raise ReenteredError(self.location)
         if self._finalizer is None or (self._finalizer.detach() and not self.connection.orphaned):
             await self._waits.shielded(self.connection.engine.close())
 

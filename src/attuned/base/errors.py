@@ -196,3 +196,13 @@ def locked_error(path: str | Path) -> StoreLockedError:
 
 def forked_error(place: str) -> StoreError:
     return StoreError(f"{place}: the store was opened before the fork; open it after the fork")
+
+
+class ReenteredError(StoreError):
+    """A call came in the middle of another one of the same thread, where waiting would never end."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__(
+            f"{place}: called in the middle of another call of this thread, as by a signal handler or a __del__; "
+            "nothing was done: let the handler note what is to be done, and do it afterwards"
+        )

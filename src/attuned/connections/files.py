@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -10,11 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from attuned.base.disk import LockFile
-from attuned.base.errors import BackendError, StoreError, T, closed_error, forked_error, locked_error
+from attuned.base.errors import (
+    BackendError,
+    ReenteredError,
+    StoreError,
+    T,
+    closed_error,
+    forked_error,
+    locked_error,
+)
 from attuned.connections.runtime import Worker, run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Generator
 
 
 class Files(Protocol):
@@ -118,6 +127,7 @@ class Directory:
         self.writer, self.flusher = Worker(), Worker()  # of asynchronous stores
         self._orphaned = self._closed = False
         self._lock = threading.Lock()
+        self._inside: set[int] = set()  # the threads that are in a call
         _make_directory(path)
         self._lock_file = self._take_lock()
         try:
@@ -140,11 +150,27 @@ class Directory:
         except OSError as error:
             raise StoreError(f"{self.path}: cannot be locked, is it writable? {error}") from error
 
+    def check_free(self) -> None:
+        """Raise ReenteredError in the middle of another call of this thread."""
+        if threading.get_ident() in self._inside:
+            raise ReenteredError(self.path)
+
+    @contextlib.contextmanager
+    def _entered(self) -> Generator[None]:
+        """Refuse a call in the middle of another one of the same thread, which would wait for itself."""
+        self.check_free()
+        thread = threading.get_ident()
+        try:
+            self._inside.add(thread)
+            yield
+        finally:
+            self._inside.discard(thread)
+
     def drive(self, body: Coroutine[Any, Any, T]) -> T:
         """Run one body to its end, alone; what it wrote is kept."""
         answer, written = self.apply(body)
         if written is not None:
-            self.flushes.settle(written)
+            self.settle(written)
         return answer
 
     def apply(self, body: Coroutine[Any, Any, T]) -> tuple[T, FlushRound | None]:
@@ -152,7 +178,7 @@ class Directory:
         try:
             if self._orphaned:
                 raise forked_error(self.path)
-            with self._lock:
+            with self._entered(), self._lock:
                 if self._closed:
                     raise closed_error()
                 before = self.engine.writes
@@ -162,6 +188,11 @@ class Directory:
                 return answer, self.flushes.join() if flush else None
         finally:
             body.close()
+
+    def settle(self, written: FlushRound) -> None:
+        """Wait until what was written is safe."""
+        with self._entered():
+            self.flushes.settle(written)
 
     def release(self) -> None:
         """Give up a store's hold on the directory, and close it with the last."""
@@ -212,7 +243,7 @@ class OpenPlaces:
 
     def __init__(self) -> None:
         self.directories: dict[str, Directory] = {}
-        self.connections: weakref.WeakSet[Any] = weakref.WeakSet()  # to servers
+        self.others: weakref.WeakSet[Any] = weakref.WeakSet()  # connections, and what is in memory
         self.lock = threading.RLock()  # reentrant: a store may be collected, and released, while it is held
         self._abandoned: list[Directory] = []  # kept, so that a child never cleans up the parent's objects
 
@@ -236,8 +267,8 @@ class OpenPlaces:
             directory.abandon()
             self._abandoned.append(directory)
         self.directories.clear()
-        for connection in self.connections:
-            connection.abandon()
+        for other in self.others:
+            other.abandon()
 
 
 OPEN = OpenPlaces()

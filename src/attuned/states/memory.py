@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import operator
@@ -10,8 +11,9 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from attuned.base.codec import Schema
-from attuned.base.errors import closed_error
+from attuned.base.errors import ReenteredError, closed_error
 from attuned.base.values import ANY, Expected, Health, Match, StateSnapshot, check_user_id, time_of
+from attuned.connections.files import OPEN
 from attuned.states.contract import (
     BATCH_SIZE,
     Cursor,
@@ -24,7 +26,7 @@ from attuned.states.contract import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 
     from attuned.base.config import MemoryStoreConfig
     from attuned.base.errors import T
@@ -165,9 +167,11 @@ class MemoryBackend:
         self._waits = waits
         self._retention = Retention.of(config)
         self._capacity = max(1, self._retention.maximum)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._held = False  # by a call, in the middle of which the same thread may come again
         self._index = VectorIndex(self.schema)
         self._closed = False
+        OPEN.others.add(self)
 
     def get_latest(self, user_id: str) -> StateSnapshot | None:
         """The latest snapshot of a user, whose id need not have been checked."""
@@ -184,8 +188,25 @@ class MemoryBackend:
 
     def upsert_latest(self, snapshot: StateSnapshot, expected: Expected) -> None:
         """Write a snapshot, which has been checked like ``expected``."""
-        with self._lock:
-            self._put(snapshot, expected)
+        with self._lock:  # and _piece(), in a third of the time
+            if self._held:
+                raise ReenteredError("memory://")
+            try:
+                self._held = True
+                self._put(snapshot, expected)
+            finally:
+                self._held = False
+
+    @contextlib.contextmanager
+    def _piece(self) -> Generator[None]:
+        """Refuse a call in the middle of another one of the same thread, which holds the lock already."""
+        if self._held:
+            raise ReenteredError("memory://")
+        try:
+            self._held = True
+            yield
+        finally:
+            self._held = False
 
     def _check_open(self) -> None:
         if self._closed:
@@ -226,7 +247,7 @@ class MemoryBackend:
         try:
             entries = list(timeline.copy())
         except RuntimeError:  # free threading: a write came between two entries
-            with self._lock:
+            with self._lock, self._piece():
                 entries = list(timeline)
         hidden = self._retention.hidden([entry.updated_at_unix_ms for entry in entries])
         return entries[min(hidden, len(entries) - 1) if keep_latest else hidden :]
@@ -258,7 +279,7 @@ class MemoryBackend:
 
     async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
         """See Backend.write."""
-        with self._lock:
+        with self._lock, self._piece():
             for snapshot in snapshots:
                 self._put(snapshot)
 
@@ -268,7 +289,7 @@ class MemoryBackend:
 
     async def delete(self, user_id: str) -> bool:
         """See Backend.delete."""
-        with self._lock:
+        with self._lock, self._piece():
             self._check_open()
             self._index.stale.add(user_id)
             return self.timelines.pop(user_id, None) is not None
@@ -281,11 +302,11 @@ class MemoryBackend:
             return await self._scan(request)
         while not self._caught_up():
             await self._waits.pause()
-        with self._lock:
+        with self._lock, self._piece():
             return self._index.search(request)
 
     def _caught_up(self) -> bool:
-        with self._lock:
+        with self._lock, self._piece():
             try:
                 return self._index.catch_up(self.get_latest)
             except BaseException:  # an interrupt, say: begin anew
@@ -341,7 +362,7 @@ class MemoryBackend:
     async def prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
         """See Backend.prune_page."""
         page, cursor = await self.users(cursor)
-        with self._lock:
+        with self._lock, self._piece():
             timelines = [self.timelines[user_id] for user_id in page if user_id in self.timelines]
             return sum(self._trim(timeline) for timeline in timelines), cursor
 
@@ -351,7 +372,7 @@ class MemoryBackend:
 
     async def adopt(self, staged: MemoryBackend) -> None:
         """See Backend.adopt."""
-        with self._lock:
+        with self._lock, self._piece():
             self._check_open()
             self.timelines, self._index = staged.timelines, staged._index
 
@@ -365,9 +386,13 @@ class MemoryBackend:
         points = len(timelines) + (sum(map(len, timelines)) if self._retention.maximum else 0)
         return Health("healthy", self.name, 0.0, len(timelines), points)
 
+    def abandon(self) -> None:
+        """Go on in a forked child, whatever the parent's threads held at the fork: it has a copy of its own."""
+        self._lock, self._held = threading.RLock(), False
+
     def close(self) -> None:
         """Forget everything."""
-        with self._lock:
+        with self._lock, self._piece():
             self._closed = True
             self.timelines = {}
             self._index = VectorIndex(self.schema)

@@ -16,6 +16,7 @@ from attuned.base.errors import (
     SLOW_LOGGER,
     BackendError,
     ConflictError,
+    ReenteredError,
     StoreClosedError,
     StoreError,
     T,
@@ -113,9 +114,14 @@ class Operations:
 
     async def close(self) -> None:
         """Release everything; harmless when repeated."""
-        was_open, self.backend = self.backend is not CLOSED, CLOSED
-        if was_open:
+        backend, self.backend = self.backend, CLOSED
+        if backend is CLOSED:
+            return
+        try:
             await self.place.close()
+        except ReenteredError:
+            self.backend = backend  # nothing was done
+            raise
 
     async def _drive(
         self,

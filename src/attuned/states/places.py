@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from attuned.base.config import QdrantStoreConfig, absolute_path, is_loopback
 from attuned.base.errors import (
     LOGGER,
+    ReenteredError,
     SchemaMismatchError,
     StoreError,
     StoreLockedError,
@@ -115,7 +116,7 @@ class DirectoryPlace:
                 with contextlib.suppress(ValueError):  # a worker has started it just now, and will close it
                     body.close()
         if written is not None:
-            settle = functools.partial(directory.flushes.settle, written)
+            settle = functools.partial(directory.settle, written)
             await self._waits.call(settle, directory.flusher, lambda: written.ended)
         return answer
 
@@ -124,6 +125,9 @@ class DirectoryPlace:
         finalizer, directory = self._finalizer, self.directory
         if finalizer is None or directory is None:
             return
+
+        if self._waits.blocking:
+            directory.check_free()
 
         def release() -> None:
             if finalizer.detach():  # once, by whoever comes first
@@ -200,7 +204,8 @@ class Connection:
             raise ValidationError(message) from error
         self.backend = SharedBackend(self.engine, config)
         self.orphaned = False
-        OPEN.connections.add(self)
+        self.inside: set[int] = set()  # the threads that are in a call over a blocking connection
+        OPEN.others.add(self)
 
     def release(self) -> None:
         """Close a blocking connection."""
@@ -239,15 +244,26 @@ class ServerPlace:
 
     async def drive(self, body: Coroutine[Any, Any, T], *, long: bool = False) -> T:  # noqa: ARG002 - it waits
         """See Place.drive; many run at once."""
+        connection, thread = self.connection, threading.get_ident()
+        entered = False
         try:
-            if self.connection.orphaned:
+            if connection.orphaned:
                 raise forked_error(self.location)
+            if self._waits.blocking:
+                if thread in connection.inside:
+                    raise ReenteredError(self.location)
+                entered = True
+                connection.inside.add(thread)
             return await body
         finally:
+            if entered:
+                connection.inside.discard(thread)
             body.close()
 
     async def close(self) -> None:
         """See Place.close."""
+        if self._waits.blocking and threading.get_ident() in self.connection.inside:
+            raise ReenteredError(self.location)
         if self._finalizer is None or (self._finalizer.detach() and not self.connection.orphaned):
             await self._waits.shielded(self.connection.engine.close())
 
