@@ -15,8 +15,9 @@ from attuned.base.config import (
     QdrantStoreConfig,
     absolute_path,
     check_path,
+    shown_url,
 )
-from attuned.base.errors import ValidationError, brief
+from attuned.base.errors import ValidationError
 from attuned.engines.embedded import collection_exists
 from attuned.stores import (
     AsyncMemoryStore,
@@ -53,14 +54,16 @@ def target_options(target: str | os.PathLike[str] | None) -> tuple[bool, dict[st
         case _:
             pass
     raise ValidationError(
-        f"target: {brief(text)} is not understood; use memory://, a path such as ./mood, file://<path>, "
+        f"target: {shown_url(text)} is not understood; use memory://, a path such as ./mood, file://<path>, "
         "http://<host>:6333 or https://<host>:6333"
     )
 
 
 def default_target() -> str:
     """What open_store opens without a target."""
-    named = map(os.environ.get, ("ATTUNED_STORE", "QDRANT_URL", "ATTUNED_STORE_PATH"))
+    named = (
+        os.environ.get(name, "").strip() for name in ("ATTUNED_STORE", "QDRANT_URL", "ATTUNED_STORE_PATH")
+    )
     return next(filter(None, named), _DEFAULT_TARGET)
 
 

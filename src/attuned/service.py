@@ -7,12 +7,11 @@ import inspect
 import json
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from attuned.base.config import check_callable, check_path
+from attuned.base.config import absolute_path, check_callable
 from attuned.base.errors import MissingDependencyError, ValidationError, type_name
 from attuned.base.values import MAX_INTEGER, Health, SnapshotReport, check_integer
 from attuned.connections.runtime import run_in_thread
@@ -21,6 +20,7 @@ from attuned.stores import AsyncStateStore, StateStore
 
 if TYPE_CHECKING:
     import os
+    from pathlib import Path
 
     from starlette.applications import Starlette
     from starlette.requests import Request
@@ -199,7 +199,7 @@ def snapshot_app(
         from starlette.routing import Route
     except ImportError as error:
         raise MissingDependencyError("this needs Starlette: pip install starlette") from error
-    endpoint = Endpoint(stores, None if directory is None else Path(check_path(directory)), keep)
+    endpoint = Endpoint(stores, None if directory is None else absolute_path(directory), keep)
     routes = [
         Route("/api/snapshot", _guarded(endpoint.snapshot, authorize), methods=["POST"]),
         Route("/api/health", _guarded(endpoint.health, authorize)),

@@ -77,6 +77,11 @@ def absolute_path(path: str | os.PathLike[str]) -> Path:
     return Path(expanded).absolute()
 
 
+def shown_url(url: str) -> str:
+    """A url, or what was meant as one, for an error message: without what may be a secret."""
+    return brief(re.sub(r"[?#].*", "?…", re.sub(r"//.*@", "//…@", url, flags=re.DOTALL), flags=re.DOTALL))
+
+
 def _check_url(url: object) -> None:
     if not isinstance(url, str):
         raise ValidationError(f"url: a string is needed, got {type_name(url)}")
@@ -87,11 +92,13 @@ def _check_url(url: object) -> None:
     try:
         parts = urlsplit(url)
         port = parts.port
-    except ValueError as error:
-        raise ValidationError(f"url: {error}, got {brief(url)}") from None
+    except ValueError:
+        raise ValidationError(f"url: not a url, got {shown_url(url)}") from None
     usual = parts.scheme in ("http", "https") and not parts.query and not parts.fragment and port != 0
     if not usual or not parts.hostname or not _HOST.fullmatch(parts.netloc) or url.strip() != url:
-        raise ValidationError(f"url: http://<host>:6333 or https://<host>:6333 is needed, got {brief(url)}")
+        raise ValidationError(
+            f"url: http://<host>:6333 or https://<host>:6333 is needed, got {shown_url(url)}"
+        )
 
 
 def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:

@@ -85,12 +85,20 @@ class LockFile:
     """The operating system's lock on a file: it goes with the process that holds it."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             lock_descriptor(self._descriptor)
         except OSError:
             os.close(self._descriptor)
             raise
+
+    def is_there(self) -> bool:
+        """Whether the file still has its name: nobody has removed or replaced it, or a directory above it."""
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), self._path.stat())
+        except OSError:
+            return False
 
     def release(self) -> None:
         """Give the lock up, also where a child that was just forked still has the file open."""

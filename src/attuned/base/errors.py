@@ -141,14 +141,25 @@ class SnapshotError(StoreError):
 class BackendError(StoreError):
     """The engine beneath the store failed; ``from`` keeps its own error.
 
-    ``backend`` and ``operation`` say where, ``retryable`` whether the same call may succeed later.
+    ``backend`` and ``operation`` say where, ``retryable`` whether the same call may succeed later. With
+    ``ambiguous`` what was asked for may have been done, as where a reply was lost, or where a flush failed after the
+    write; without it, it has not been done.
     """
 
-    def __init__(self, message: str, *, backend: str, operation: str, retryable: bool = False) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        backend: str,
+        operation: str,
+        retryable: bool = False,
+        ambiguous: bool = False,
+    ) -> None:
         super().__init__(message)
         self.backend = backend
         self.operation = operation
         self.retryable = retryable
+        self.ambiguous = ambiguous
 
 
 class BackendUnavailableError(BackendError):

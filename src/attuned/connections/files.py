@@ -93,7 +93,12 @@ class GroupCommit:
                     self._flush(mine)
         if mine.error is not None:
             error = mine.error
-            raise BackendError(str(error), backend=error.backend, operation=error.operation) from error
+            raise BackendError(
+                f"{error}; what was written may not survive a power cut",
+                backend=error.backend,
+                operation=error.operation,
+                ambiguous=True,
+            ) from error
 
     def _gather(self, mine: FlushRound) -> None:
         """Close a round; where there are several writers, once no other has come along for a moment."""
@@ -125,7 +130,7 @@ class Directory:
         self.opening = threading.Lock()  # of collections; the other lock may be waited for while it is held
         self.backends: dict[str, Any] = {}  # by collection
         self.writer, self.flusher = Worker(), Worker()  # of asynchronous stores
-        self._orphaned = self._closed = False
+        self._orphaned = self._closing = self._closed = False
         self._lock = threading.Lock()
         self._inside: set[int] = set()  # the threads that are in a call
         _make_directory(path)
@@ -166,6 +171,10 @@ class Directory:
         finally:
             self._inside.discard(thread)
 
+    def is_there(self) -> bool:
+        """Whether the directory is still where it was opened."""
+        return self._closed or self._lock_file.is_there()
+
     def drive(self, body: Coroutine[Any, Any, T]) -> T:
         """Run one body to its end, alone; what it wrote is kept."""
         answer, written = self.apply(body)
@@ -184,10 +193,22 @@ class Directory:
                 before = self.engine.writes
                 answer = run(body)
                 wrote = self.engine.writes > before
+                if wrote:
+                    self.check_there()
                 flush = wrote and (self.durability == "power" or self.engine.flush_due)
                 return answer, self.flushes.join() if flush else None
         finally:
             body.close()
+
+    def check_there(self) -> None:
+        """Raise BackendError where somebody has removed the directory, into which what is written goes nowhere."""
+        if not self._lock_file.is_there():
+            raise BackendError(
+                f"{self.path}: the directory was removed or replaced while it was open: what is written to it is lost; "
+                "close the store and open it again",
+                backend=self.engine.name,
+                operation="write",
+            )
 
     def settle(self, written: FlushRound) -> None:
         """Wait until what was written is safe."""
@@ -198,15 +219,17 @@ class Directory:
         """Give up a store's hold on the directory, and close it with the last."""
         with OPEN.lock:
             self.stores -= 1
-            if self.stores > 0 or OPEN.directories.get(self.path) is not self:
+            if self.stores > 0 or self._closing:
                 return
+            self._closing = True
         # Without the lock of all directories: an operation that is waited for here may collect a store of
         # another one, which then wants that lock. Who opens this directory meanwhile waits for ``gone``.
         try:
             self._close()
         finally:
             with OPEN.lock:
-                OPEN.directories.pop(self.path, None)
+                if OPEN.directories.get(self.path) is self:
+                    del OPEN.directories[self.path]
             self.gone.set()
 
     def _close(self) -> None:
@@ -252,7 +275,7 @@ class OpenPlaces:
         while True:
             with self.lock:
                 directory = self.directories.get(path)
-                if directory is None:
+                if directory is None or not directory.is_there():
                     directory = self.directories[path] = Directory(path, durability, make_engine)
                 if directory.stores > 0 or not directory.used:
                     directory.stores += 1

@@ -79,6 +79,7 @@ class Operations:
         self.place = place
         self.waits = waits
         self.collection = collection
+        self._failed_close: StoreError | None = None  # which every further close tells again
         self.slow_ms: float | None = None  # a piece that takes longer is logged
 
     # The life of a store
@@ -113,14 +114,19 @@ class Operations:
         return self.backend.schema.axes
 
     async def close(self) -> None:
-        """Release everything; harmless when repeated."""
+        """Release everything; harmless when repeated. One that fails closes too."""
         backend, self.backend = self.backend, CLOSED
         if backend is CLOSED:
+            if self._failed_close is not None:
+                raise self._failed_close
             return
         try:
             await self.place.close()
         except ReenteredError:
             self.backend = backend  # nothing was done
+            raise
+        except StoreError as error:
+            self._failed_close = error  # it is closed all the same
             raise
 
     async def _drive(
@@ -362,12 +368,12 @@ class Operations:
         place = self.place
         try:
             found = await self._look(self.STATUS_TIMEOUT)
+            signs = place.signs((time.perf_counter() - started) * 1000)
         except StoreError as error:
             latency_ms = (time.perf_counter() - started) * 1000
             location = place.location if place.engine not in ("memory", "qdrant") else None
             return Health("unhealthy", place.engine, latency_ms, location=location, message=str(error))
         latency_ms = (time.perf_counter() - started) * 1000
-        signs = place.signs(latency_ms)
         return attrs.evolve(
             found,
             status="degraded" if found.status == "healthy" and signs else found.status,

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
+import attrs
+
 from attuned.base.config import QdrantStoreConfig, absolute_path, is_loopback
 from attuned.base.errors import (
     LOGGER,
@@ -48,7 +50,8 @@ class DirectoryPlace:
     is_shown = True
 
     def __init__(self, config: QdrantStoreConfig, waits: Waits) -> None:
-        self._config, self._waits = config, waits
+        path = str(absolute_path(cast("str", config.path)))  # of the current directory as it is now
+        self._config, self._waits = attrs.evolve(config, path=path), waits
         self.location = cast("str", config.path)
         self.directory: Directory | None = None
         self._finalizer: weakref.finalize[..., Any] | None = None
@@ -141,6 +144,8 @@ class DirectoryPlace:
 
     def signs(self, latency_ms: float) -> list[str]:  # noqa: ARG002 - a disk has its moments
         """See Place.signs."""
+        if self.directory is not None:
+            self.directory.check_there()
         return []
 
 
