@@ -157,11 +157,14 @@ __all__ = [
     "asnapshot_on_start",
     "averify_snapshot",
     "copy",
+    "default_target",
     "list_snapshots",
     "open_async_store",
     "open_store",
+    "restore",
     "snapshot_app",
     "snapshot_on_start",
+    "store_exists",
     "verify_snapshot",
 ]
 
@@ -730,10 +733,18 @@ class SnapshotReport:
     points: int | None = None
     duration_ms: float = 0.0
     message: str = ""
+    created_at: datetime | None = None
+    axes: tuple[str, ...] | None = None
+    users: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON types, ``path`` a string."""
-        return {**attrs.asdict(self), "path": None if self.path is None else str(self.path)}
+        return {
+            **attrs.asdict(self),
+            "path": None if self.path is None else str(self.path),
+            "created_at": None if self.created_at is None else self.created_at.isoformat(),
+            "axes": None if self.axes is None else list(self.axes),
+        }
 
 
 class _Any(enum.Enum):
@@ -2676,7 +2687,16 @@ class _SavedSnapshot:
             sha256=self.sha256 or None,
             points=self.total,
             duration_ms=(time.perf_counter() - self._began) * 1000,
+            axes=None if self.contents is None else self.contents.axes,
+            users=None if self.contents is None else self.contents.users,
+            created_at=self._created_at(),
         )
+
+    def _created_at(self) -> datetime | None:
+        named = _SNAPSHOT_NAME.fullmatch(self.path.name)
+        if named is None or self.kind == "native":
+            return None
+        return datetime.strptime(named[1].replace("Z", "000+0000"), "%Y%m%dT%H%M%S.%f%z")
 
 
 class _Hashed:
@@ -2755,15 +2775,19 @@ async def averify_snapshot(
     return await _in_thread(lambda: verify_snapshot(path, progress=progress))
 
 
-def list_snapshots(directory: str | os.PathLike[str]) -> list[SnapshotReport]:
+def list_snapshots(directory: str | os.PathLike[str] | None = None) -> list[SnapshotReport]:
     """The snapshot files in a directory, newest first; their names are looked at, not their contents.
 
     Raises SnapshotError for a directory that cannot be listed.
     """
     reports: list[SnapshotReport] = []
-    for path in _snapshots_in(_absolute(directory)):
+    for path in _snapshots_in(_chosen_directory(directory)):
         try:
-            reports.append(_SavedSnapshot(path).report(str(path)))
+            saved = _SavedSnapshot(path)
+            if saved.kind == "portable":
+                with contextlib.suppress(SnapshotError):
+                    saved.verify()
+            reports.append(saved.report(str(path)))
         except SnapshotError:
             if path.exists():  # else it was removed just now
                 raise
@@ -9957,6 +9981,42 @@ def _flush_stdout() -> None:
         getattr(sys.stdout, "flush", int)()
     except OSError:
         _mute(sys.stdout)
+
+
+# Shims of what the library will have.
+
+
+def default_target() -> str:
+    """What open_store opens without an argument."""
+    return _default_target()
+
+
+def store_exists(target: str | os.PathLike[str] | None = None) -> bool:
+    """Whether opening the target would find a store, not make one."""
+    chosen = _default_target() if target is None else target
+    return not _target_options(chosen)[0] and not _is_absent(chosen)
+
+
+def restore(
+    path: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    mode: _RestoreMode = "replace",
+    progress: _Progress | None = None,
+) -> SnapshotReport:
+    """Bring back what a snapshot file holds into a store that is made where there is none."""
+    if store_exists(target):
+        with open_store(target) as store:
+            return store.restore_snapshot(path, mode=mode, progress=progress)
+    saved = _SavedSnapshot(path)
+    saved.check_mode(mode, native=_target_options(target)[1].get("url") is not None)
+    saved.verify(progress=_callable_of(progress))
+    axes, configured = saved.contents and saved.contents.axes, MemoryStoreConfig.from_env().axes
+    if axes and configured:
+        saved._check_axes(axes, configured)
+        axes = None
+    with open_store(target) if axes is None else open_store(target, axes=axes) as store:
+        return store.restore_snapshot(path, mode=mode, progress=progress)
 
 
 if __name__ == "__main__":
