@@ -1,0 +1,1 @@
+"""The source of attuned_store, in modules."""

@@ -1,0 +1,130 @@
+"""Runs the command: its parser, its failures, its exit status."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from attuned_store import StoreError, ValidationError, __version__
+
+from . import backups, service, states, transfer
+from .showing import CommandError, complain, listed, mute, plural
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"{message} (see {self.prog} --help)", 2)
+
+
+def _make_parser() -> _Parser:
+    common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    text = "a directory, or http(s)://host:6333; default: $ATTUNED_STORE, $QDRANT_URL, "
+    text += "$ATTUNED_STORE_PATH or ./attuned_state"
+    common.add_argument("--store", metavar="TARGET", help=text)
+    common.add_argument("--json", action="store_true", help="JSON, one object a line")
+
+    options: dict[str, Any] = {
+        "parents": [common],
+        "allow_abbrev": False,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+    parser = _Parser(
+        prog="attuned-store",
+        description="Keeps the latest state of every user, and a bounded history.",
+        epilog="example: attuned-store --store ./mood import film_mood.csv --scale 0:31",
+        **options,
+    )
+    parser.add_argument("--version", action="version", version=f"attuned-store {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(
+        run: Callable[[argparse.Namespace], int],
+        name: str,
+        help_: str,
+        example: str,
+        notes: str = "",
+        *,
+        more: str | None = None,
+    ) -> argparse.ArgumentParser:
+        about, example = f"{help_[0].upper()}{help_[1:]}.{notes}", f"example: attuned-store {example}"
+        child = commands.add_parser(name, help=help_, description=about, epilog=example, **options)
+        child.set_defaults(run=run, more=more)
+        return child
+
+    for part in (transfer, states, backups, service):
+        part.add_commands(add)
+    return parser
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses; pairs and users may stand on both sides of an option, which argparse allows in no subcommand."""
+    words: list[str] = []
+    for word in argv:  # '--scale -3:3', which argparse takes for two options
+        if words and words[-1] in {"--scale", "--threshold"} and re.match(r"-[\d.]", word):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+
+    # Not as defaults of the parser: the one of the command would overrule what stood before it.
+    args, rest = _make_parser().parse_known_args(words, argparse.Namespace(store=None, json=False))
+    wrong = [word for word in rest if args.more is None or (word.startswith("-") and word != "--")]
+    if wrong:
+        raise CommandError(f"not understood: {listed(wrong)} (see attuned-store {args.command} --help)", 2)
+    if args.more is not None:
+        setattr(args, args.more, [*getattr(args, args.more), *(word for word in rest if word != "--")])
+    return args
+
+
+def _report(error: BaseException) -> int:
+    """Reports what ended the command in one line; the exit status."""
+    if isinstance(error, KeyboardInterrupt):
+        complain("interrupted")
+        return 130
+    reason = str(error)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        reason = f"{error.filename}: {error.strerror}"  # as other commands say it
+    if not isinstance(error, CommandError | StoreError | OSError | NotImplementedError):
+        reason = f"unexpected {type(error).__name__}: {reason}"
+    written: int | None = getattr(error, "written", None)
+    complain(reason + (f" ({plural(written, 'snapshot')} were written)" if written else ""))
+    if isinstance(error, CommandError):
+        return error.status
+    return 2 if isinstance(error, ValidationError) else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status.
+
+    0 done, 1 failed or rows skipped, 2 wrongly used, 130 interrupted. What goes wrong is one line on stderr,
+    never a traceback (except with python -X dev); a reader that closes the pipe is no error.
+    """
+    status = 0
+    flush = getattr(sys.stdout, "flush", int)  # stdout may be None
+    try:
+        args = _parse(sys.argv[1:] if argv is None else argv)
+        status = args.run(args)
+        flush()
+    except SystemExit as stop:  # --help and --version
+        with contextlib.suppress(BrokenPipeError):
+            flush()
+            return int(stop.code or 0)
+        mute(sys.stdout)
+    except BrokenPipeError:
+        mute(sys.stdout)
+    except (KeyboardInterrupt, Exception) as error:
+        if sys.flags.dev_mode:
+            raise
+        status = _report(error)
+        try:
+            flush()  # what was printed before a failure
+        except OSError:
+            mute(sys.stdout)
+    return status
