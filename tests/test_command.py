@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conformance import COMMANDS
+from command import PACKAGE, PROGRAM, environment, main, module
+from conformance import COMMANDS, needs
 
 import attuned_store
-from attuned_store import StateSnapshot, main, open_store
+from attuned_store import StateSnapshot, open_store
 
 SAMPLE = Path(__file__).parent / "data" / "film_mood.csv"
 MOODS = ("energetic_arousal", "tense_arousal", "positive_affect", "negative_affect")
@@ -141,11 +142,12 @@ def one_line(ran: Ran, status: int, reason: str = "") -> None:
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Start the file itself as a process; none outlives its test."""
+    """Start the command as a process; none outlives its test."""
     with contextlib.ExitStack() as ended:
 
         def call(*argv: object, words: Sequence[str] = (), **options: Any) -> subprocess.Popen[bytes]:
-            first = words or (sys.executable, attuned_store.__file__)
+            first = words or PROGRAM
+            options.setdefault("env", environment())
             pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
             child = subprocess.Popen([*first, *map(str, argv)], **{**pipes, **options})
             ended.enter_context(child)
@@ -455,14 +457,16 @@ def test_empty_cells_and_na_are_absent(path: Path, run: Run, tmp_path: Path) -> 
 
 
 def test_a_row_without_a_time_gets_the_time_of_the_import(
-    path: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, run: Run, tmp_path: Path
 ) -> None:
     """Rows that name no time all get one and the same."""
-    monkeypatch.setattr(attuned_store, "_now_ms", lambda: 1_700_000_000_000)
     file = tmp_path / "untimed.csv"
-    file.write_text("user_id,calm\na,0.5\nb,0.25\n")
+    file.write_text("\n".join(["user_id,calm", *(f"user{number},0.5" for number in range(3_000))]))
+    began = time.time_ns() // 1_000_000
     assert run("--store", path, "import", file).status == 0
-    assert {latest.updated_at_unix_ms for latest, _ in kept(path).values() if latest} == {1_700_000_000_000}
+    ended = time.time_ns() // 1_000_000
+    (at,) = {latest.updated_at_unix_ms for latest, _ in kept(path).values() if latest}
+    assert began <= at <= ended
 
 
 @pytest.mark.parametrize(
@@ -710,13 +714,13 @@ def test_a_file_that_changes_between_the_readings(
     file = tmp_path / "a.csv"
     rows = [f"user{n:05},0.5" for n in range(5_000)]
     file.write_text("\n".join(["user_id,calm", *rows]))
-    original = attuned_store._Table.snapshots
+    commands = module("transfer")
 
-    def cut(table: Any) -> Iterator[StateSnapshot]:
+    def cut(*target: Any, **options: Any) -> Any:
         os.truncate(file, file.stat().st_size // 2)
-        yield from original(table)
+        return open_store(*target, **options)
 
-    monkeypatch.setattr(attuned_store._Table, "snapshots", cut)
+    monkeypatch.setattr(commands, "open_store", cut)  # it is opened once every row has been checked
     one_line(run("--store", path, "import", file), 1, "the file changed while it was read")
     assert 2_000 < len(kept(path)) < 3_000
 
@@ -727,7 +731,8 @@ def test_what_was_read_before_a_failure_is_written(
     """Where reading fails in the middle of writing, what came before is kept, and the error says how much."""
     file = tmp_path / "a.csv"
     file.write_text("\n".join(["user_id,calm", *(f"user{n:05},0.5" for n in range(1_000))]))
-    original = attuned_store._Table.rows
+    table_class = module("reading").Table
+    original = table_class.rows
     readings: list[object] = []
 
     def failing(table: Any) -> Iterator[object]:
@@ -737,7 +742,7 @@ def test_what_was_read_before_a_failure_is_written(
                 raise OSError(5, "Input/output error")
             yield row
 
-    monkeypatch.setattr(attuned_store._Table, "rows", failing)
+    monkeypatch.setattr(table_class, "rows", failing)
     one_line(
         run("--store", path, "import", file),
         1,
@@ -1476,9 +1481,7 @@ with open_store(sys.argv[1]) as store:
 def test_a_store_that_another_process_has_open(small: Path, run: Run, start: Start) -> None:
     """While another process has the store, each command fails with its path, and changes nothing."""
     before = kept(small)
-    folder = str(Path(attuned_store.__file__).parent)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])}
-    other = start(small, words=(sys.executable, "-c", HOLD), env=env)
+    other = start(small, words=(sys.executable, "-c", HOLD))
     assert other.stdout is not None
     assert other.stdout.readline().strip() == b"open"
 
@@ -1585,7 +1588,7 @@ def test_an_unexpected_error_is_one_line(small: Path, run: Run, monkeypatch: pyt
     def broken(*_: object, **__: object) -> int:
         raise ZeroDivisionError("division\nby zero")
 
-    monkeypatch.setattr(attuned_store, "open_store", broken)
+    monkeypatch.setattr(module("transfer"), "open_store", broken)
     one_line(run("--store", small, "count"), 1, "unexpected ZeroDivisionError: division by zero")
 
 
@@ -1594,8 +1597,8 @@ def test_an_unexpected_error_is_one_line(small: Path, run: Run, monkeypatch: pyt
 # ------------------------------------------------------------------------------
 
 
-def test_the_file_is_a_program(path: Path, start: Start) -> None:
-    """The file itself runs as the command, and its exit status is the process's."""
+def test_the_package_is_a_program(path: Path, start: Start) -> None:
+    """The package runs as the command, and its exit status is the process's."""
     assert finished(start("--store", path, "import", SAMPLE, "--scale", "0:31")).status == 0
     ran = finished(start("--store", path, "count", "--history"))
     assert (ran.status, ran.out.split(), ran.err) == (0, ["660"], "")
@@ -1654,20 +1657,20 @@ def test_characters_that_the_terminal_lacks(path: Path, start: Start) -> None:
     """A user that stdout cannot show comes out as an escape; export is always UTF-8."""
     with open_store(path) as store:
         store.upsert_latest(StateSnapshot("Ödön", {}, 1))
-    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    env = environment(PYTHONIOENCODING="ascii")
     ran = finished(start("--store", path, "users", env=env))
     assert (ran.status, ran.out.split(), ran.err) == (0, ["\\xd6d\\xf6n"], "")
     ran = finished(start("--store", path, "export", "--format", "csv", env=env))
     assert "Ödön" in ran.out
 
 
-INTERRUPTIBLE = """
-import runpy, signal, sys
+INTERRUPTIBLE = f"""
+import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # even where the tests run in the background
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
+from {PACKAGE} import main
+sys.exit(main())
 """
-INTERRUPTIBLE_COMMAND = (sys.executable, "-c", INTERRUPTIBLE, attuned_store.__file__)
+INTERRUPTIBLE_COMMAND = (sys.executable, "-c", INTERRUPTIBLE)
 
 
 @posix

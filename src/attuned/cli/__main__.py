@@ -1,4 +1,4 @@
-"""Runs the command line in a checkout: ``python -m attuned.cli``."""
+"""Runs the command line: ``python -m attuned.cli`` in a checkout."""
 
 import sys
 

@@ -1,7 +1,5 @@
 """Reads CSV and JSON lines as snapshots, a row at a time; a bad row is told by its line and reason."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import io
@@ -13,15 +11,13 @@ import tempfile
 import time
 import unicodedata
 from collections import deque
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, cast
+from typing import IO, Any, NamedTuple, TextIO, cast
 
 from attuned_store import StateSnapshot
 
 from .showing import CommandError, listed, plural
-
-if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Sequence
 
 FIELDS = ("user_id", "updated_at_unix_ms", "source", "confidence", "schema_version")
 
@@ -35,6 +31,8 @@ _MAX_LINE = 1 << 20
 
 # How far a quote may run on: enough for a heading with line breaks; a stray one costs one row, not the file.
 _MAX_ROW_LINES = 16
+
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # a byte that is not UTF-8, as the file is decoded
 
 
 class BadRow(NamedTuple):
@@ -53,19 +51,13 @@ def snake_case(name: str) -> str:
     return re.sub(r"[\W_]+", "_", words).strip("_").lower()
 
 
-def read_number(text: str) -> int | float:
-    """Reads a decimal number; unlike float() neither 'nan' nor '1_000', and an endless integer as infinite."""
+def number(text: str) -> int | float:
+    """Reads a decimal number; unlike float() neither 'nan' nor '1_000', and no integer is too long for it."""
     if re.fullmatch(r"\s*[+-]?\d{1,19}\s*", text, re.ASCII):
         return int(text)
     if not re.fullmatch(r"\s*[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\s*", text, re.ASCII):
         raise ValueError(f"not a number: {text[:40]!r}")
     return float(text)
-
-
-def file_kind(path: str, chosen: str | None) -> str | None:
-    """Tells CSV from JSON lines by the name of the file; None: by what is in it."""
-    suffixes = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}
-    return chosen or suffixes.get(Path(path).suffix.lower())
 
 
 @contextlib.contextmanager
@@ -78,13 +70,12 @@ def open_input(path: str) -> Generator[TextIO]:
             stream = stack.enter_context(tempfile.TemporaryFile(prefix="attuned-store-"))
             while piece := source.read1(1 << 16):  # within one long read() Ctrl-C may go unnoticed
                 stream.write(piece)
-        # A byte that is not UTF-8 becomes a surrogate, so that it costs its row and not the file.
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
         yield stack.enter_context(text)
 
 
 class Table:
-    """A file of rows, CSV or JSON lines, read from its beginning as often as asked.
+    """A file of rows, read from its beginning as often as asked.
 
     ``kind`` is csv, jsonl or None for what its first line looks like; the ends of ``scale`` become 0 and 1;
     ``raw`` leaves apostrophes before formulas where they are.
@@ -95,36 +86,30 @@ class Table:
     ) -> None:
         self._stream, self._scale, self._raw = stream, scale, raw
         self._now = time.time_ns() // 1_000_000  # of the rows that name no time: one and the same for all
-        _, first = next(self._lines())
-        self._kind = kind or ("jsonl" if first.lstrip().startswith("{") else "csv")
+        first = next(self._lines())[1]
+        self._csv = kind == "csv" or (kind is None and not first.lstrip().startswith("{"))
         # A comma, unless only a tab or a semicolon makes a column user_id.
         marks = (mark for mark in ",\t;" if "user_id" in map(snake_case, first.split(mark)))
         self._delimiter = next(marks, ",")
         self._decimal = "," if self._delimiter == ";" else "."  # Excel: a comma cannot be both
-        self._columns: list[str] = []
-        if self._kind == "csv":
-            _, heading, cells = next(self._records())
-            self._columns = _columns(heading, cells)
+        self._columns = self._heading() if self._csv else []
         self.axes = [column for column in self._columns if column not in FIELDS]
         self.failure: Exception | None = None
 
     def rows(self) -> Iterator[StateSnapshot | BadRow]:
         """Yields each row as a snapshot, or as what is wrong with it."""
-        records = itertools.islice(self._records(), int(self._kind == "csv"), None)
-        for line, text, cells in records:
+        for line, text, cells in itertools.islice(self._records(), int(self._csv), None):
             try:
-                if not text.isascii() and re.search("[\udc80-\udcff]", text):
+                if not text.isascii() and _NOT_UTF8.search(text):
                     raise ValueError("not UTF-8")
-                yield self._snapshot(self._csv_row(cells) if self._kind == "csv" else _json_row(text))
+                yield self._snapshot(self._csv_row(cells) if self._csv else _json_row(text))
             except ValueError as error:
                 yield BadRow(line, str(error))
 
     def snapshots(self) -> Iterator[StateSnapshot]:
         """Yields the good rows; a failure to read ends them and is kept: what came before is written."""
         try:
-            for row in self.rows():
-                if not isinstance(row, BadRow):
-                    yield row
+            yield from (row for row in self.rows() if not isinstance(row, BadRow))
         except (OSError, CommandError) as error:
             self.failure = error
 
@@ -132,147 +117,120 @@ class Table:
         """Yields the physical lines with their numbers, from the first that is not blank."""
         self._stream.seek(0)
         begun = False
-        for number in itertools.count(1):
+        for at in itertools.count(1):
             line = self._stream.readline(_MAX_LINE + 1)
             if len(line) > _MAX_LINE:
-                raise CommandError(f"line {number} is longer than {_MAX_LINE:,} characters")
+                raise CommandError(f"line {at} is longer than {_MAX_LINE:,} characters")
+            begun = begun or bool(line.strip())
             if not line:
                 break
-            begun = begun or not line.isspace()
             if begun:
-                yield number, line
+                yield at, line
         if not begun:
             raise CommandError("the file is empty")
 
     def _records(self) -> Iterator[tuple[int, str, list[str] | None]]:
         """Yields, for each record, the line it begins on, its text, and its cells where its quotes match."""
         lines = self._lines()
-        if self._kind == "jsonl":
-            yield from ((number, line, None) for number, line in lines if not line.isspace())
+        if not self._csv:
+            yield from ((at, line, None) for at, line in lines if not line.isspace())
             return
-        source = _Record(lines)
-        reader = csv.reader(source, delimiter=self._delimiter, strict=True)
-        while True:
-            source.taken.clear()
-            cells: list[str] | None = None
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error:  # a quote left open spoils its line only: those after it are read again
-                source.ahead.extendleft(reversed(source.taken[1:]))
-                del source.taken[1:]
-            if cells != []:
-                yield source.taken[0][0], "".join(text for _, text in source.taken), cells
+        taken: list[tuple[int, str]] = []
+        ahead: deque[tuple[int, str]] = deque()
 
-    def _csv_row(self, cells: list[str] | None) -> dict[str, object]:
+        def record() -> Iterator[str]:  # to end within quotes is an error for the reader
+            while len(taken) < _MAX_ROW_LINES and (line := ahead.popleft() if ahead else next(lines, None)):
+                taken.append(line)
+                yield line[1]
+
+        while True:
+            taken.clear()
+            try:
+                cells = next(csv.reader(record(), delimiter=self._delimiter, strict=True), None)
+                if cells is None:
+                    return
+            except csv.Error:  # a quote left open spoils its line only: those after it are read again
+                cells = None
+                ahead.extendleft(reversed(taken[1:]))
+                del taken[1:]
+            if cells != []:
+                yield taken[0][0], "".join(text for _, text in taken), cells
+
+    def _heading(self) -> list[str]:
+        """The names of the columns of a CSV file, in snake_case."""
+        _, text, names = next(self._records())
+        if _NOT_UTF8.search(text):
+            raise CommandError("not UTF-8: save the file as UTF-8 first")
+        if names is None:
+            raise CommandError("the quotes of the heading do not match")
+        columns = [snake_case(name) for name in names]
+        pairs = zip(names, columns, strict=True)
+        if "" in columns:
+            raise CommandError(f"column {columns.index('') + 1} has no name ({names[columns.index('')]!r})")
+        if twice := [f"{name!r} ({column})" for name, column in pairs if columns.count(column) > 1]:
+            raise CommandError(f"columns of the same name: {listed(twice)}")
+        if "user_id" not in columns:
+            raise CommandError(f"there is no column user_id among {listed(columns)}")
+        return columns
+
+    def _csv_row(self, cells: list[str] | None) -> dict[str, Any]:
         if cells is None:
             raise ValueError("a quote is not closed, or not where a cell begins")
         if len(cells) != len(self._columns):
             raise ValueError(f"{plural(len(cells), 'cell')} under {plural(len(self._columns), 'column')}")
-        row: dict[str, object] = {}
+        row: dict[str, Any] = {}
         for column, text in zip(self._columns, cells, strict=True):
             if column == "user_id":
                 quoted = text.startswith("'") and FORMULA.match(text) and not self._raw
                 row[column] = text[1:] if quoted else text
-            elif text.strip() in ("", "NA"):
-                pass  # absent
-            elif column == "source":
-                row[column] = text.strip()
-            else:
+            elif text.strip() not in ("", "NA"):
                 try:
-                    row[column] = read_number(text.replace(self._decimal, "."))
+                    row[column] = (
+                        text.strip() if column == "source" else number(text.replace(self._decimal, "."))
+                    )
                 except ValueError as error:
                     raise ValueError(f"{column}: {error}") from None
         return row
 
-    def _snapshot(self, row: dict[str, object]) -> StateSnapshot:
+    def _snapshot(self, row: dict[str, Any]) -> StateSnapshot:
         """Makes the snapshot of one row; None stands for an absent value."""
         row = {name: value for name, value in row.items() if value is not None}
-        fields: dict[str, Any] = {"updated_at_unix_ms": self._now}
-        fields.update((name, row.pop(name)) for name in FIELDS if name in row)
+        fields = {"updated_at_unix_ms": self._now} | {name: row.pop(name) for name in FIELDS if name in row}
         if "user_id" not in fields:
             raise ValueError("user_id is missing")
         for name in ("updated_at_unix_ms", "schema_version"):
             if isinstance(fields.get(name), float) and fields[name].is_integer():  # as pandas writes it
                 fields[name] = int(fields[name])
-        if isinstance(row.get("axes"), dict):  # what export writes; else a flat object like a row of CSV
-            nested = cast("dict[str, object]", row.pop("axes"))
-            if row:
-                raise ValueError(f"{next(iter(row))[:64]!r} is neither a field nor in axes")
-            row = nested
-        axes = {name: self._scaled(name, value) for name, value in row.items() if value is not None}
-        return StateSnapshot(axes=cast("dict[str, float]", axes), **fields)
-
-    def _scaled(self, axis: str, value: object) -> object:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return value  # the snapshot says what is wrong with it
+        axes = row.pop("axes") if isinstance(row.get("axes"), dict) else row  # what export writes, or flat
+        if row and axes is not row:
+            raise ValueError(f"{next(iter(row))[:64]!r} is neither a field nor in axes")
         low, high = self._scale
-        if not low <= value <= high:
-            raise ValueError(f"{axis}: {value:g} is outside of the --scale {low:g}:{high:g}")
-        return (value - low) / (high - low)
+        scaled: dict[str, Any] = {}
+        for name, value in axes.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                if not low <= value <= high:
+                    raise ValueError(f"{name}: {value:g} is outside of the --scale {low:g}:{high:g}")
+                scaled[name] = (value - low) / (high - low)
+            elif value is not None:
+                scaled[name] = value  # the snapshot says what is wrong with it
+        return StateSnapshot(axes=scaled, **fields)
 
 
-class _Record:
-    """Gives csv.reader the lines of one record, and keeps them to be read again."""
+def _json_row(text: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # json alone keeps the last of equal names
+        found: dict[str, Any] = {}
+        for given, value in pairs:
+            if (name := snake_case(given)) in found:
+                raise ValueError(f"{name[:64]} is there twice")
+            found[name] = value
+        return found
 
-    def __init__(self, lines: Iterator[tuple[int, str]]) -> None:
-        self._lines = lines
-        self.ahead: deque[tuple[int, str]] = deque()
-        self.taken: list[tuple[int, str]] = []
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        if len(self.taken) == _MAX_ROW_LINES:
-            raise StopIteration  # for the reader, the file ends within quotes
-        self.taken.append(self.ahead.popleft() if self.ahead else next(self._lines))
-        return self.taken[-1][1]
-
-
-def _columns(text: str, heading: Sequence[str] | None) -> list[str]:
-    """The heading of a CSV file in snake_case."""
-    if re.search("[\udc80-\udcff]", text):
-        raise CommandError("not UTF-8: save the file as UTF-8 first")
-    if heading is None:
-        raise CommandError("the quotes of the heading do not match")
-    columns = [snake_case(name) for name in heading]
-    pairs = zip(heading, columns, strict=True)
-    twice = [f"{name!r} ({column})" for name, column in pairs if columns.count(column) > 1]
-    if "" in columns:
-        raise CommandError(f"column {columns.index('') + 1} has no name ({heading[columns.index('')]!r})")
-    if twice:
-        raise CommandError(f"columns of the same name: {listed(twice)}")
-    if "user_id" not in columns:
-        raise CommandError(f"there is no column user_id among {listed(columns)}")
-    return columns
-
-
-def _json_row(text: str) -> dict[str, object]:
     try:
-        row: object = json.loads(
-            text, object_pairs_hook=_unique_names, parse_constant=_no_constant, parse_int=read_number
-        )
+        row = json.loads(text, object_pairs_hook=unique, parse_int=number, parse_constant=number)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
     except RecursionError:
         raise ValueError("not a row: nested too deeply") from None
     if not isinstance(row, dict):
-        raise ValueError("not a JSON object")  # noqa: TRY004 - a bad row, as every other
-    return cast("dict[str, object]", row)
-
-
-def _unique_names(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object with its names in snake_case; json alone keeps the last of equal names."""
-    found: dict[str, object] = {}
-    for given, value in pairs:
-        name = snake_case(given)
-        if name in found:
-            raise ValueError(f"{name[:64]} is there twice")
-        found[name] = value
-    return found
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"not a number: {text}")
+        raise ValueError("not a JSON object")
+    return cast("dict[str, Any]", row)

@@ -1,20 +1,21 @@
 """Runs the command: its parser, its failures, its exit status."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import re
 import sys
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from attuned_store import StoreError, ValidationError, __version__
 
-from . import backups, service, states, transfer
+from . import files, service, states
+from .arguments import Command
 from .showing import CommandError, complain, listed, mute, plural
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+_COMMANDS = {
+    command.name: command for command in (*files.ROWS, *states.COMMANDS, *files.BACKUPS, service.SERVE)
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -24,63 +25,43 @@ class _Parser(argparse.ArgumentParser):
         raise CommandError(f"{message} (see {self.prog} --help)", 2)
 
 
-def _make_parser() -> _Parser:
+def _parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
     text = "a directory, or http(s)://host:6333; default: $ATTUNED_STORE, $QDRANT_URL, "
     text += "$ATTUNED_STORE_PATH or ./attuned_state"
     common.add_argument("--store", metavar="TARGET", help=text)
     common.add_argument("--json", action="store_true", help="JSON, one object a line")
-
-    options: dict[str, Any] = {
-        "parents": [common],
-        "allow_abbrev": False,
-        "formatter_class": argparse.RawDescriptionHelpFormatter,
-    }
-    parser = _Parser(
-        prog="attuned-store",
-        description="Keeps the latest state of every user, and a bounded history.",
-        epilog="example: attuned-store --store ./mood import film_mood.csv --scale 0:31",
-        **options,
-    )
+    about = "Keeps the latest state of every user, and a bounded history."
+    example = "example: attuned-store --store ./mood import film_mood.csv --scale 0:31"
+    options: dict[str, Any] = {"parents": [common], "allow_abbrev": False}
+    options["formatter_class"] = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="attuned-store", description=about, epilog=example, **options)
     parser.add_argument("--version", action="version", version=f"attuned-store {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in _COMMANDS.values():
+        about = f"{command.help[0].upper()}{command.help[1:]}.{command.notes}"
+        example = f"example: attuned-store {command.name} {command.example}"
+        options |= {"help": command.help, "description": about, "epilog": example}
+        child = parsers.add_parser(command.name, **options)
+        for names, settings in command.arguments:
+            child.add_argument(*names, **settings)
 
-    def add(
-        run: Callable[[argparse.Namespace], int],
-        name: str,
-        help_: str,
-        example: str,
-        notes: str = "",
-        *,
-        more: str | None = None,
-    ) -> argparse.ArgumentParser:
-        about, example = f"{help_[0].upper()}{help_[1:]}.{notes}", f"example: attuned-store {example}"
-        child = commands.add_parser(name, help=help_, description=about, epilog=example, **options)
-        child.set_defaults(run=run, more=more)
-        return child
-
-    for part in (transfer, states, backups, service):
-        part.add_commands(add)
-    return parser
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses; pairs and users may stand on both sides of an option, which argparse allows in no subcommand."""
     words: list[str] = []
     for word in argv:  # '--scale -3:3', which argparse takes for two options
         if words and words[-1] in {"--scale", "--threshold"} and re.match(r"-[\d.]", word):
             words[-1] += f"={word}"
         else:
             words.append(word)
-
     # Not as defaults of the parser: the one of the command would overrule what stood before it.
-    args, rest = _make_parser().parse_known_args(words, argparse.Namespace(store=None, json=False))
-    wrong = [word for word in rest if args.more is None or (word.startswith("-") and word != "--")]
+    args, rest = parser.parse_known_args(words, argparse.Namespace(store=None, json=False))
+    command = _COMMANDS[args.command]
+    # Pairs and users may stand on both sides of an option, which argparse allows in no subcommand.
+    wrong = [word for word in rest if command.more is None or (word.startswith("-") and word != "--")]
     if wrong:
         raise CommandError(f"not understood: {listed(wrong)} (see attuned-store {args.command} --help)", 2)
-    if args.more is not None:
-        setattr(args, args.more, [*getattr(args, args.more), *(word for word in rest if word != "--")])
-    return args
+    if command.more is not None:
+        vars(args)[command.more] += [word for word in rest if word != "--"]
+    return command, args
 
 
 def _report(error: BaseException) -> int:
@@ -109,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = 0
     flush = getattr(sys.stdout, "flush", int)  # stdout may be None
     try:
-        args = _parse(sys.argv[1:] if argv is None else argv)
-        status = args.run(args)
+        command, args = _parse(sys.argv[1:] if argv is None else argv)
+        status = command.run(args)
         flush()
     except SystemExit as stop:  # --help and --version
         with contextlib.suppress(BrokenPipeError):

@@ -1,7 +1,5 @@
 """What the command shows: lines, tables, JSON, progress, questions and complaints."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -9,17 +7,15 @@ import re
 import sys
 import threading
 import time
+from argparse import Namespace
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, TextIO, cast
-
-if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Callable, Iterable, Mapping, Sequence
-    from typing import Self
+from typing import Any, Self
 
 # What a terminal obeys, ends lines or turns the direction of writing; other languages' joiners stay.
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-_PROGRESS_WIDTH = 70
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_WIDTH = 70  # of the line that tells progress without rich
 
 
 class CommandError(Exception):
@@ -44,26 +40,25 @@ def plural(count: int, noun: str) -> str:
 
 def listed(names: Sequence[str], most: int = 10) -> str:
     """The first names, and how many more there are."""
-    more = f", and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(names[:most]) + (f", and {len(names) - most:,} more" if len(names) > most else "")
 
 
-def iso_time(milliseconds: int) -> str:
-    """A time in milliseconds since 1970 as ISO 8601 in UTC."""
-    moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=milliseconds)
+def iso_time(at: int | datetime) -> str:
+    """A time, also in milliseconds since 1970, as ISO 8601 in UTC."""
+    moment = at if isinstance(at, datetime) else _EPOCH + timedelta(milliseconds=at)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def is_terminal(stream: TextIO | None) -> bool:
-    """Whether somebody watches the stream."""
+def is_terminal(stream: Any) -> bool:
+    """Whether somebody watches the stream, which may be None or closed."""
     return stream is not None and not stream.closed and stream.isatty()
 
 
-def mute(stream: TextIO | None) -> None:
+def mute(stream: Any) -> None:
     """Points a stream nowhere, so that the interpreter does not fail to flush it at exit."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # it may have no file, or be None
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, cast("TextIO", stream).fileno())
+        os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
 
 
@@ -71,71 +66,58 @@ def complain(message: str) -> None:
     """Writes one line to stderr, over a line of progress; a closed stderr must not stop an import."""
     line = "attuned-store: " + printable(re.sub(r"[\r\n]+", " ", message).strip())
     try:
-        if is_terminal(sys.stderr):
-            line = "\r" + line.ljust(_PROGRESS_WIDTH)
-        print(line, file=sys.stderr, flush=True)
-    except (OSError, ValueError, AttributeError):
+        print("\r" + line.ljust(_WIDTH) if is_terminal(sys.stderr) else line, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
         mute(sys.stderr)
 
 
-def show(args: argparse.Namespace, record: Mapping[str, object], text: str) -> None:
-    """Prints a record as JSON where that was asked for, else a line of text."""
+def show(args: Namespace, record: Mapping[str, object], text: str) -> int:
+    """Prints a record as JSON where that was asked for, else a line of text; gives the exit status, 0."""
     print(json.dumps(record) if args.json else printable(text))
+    return 0
 
 
 def show_table(
-    args: argparse.Namespace,
+    args: Namespace,
     records: Iterable[Mapping[str, object]],
     rows: Sequence[Sequence[str]],
-    *,
     heading: Sequence[str] = (),
     otherwise: str = "",
-) -> None:
-    """Prints records as JSON, one a line, where that was asked for, else rows as a table.
+) -> int:
+    """Prints records as JSON, one a line, where that was asked for, else rows as a table; gives 0.
 
     On a terminal rich draws it, where it is installed; elsewhere it is aligned text, two spaces apart.
     """
-    if args.json:
-        for record in records:
-            print(json.dumps(record))
-        return
-    if not rows:
-        print(otherwise)
-        return
+    if args.json or not rows:
+        for line in map(json.dumps, records) if args.json else [otherwise]:
+            print(line)
+        return 0
     cells = [[printable(cell) for cell in row] for row in rows]
-    if is_terminal(sys.stdout):
-        try:
-            from rich import box
-            from rich.console import Console
-            from rich.table import Table
-            from rich.text import Text
-        except ImportError:
-            pass  # plain text, below
-        else:
-            table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=bool(heading), show_edge=False)
+    with contextlib.suppress(ImportError):  # without rich, plain text
+        if is_terminal(sys.stdout):
+            from rich import box, console, table, text
+
+            drawn = table.Table(
+                box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, show_header=bool(heading)
+            )
             for name in heading or rows[0]:
-                table.add_column(name, overflow="fold")  # nothing is cut off
+                drawn.add_column(name, overflow="fold")  # nothing is cut off
             for row in cells:
-                table.add_row(*map(Text, row))
-            Console().print(table)
-            return
+                drawn.add_row(*map(text.Text, row))
+            console.Console().print(drawn)
+            return 0
     cells = [list(heading), *cells] if heading else cells
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print(line.rstrip())
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+    return 0
 
 
 class Progress:
-    """Shows on a terminal what is going on once it takes over a second; nothing elsewhere.
+    """Shows on a terminal what is going on once it takes over a second: a bar, or without rich the numbers."""
 
-    rich draws a bar where it is installed; without it, the last line of the terminal tells the numbers.
-    """
-
-    def __init__(self, doing: str) -> None:
-        self.done = 0
-        self.total: int | None = None
-        self._doing = doing
+    def __init__(self, doing: str, total: int | None = None) -> None:
+        self._doing, self.done, self._total = doing, 0, total
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -151,49 +133,43 @@ class Progress:
 
     def count(self, done: int, total: int | None = None) -> None:
         """Notes how far it is; cheap, for use on every row."""
-        self.done, self.total = done, total or self.total
+        self.done, self._total = done, total or self._total
+
+    def _numbers(self, began: float) -> str:
+        total = f" of {self._total:,}" if self._total else ""
+        done = f"{self.done:,}{total}, " if self.done else ""
+        return f"{done}{time.monotonic() - began:.0f} s"
 
     def _run(self) -> None:
         began = time.monotonic()
         if self._ended.wait(1):
             return
-
-        def numbers() -> str:
-            total = f" of {self.total:,}" if self.total else ""
-            done = f"{self.done:,}{total}, " if self.done else ""
-            return f"{done}{time.monotonic() - began:.0f} s"
-
         with contextlib.suppress(OSError, ValueError):  # the terminal has gone: the work goes on
             try:
                 from rich import console, progress
             except ImportError:
-                self._run_plain(numbers)
+                while not self._ended.is_set():
+                    line = f"\r{self._doing}: {self._numbers(began)}"
+                    print(line.ljust(_WIDTH), end="", file=sys.stderr, flush=True)
+                    self._ended.wait(1)
+                print("\r" + " " * _WIDTH, end="\r", file=sys.stderr, flush=True)
                 return
             columns = ("{task.description}", progress.BarColumn(24), "{task.fields[numbers]}")
             screen = console.Console(stderr=True)
             # rich keeps the bar below what is printed to stderr meanwhile; stdout may be a file.
             with progress.Progress(*columns, console=screen, transient=True, redirect_stdout=False) as bar:
-                task = bar.add_task(self._doing, total=None, numbers=numbers())
-                while not self._ended.wait(0.2):
-                    bar.update(task, completed=self.done, total=self.total, numbers=numbers())
-
-    def _run_plain(self, numbers: Callable[[], str]) -> None:
-        while True:
-            sys.stderr.write(f"\r{self._doing}: {numbers()}".ljust(_PROGRESS_WIDTH))
-            sys.stderr.flush()
-            if self._ended.wait(1):
-                break
-        sys.stderr.write("\r" + " " * _PROGRESS_WIDTH + "\r")
-        sys.stderr.flush()
+                task = bar.add_task(self._doing, total=None, numbers="")
+                while not self._ended.is_set():
+                    bar.update(task, completed=self.done, total=self._total, numbers=self._numbers(began))
+                    self._ended.wait(0.2)
 
 
-def confirm(args: argparse.Namespace, question: str, otherwise: str) -> None:
+def confirm(args: Namespace, question: str, otherwise: str) -> None:
     """Asks before something is lost; where nobody can answer, refuses."""
     if args.yes:
         return
     if not (is_terminal(sys.stdin) and is_terminal(sys.stderr)):
         raise CommandError(f"{args.command} asks on a terminal; elsewhere it needs --yes", 2)
-
     print(printable(f"{question}? [y/N]"), end=" ", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
         raise CommandError(otherwise)
