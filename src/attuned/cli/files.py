@@ -15,38 +15,19 @@ from typing import IO, TextIO, cast
 import attuned_store
 from attuned_store import SnapshotReport, StateSnapshot, open_store, store_exists
 
+from . import showing
 from .arguments import Command, argument, is_memory, open_target, scale, target_of, whole
 from .reading import FIELDS, FORMULA, BadRow, Table, open_input
-from .showing import (
-    CommandError,
-    Progress,
-    complain,
-    confirm,
-    is_terminal,
-    iso_time,
-    listed,
-    plural,
-    show,
-    show_table,
-)
+from .showing import CommandError, Progress, complain, confirm, listed, plural, show
 
 _KINDS = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}
-
-
-# Rows
 
 
 def _import(args: Namespace) -> int:
     """Checks the heading, then every row, and only then makes a new store and writes."""
     name, target = "stdin" if args.file == "-" else args.file, target_of(args)
     kind = args.format or _KINDS.get(Path(args.file).suffix.lower())
-    written = good = bad = 0
-
-    def count(done: int, _: int | None) -> None:
-        nonlocal written
-        written = done
-        progress.count(done)
-
+    importing, good, bad = Progress("importing"), 0, 0
     with contextlib.ExitStack() as stack:
         try:
             with Progress("waiting for input"):
@@ -77,12 +58,14 @@ def _import(args: Namespace) -> int:
                 store is None
             ):  # JSON lines have no heading: where all their axes are canonical, so is the store
                 canonical = not table.axes and set(axes) <= set(attuned_store.CANONICAL_AXES)
-                given = {} if known or canonical else {"axes": tuple(axes)}
-                store = stack.enter_context(open_store(target, **given))
-            with Progress("importing", good) as progress:
-                written = store.upsert_many(table.snapshots(), progress=count)
+                keep = known or canonical or not axes
+                store = open_store(target) if keep else open_store(target, axes=tuple(axes))
+                stack.enter_context(store)
+            importing.total = good
+            with importing:
+                written = store.upsert_many(table.snapshots(), progress=importing.count)
         except KeyboardInterrupt:
-            done = f"{plural(written, 'snapshot')} were" if written else "nothing was"
+            done = f"{plural(importing.done, 'snapshot')} were" if importing.done else "nothing was"
             message = f"interrupted: {done} written; importing {name} again is harmless"
             raise CommandError(message, 130) from None
         why = table.failure or (written != good and "the file changed while it was read")
@@ -106,7 +89,7 @@ def _check_axes(axes: Iterable[str], known: Sequence[str] | None) -> None:
 def _export(args: Namespace) -> int:
     kind, count = args.format or _KINDS.get(Path(args.file).suffix.lower(), "jsonl"), 0
     # What scrolls by on a terminal needs no progress.
-    watched = args.file == "-" and is_terminal(sys.stdout)
+    watched = args.file == "-" and showing.is_terminal(sys.stdout)
     progress = Progress("exporting")
     with (
         open_target(args) as store,
@@ -124,7 +107,8 @@ def _export(args: Namespace) -> int:
             states = [] if args.latest else store.get_history(user_id, 2**63 - 1)[::-1]
             if latest is not None and latest not in states:  # it has aged out of the history
                 states.append(latest)
-            for count, state in enumerate(states, count + 1):
+            for state in states:
+                count += 1
                 record = state.to_dict()
                 if kind == "jsonl":
                     stream.write(json.dumps(record) + "\n")
@@ -162,9 +146,6 @@ def _open_output(path: str) -> Generator[TextIO]:
         if isinstance(error, OSError) and error.filename == str(beside):
             error.filename = path  # the name that was asked for
         raise
-
-
-# Backups
 
 
 def _described(report: SnapshotReport) -> str:
@@ -218,10 +199,10 @@ def _verify(args: Namespace) -> int:
             if not args.json:
                 complain(str(error))
                 continue
-        users = report.users is not None and plural(report.users, "user")
-        axes = report.axes is not None and f"axes {listed(report.axes)}"
-        made = report.created_at and f"made {iso_time(report.created_at)}"
-        more = ", ".join(filter(None, (_described(report), users, made, axes)))
+        more = _described(report)
+        more += "" if report.users is None else f", {plural(report.users, 'user')}"
+        more += "" if report.created_at is None else f", made {showing.iso_time(report.created_at)}"
+        more += "" if report.axes is None else f", axes {listed(report.axes)}"
         show(args, report.to_dict(), f"{file} is good: {more}")
     return status
 
@@ -231,11 +212,11 @@ def _snapshots(args: Namespace) -> int:
     for report in (reports := attuned_store.list_snapshots(args.directory)):
         counts = (report.users, report.points, report.axes and len(report.axes), report.bytes)
         numbers = ["" if count is None else f"{count:,}" for count in counts]
-        created_at = iso_time(report.created_at) if report.created_at else ""
+        created_at = showing.iso_time(report.created_at) if report.created_at else ""
         rows.append([str(report.snapshot_name), str(report.kind), created_at, *numbers])
     heading = ("snapshot", "kind", "created_at", "users", "states", "axes", "bytes")
     records = [report.to_dict() for report in reports]
-    return show_table(args, records, rows, heading, otherwise="no snapshots")
+    return showing.show_table(args, records, rows, heading, otherwise="no snapshots")
 
 
 def _copy(args: Namespace) -> int:
@@ -245,8 +226,6 @@ def _copy(args: Namespace) -> int:
     text = f"copied {plural(report.points or 0, 'state')} from {args.source} to {args.target}"
     return show(args, report.to_dict(), text)
 
-
-# Arguments
 
 _NOTES = """
 The columns user_id (required), updated_at_unix_ms, source, confidence and schema_version
@@ -278,9 +257,7 @@ _EXPORT = (
     argument("file", metavar="FILE", nargs="?", default="-", help="default: stdout"),
     _FORMAT,
     argument("--latest", action="store_true", help="only each user's latest state, no history"),
-    argument(
-        "--raw", action="store_true", help="no apostrophe before ids that spreadsheets run, such as =1+1"
-    ),
+    argument("--raw", action="store_true", help="put no apostrophe before ids such as =1+1, a formula"),
 )
 _TAKE = (
     _DIRECTORY,
@@ -301,9 +278,7 @@ _ENDS = (
 )
 
 ROWS = (
-    Command(
-        "import", _import, "read states from a file", "film_mood.csv --scale 0:31", _IMPORT, notes=_NOTES
-    ),
+    Command("import", _import, "read states from a file", "mood.csv --scale 0:31", _IMPORT, notes=_NOTES),
     Command("export", _export, "write all states to a file", "states.csv", _EXPORT),
 )
 BACKUPS = (

@@ -13,9 +13,7 @@ from . import files, service, states
 from .arguments import Command
 from .showing import CommandError, complain, listed, mute, plural
 
-_COMMANDS = {
-    command.name: command for command in (*files.ROWS, *states.COMMANDS, *files.BACKUPS, service.SERVE)
-}
+_COMMANDS = {it.name: it for it in (*files.ROWS, *states.COMMANDS, *files.BACKUPS, service.SERVE)}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,23 +62,6 @@ def _parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     return command, args
 
 
-def _report(error: BaseException) -> int:
-    """Reports what ended the command in one line; the exit status."""
-    if isinstance(error, KeyboardInterrupt):
-        complain("interrupted")
-        return 130
-    reason = str(error)
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        reason = f"{error.filename}: {error.strerror}"  # as other commands say it
-    if not isinstance(error, CommandError | StoreError | OSError | NotImplementedError):
-        reason = f"unexpected {type(error).__name__}: {reason}"
-    written: int | None = getattr(error, "written", None)
-    complain(reason + (f" ({plural(written, 'snapshot')} were written)" if written else ""))
-    if isinstance(error, CommandError):
-        return error.status
-    return 2 if isinstance(error, ValidationError) else 1
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status.
 
@@ -103,7 +84,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, Exception) as error:
         if sys.flags.dev_mode:
             raise
-        status = _report(error)
+        reason, status = str(error), 2 if isinstance(error, ValidationError) else 1
+        if isinstance(error, KeyboardInterrupt):
+            reason, status = "interrupted", 130
+        elif isinstance(error, CommandError):
+            status = error.status
+        elif isinstance(error, OSError) and error.filename is not None and error.strerror:
+            reason = f"{error.filename}: {error.strerror}"  # as other commands say it
+        elif not isinstance(error, StoreError | OSError | NotImplementedError):
+            reason = f"unexpected {type(error).__name__}: {reason}"
+        written: int | None = getattr(error, "written", None)
+        complain(reason + (f" ({plural(written, 'snapshot')} were written)" if written else ""))
         try:
             flush()  # what was printed before a failure
         except OSError:

@@ -33,7 +33,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _is_local(request: "Request") -> bool:
-    """Authorizes, without a token, requests to this machine by name, and none that a page sent from a browser.
+    """Authorizes, without a token, requests to this machine by name, and none that a page in a browser sends.
 
     A page may send requests here, or give its own host the address 127.0.0.1: neither gets past this.
     """
@@ -45,11 +45,11 @@ def _is_local(request: "Request") -> bool:
 def authorization(host: str) -> Callable[["Request"], bool]:
     """Chooses who may ask: who knows the token, or, where there is none, who is on this machine."""
     token = os.environ.get("ATTUNED_STORE_TOKEN")
-    if token is None:
-        if not _is_loopback(host):
-            reach = f"{host} may be reached from other machines"
-            raise CommandError(f"{reach}: set ATTUNED_STORE_TOKEN to a secret, or serve on 127.0.0.1", 2)
+    if token is None and _is_loopback(host):
         return _is_local
+    if token is None:
+        reach = f"{host} may be reached from other machines"
+        raise CommandError(f"{reach}: set ATTUNED_STORE_TOKEN to a secret, or serve on 127.0.0.1", 2)
     if not re.fullmatch(r"[!-~]+", token):
         raise CommandError("ATTUNED_STORE_TOKEN is empty, or holds blanks or what is not ASCII", 2)
 
@@ -66,15 +66,10 @@ def _serve(args: Namespace) -> int:
     except ImportError as error:
         raise MissingDependencyError("serve needs uvicorn: pip install starlette uvicorn") from error
 
-    authorize, logger, handler = (
-        authorization(args.host),
-        logging.getLogger("attuned_store"),
-        logging.StreamHandler(),
-    )
+    authorize = authorization(args.host)
+    logger, handler = logging.getLogger("attuned_store"), logging.StreamHandler()
     with contextlib.ExitStack() as stack:
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # SIGTERM and Ctrl-C are how it is meant to end
+        if threading.current_thread() is threading.main_thread():  # both signals are how it is meant to end
             before = signal.signal(signal.SIGTERM, signal.default_int_handler)
             stack.callback(signal.signal, signal.SIGTERM, before or signal.SIG_DFL)
             stack.enter_context(contextlib.suppress(KeyboardInterrupt))
@@ -89,13 +84,12 @@ def _serve(args: Namespace) -> int:
         try:  # the port is taken before anything else is done
             listener = stack.enter_context(socket.create_server((args.host, args.port), family=family))
         except OSError as error:
-            reason = f"cannot listen on {args.host}, port {args.port}: {error.strerror}"
-            raise CommandError(reason) from error
-        store = stack.enter_context(open_target(args))
+            raise CommandError(f"cannot listen on {args.host}, port {args.port}: {error.strerror}") from None
+        store, target = stack.enter_context(open_target(args)), target_of(args)
         app = snapshot_app(store, authorize=authorize, directory=args.directory, keep=args.keep)
         snapshot_on_start(store, keep=args.keep)
         host = f"[{args.host}]" if ":" in args.host else args.host
-        url, target = f"http://{host}:{listener.getsockname()[1]}", target_of(args)
+        url = f"http://{host}:{listener.getsockname()[1]}"
         show(args, {"url": url, "store": target}, f"serving {target} on {url}")
         getattr(sys.stdout, "flush", int)()
         quiet: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False}
@@ -110,8 +104,6 @@ is installed) /metrics. With ATTUNED_STORE_TOKEN set, requests but those for /ap
 header "Authorization: Bearer" with it; without, only this machine is served. On start a snapshot
 is taken if QDRANT_SNAPSHOT_ON_START is true. SIGTERM and Ctrl-C end it, and are no failure.
 """
-
-
 _HOST = "default: 127.0.0.1; others need $ATTUNED_STORE_TOKEN"
 _PORT = "default: 8080; 0: one that is free"
 _SERVE = (
@@ -120,6 +112,4 @@ _SERVE = (
     argument("--directory", metavar="DIRECTORY", help=f"of the snapshots; {IN_PLACE}"),
     KEEP,
 )
-SERVE = Command(
-    "serve", _serve, "take backups on request, over HTTP", "--directory backups", _SERVE, notes=_NOTES
-)
+SERVE = Command("serve", _serve, "take backups on request, over HTTP", "--keep 7", _SERVE, notes=_NOTES)

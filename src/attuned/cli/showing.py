@@ -97,9 +97,7 @@ def show_table(
         if is_terminal(sys.stdout):
             from rich import box, console, table, text
 
-            drawn = table.Table(
-                box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, show_header=bool(heading)
-            )
+            drawn = table.Table(box=box.SIMPLE_HEAD, show_edge=False, show_header=bool(heading))
             for name in heading or rows[0]:
                 drawn.add_column(name, overflow="fold")  # nothing is cut off
             for row in cells:
@@ -114,10 +112,12 @@ def show_table(
 
 
 class Progress:
-    """Shows on a terminal what is going on once it takes over a second: a bar, or without rich the numbers."""
+    """Shows on a terminal what takes over a second: a bar, or without rich the numbers."""
 
-    def __init__(self, doing: str, total: int | None = None) -> None:
-        self._doing, self.done, self._total = doing, 0, total
+    total: int | None = None
+
+    def __init__(self, doing: str) -> None:
+        self._doing, self.done = doing, 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -133,10 +133,10 @@ class Progress:
 
     def count(self, done: int, total: int | None = None) -> None:
         """Notes how far it is; cheap, for use on every row."""
-        self.done, self._total = done, total or self._total
+        self.done, self.total = done, total or self.total
 
     def _numbers(self, began: float) -> str:
-        total = f" of {self._total:,}" if self._total else ""
+        total = f" of {self.total:,}" if self.total else ""
         done = f"{self.done:,}{total}, " if self.done else ""
         return f"{done}{time.monotonic() - began:.0f} s"
 
@@ -160,7 +160,7 @@ class Progress:
             with progress.Progress(*columns, console=screen, transient=True, redirect_stdout=False) as bar:
                 task = bar.add_task(self._doing, total=None, numbers="")
                 while not self._ended.is_set():
-                    bar.update(task, completed=self.done, total=self._total, numbers=self._numbers(began))
+                    bar.update(task, completed=self.done, total=self.total, numbers=self._numbers(began))
                     self._ended.wait(0.2)
 
 
