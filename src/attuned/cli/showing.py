@@ -158,9 +158,10 @@ class Progress:
             screen = console.Console(stderr=True)
             # rich keeps the bar below what is printed to stderr meanwhile; stdout may be a file.
             with progress.Progress(*columns, console=screen, transient=True, redirect_stdout=False) as bar:
-                task = bar.add_task(self._doing, total=None, numbers="")
+                task = bar.add_task(self._doing, numbers=self._numbers(began), total=self.total)
                 while not self._ended.is_set():
                     bar.update(task, completed=self.done, total=self.total, numbers=self._numbers(began))
+                    bar.refresh()
                     self._ended.wait(0.2)
 
 
