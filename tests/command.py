@@ -1,4 +1,4 @@
-"""The command for the tests: in this process, and as a program of its own; of the checkout, or of the wheel."""
+"""The command for the tests, in this process and as a program: of the checkout, or of the wheel."""
 
 from __future__ import annotations
 

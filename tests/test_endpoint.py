@@ -24,7 +24,6 @@ import command
 import pytest
 from conformance import environment, needs, run_python
 
-import attuned_store
 from attuned_store import (
     AsyncMemoryStore,
     Health,

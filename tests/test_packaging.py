@@ -100,7 +100,7 @@ def test_wheel_holds_the_file_as_it_is(wheel: Path) -> None:
 def test_wheel_runs_as_a_module_and_as_a_command(wheel: Path, tmp_path: Path) -> None:
     """From the wheel alone both `python -m attuned_store` and the entry point run the command."""
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path)
+        archive.extractall(tmp_path)  # noqa: S202 - built by this test
     (points,) = tmp_path.glob("*.dist-info/entry_points.txt")
     assert "attuned-store = attuned_store.cli:main" in points.read_text()
     called = "import sys; from attuned_store.cli import main; sys.exit(main())"

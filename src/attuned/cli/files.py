@@ -54,9 +54,8 @@ def _import(args: Namespace) -> int:
             except (CommandError, attuned_store.ValidationError) as error:
                 raise CommandError(f"{name}: nothing was written: {error}") from None
 
-            if (
-                store is None
-            ):  # JSON lines have no heading: where all their axes are canonical, so is the store
+            if store is None:
+                # JSON lines have no heading: where all their axes are canonical, so is the store.
                 canonical = not table.axes and set(axes) <= set(attuned_store.CANONICAL_AXES)
                 keep = known or canonical or not axes
                 store = open_store(target) if keep else open_store(target, axes=tuple(axes))

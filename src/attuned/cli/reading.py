@@ -195,7 +195,8 @@ class Table:
     def _snapshot(self, row: dict[str, Any]) -> StateSnapshot:
         """Makes the snapshot of one row; None stands for an absent value."""
         row = {name: value for name, value in row.items() if value is not None}
-        fields = {"updated_at_unix_ms": self._now} | {name: row.pop(name) for name in FIELDS if name in row}
+        fields: dict[str, Any] = {"updated_at_unix_ms": self._now}
+        fields |= {name: row.pop(name) for name in FIELDS if name in row}
         if "user_id" not in fields:
             raise ValueError("user_id is missing")
         for name in ("updated_at_unix_ms", "schema_version"):
