@@ -143,14 +143,16 @@ class Table:
                 taken.append(line)
                 yield line[1]
 
+        reader: Iterator[list[str]] | None = None
         while True:
             taken.clear()
+            reader = reader or csv.reader(record(), delimiter=self._delimiter, strict=True)
             try:
-                cells = next(csv.reader(record(), delimiter=self._delimiter, strict=True), None)
+                cells = next(reader, None)
                 if cells is None:
                     return
             except csv.Error:  # a quote left open spoils its line only: those after it are read again
-                cells = None
+                cells = reader = None
                 ahead.extendleft(reversed(taken[1:]))
                 del taken[1:]
             if cells != []:
