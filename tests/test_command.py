@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import gzip
 import hashlib
@@ -24,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conformance import COMMANDS
+from command import PACKAGE, PROGRAM, environment, main, module
+from conformance import COMMANDS, needs
 
 import attuned_store
-from attuned_store import StateSnapshot, main, open_store
+from attuned_store import StateSnapshot, open_store
 
 SAMPLE = Path(__file__).parent / "data" / "film_mood.csv"
 MOODS = ("energetic_arousal", "tense_arousal", "positive_affect", "negative_affect")
@@ -141,11 +143,12 @@ def one_line(ran: Ran, status: int, reason: str = "") -> None:
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Start the file itself as a process; none outlives its test."""
+    """Start the command as a process; none outlives its test."""
     with contextlib.ExitStack() as ended:
 
         def call(*argv: object, words: Sequence[str] = (), **options: Any) -> subprocess.Popen[bytes]:
-            first = words or (sys.executable, attuned_store.__file__)
+            first = words or PROGRAM
+            options.setdefault("env", environment())
             pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
             child = subprocess.Popen([*first, *map(str, argv)], **{**pipes, **options})
             ended.enter_context(child)
@@ -319,6 +322,10 @@ LONG = "a" * 65
         pytest.param("carol,5000,self_report,1,1,NaN,0.5", "calm: not a number", id="NaN"),
         pytest.param("carol,5000,self_report,1,1,inf,0.5", "calm: not a number", id="infinity"),
         pytest.param("carol,5000,self_report,1,1,1e999,0.5", "calm", id="overflow"),
+        pytest.param(f"carol,5000,self_report,1,1,{'9' * 5000},0.5", "calm", id="endless number"),
+        pytest.param(
+            f"carol,5000,self_report,1,{'9' * 5000},0.5,0.5", "schema_version", id="endless version"
+        ),
         pytest.param("carol,5000,self_report,1,1,1_0,0.5", "calm: not a number", id="underscore"),
         pytest.param("carol,5000,self_report,1,1,1.01,0.5", "calm", id="above"),
         pytest.param("carol,5000,self_report,1,1,-0.01,0.5", "calm", id="below"),
@@ -366,8 +373,15 @@ def test_a_bad_row_of_csv_is_skipped_and_reported(
         pytest.param('{"user_id": "carol", "calm": "0.5"}', "calm", id="text"),
         pytest.param('{"user_id": "carol", "calm": true}', "calm", id="truth"),
         pytest.param('{"user_id": "carol", "calm": [0.5]}', "calm", id="list of one"),
-        pytest.param('{"user_id": "carol", "calm": NaN}', "not a number: NaN", id="NaN"),
-        pytest.param('{"user_id": "carol", "calm": -Infinity}', "not a number: -Infinity", id="infinity"),
+        pytest.param('{"user_id": "carol", "calm": NaN}', "not a number: 'NaN'", id="NaN"),
+        pytest.param('{"user_id": "carol", "calm": -Infinity}', "not a number: '-Infinity'", id="infinity"),
+        pytest.param(f'{{"user_id": "carol", "calm": {10**400}}}', "calm: inf is outside", id="huge"),
+        pytest.param(f'{{"user_id": "carol", "calm": -{"9" * 5000}}}', "calm: -inf is outside", id="endless"),
+        pytest.param(f'{{"user_id": "carol", "confidence": {10**400}}}', "confidence", id="huge field"),
+        pytest.param(
+            f'{{"user_id": "carol", "updated_at_unix_ms": {10**400}}}', "updated_at_unix_ms", id="huge time"
+        ),
+        pytest.param(f'{{"user_id": {10**400}}}', "user_id", id="huge user"),
         pytest.param('{"user_id": "carol", "calm": 1e999}', "calm", id="overflow"),
         pytest.param('{"user_id": "carol", "calm": 2}', "calm", id="above"),
         pytest.param('{"user_id": "carol", "calm": 0.5, "Calm": 0.6}', "calm is there twice", id="twice"),
@@ -454,15 +468,15 @@ def test_empty_cells_and_na_are_absent(path: Path, run: Run, tmp_path: Path) -> 
     }
 
 
-def test_a_row_without_a_time_gets_the_time_of_the_import(
-    path: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_without_a_time_gets_the_time_of_the_import(path: Path, run: Run, tmp_path: Path) -> None:
     """Rows that name no time all get one and the same."""
-    monkeypatch.setattr(attuned_store.wall_clock, "now_ms", lambda: 1_700_000_000_000)
     file = tmp_path / "untimed.csv"
-    file.write_text("user_id,calm\na,0.5\nb,0.25\n")
+    file.write_text("\n".join(["user_id,calm", *(f"user{number},0.5" for number in range(3_000))]))
+    began = time.time_ns() // 1_000_000
     assert run("--store", path, "import", file).status == 0
-    assert {latest.updated_at_unix_ms for latest, _ in kept(path).values() if latest} == {1_700_000_000_000}
+    ended = time.time_ns() // 1_000_000
+    (at,) = {latest.updated_at_unix_ms for latest, _ in kept(path).values() if latest}
+    assert began <= at <= ended
 
 
 @pytest.mark.parametrize(
@@ -597,6 +611,19 @@ def test_json_lines_from_stdin(path: Path, run: Run, stdin: Callable[[bytes], No
     }
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_whole_floats_are_whole_numbers(path: Path, run: Run, tmp_path: Path, name: str) -> None:
+    """A time or version with .0, as pandas writes it, is a whole number, in both formats."""
+    texts = {
+        "rows.csv": "user_id,updated_at_unix_ms,schema_version,calm\na,8.205408e11,2.0,1\n",
+        "rows.jsonl": '{"user_id": "a", "updated_at_unix_ms": 8.205408e11, "schema_version": 2.0, "calm": 1}',
+    }
+    (tmp_path / name).write_text(texts[name])
+    ran = run("--store", path, "import", tmp_path / name)
+    assert (ran.status, ran.err) == (0, "")
+    assert kept(path)["a"][0] == StateSnapshot("a", {"calm": 1}, 820_540_800_000, schema_version=2)
+
+
 def test_canonical_axes_in_json_lines_make_a_canonical_store(
     path: Path, run: Run, stdin: Callable[[bytes], None]
 ) -> None:
@@ -710,13 +737,12 @@ def test_a_file_that_changes_between_the_readings(
     file = tmp_path / "a.csv"
     rows = [f"user{n:05},0.5" for n in range(5_000)]
     file.write_text("\n".join(["user_id,calm", *rows]))
-    original = attuned_store._Table.snapshots
 
-    def cut(table: Any) -> Iterator[StateSnapshot]:
+    def cut(*target: Any, **options: Any) -> Any:
         os.truncate(file, file.stat().st_size // 2)
-        yield from original(table)
+        return open_store(*target, **options)
 
-    monkeypatch.setattr(attuned_store._Table, "snapshots", cut)
+    monkeypatch.setattr(module("files"), "open_store", cut)  # it is opened once every row has been checked
     one_line(run("--store", path, "import", file), 1, "the file changed while it was read")
     assert 2_000 < len(kept(path)) < 3_000
 
@@ -727,7 +753,8 @@ def test_what_was_read_before_a_failure_is_written(
     """Where reading fails in the middle of writing, what came before is kept, and the error says how much."""
     file = tmp_path / "a.csv"
     file.write_text("\n".join(["user_id,calm", *(f"user{n:05},0.5" for n in range(1_000))]))
-    original = attuned_store._Table.rows
+    table_class = module("reading").Table
+    original = table_class.rows
     readings: list[object] = []
 
     def failing(table: Any) -> Iterator[object]:
@@ -737,7 +764,7 @@ def test_what_was_read_before_a_failure_is_written(
                 raise OSError(5, "Input/output error")
             yield row
 
-    monkeypatch.setattr(attuned_store._Table, "rows", failing)
+    monkeypatch.setattr(table_class, "rows", failing)
     one_line(
         run("--store", path, "import", file),
         1,
@@ -800,6 +827,48 @@ def test_nothing_is_lost_in_a_round_trip(
     assert (ran.status, ran.err) == (0, "")
     assert kept(tmp_path / "copy") == kept(path)
     assert set(axes_of(tmp_path / "copy")) == set(axes_of(path))
+
+
+FORMULAS = ["=1+1", "+1", "-x", "@x", "'=1", "''-x"]
+
+
+@pytest.mark.parametrize("options", [(), ("--raw",)])
+def test_ids_that_a_spreadsheet_would_run(
+    path: Path, run: Run, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """CSV has an apostrophe before what is a formula, which import takes away again, unless --raw."""
+    plain = ["a=b", "'quoted'", "' =1"]
+    with open_store(path, axes=("calm",)) as store:
+        store.upsert_many([StateSnapshot(user, {"calm": 0.5}, 1) for user in (*FORMULAS, *plain)])
+    file = tmp_path / "ids.csv"
+    assert run("--store", path, "export", file, *options).status == 0
+    ids = {line.partition(",")[0] for line in file.read_text().splitlines()[1:]}
+    assert ids == {*plain, *(user if options else f"'{user}" for user in FORMULAS)}
+
+    assert run("--store", tmp_path / "copy", "import", file, *options).status == 0
+    assert kept(tmp_path / "copy") == kept(path)
+    lines = run("--store", path, "export").records
+    assert {record["user_id"] for record in lines} == {*plain, *FORMULAS}
+
+
+def test_exports_at_one_time_do_not_share_a_file(
+    small: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an export writes before it is complete has another name each time, whatever the process id."""
+    with open_store(small) as store:
+        kind = type(store)
+    original, seen, out = kind.get_latest, set[str](), tmp_path / "out"
+    out.mkdir()
+
+    def watched(self: Any, user_id: str) -> Any:
+        seen.update(file.name for file in out.iterdir())
+        return original(self, user_id)
+
+    monkeypatch.setattr(kind, "get_latest", watched)
+    for _ in range(2):
+        assert run("--store", small, "export", out / "all.csv").status == 0
+    assert len(seen - {"all.csv"}) == 2
+    assert [file.name for file in out.iterdir()] == ["all.csv"]
 
 
 def test_exported_lines_are_the_fields_of_a_snapshot(small: Path, run: Run) -> None:
@@ -1044,6 +1113,7 @@ BAD_WRITES = [
     ("put alice warmth=nan", "warmth: not a number"),
     ("put alice warmth=", "warmth: not a number"),
     ("put alice warmth=0x1", "warmth: not a number"),
+    (f"put alice warmth={'9' * 5000}", "warmth"),
     ("put alice =1", "AXIS=VALUE"),
     ("put alice warmth", "AXIS=VALUE"),
     ("put alice warmth=1 WARMTH=1", "twice"),
@@ -1114,6 +1184,11 @@ SMALL = {
 
 def histories(path: Path) -> dict[str, list[StateSnapshot]]:
     return {user: history for user, (_, history) in kept(path).items()}
+
+
+def made(file: Path) -> str:
+    """When a snapshot was made, as its name says."""
+    return re.sub(r"(....)(..)(..T..)(..)(..\.\d+Z).*", r"\1-\2-\3:\4:\5", file.name)
 
 
 def damaged(path: Path) -> Path:
@@ -1256,7 +1331,7 @@ def test_a_snapshot_of_other_axes_than_configured(
 ) -> None:
     """A new store has the axes that are configured, if any; a snapshot that has others does not fit."""
     monkeypatch.setenv("ATTUNED_STORE_AXES", "calm,joy")
-    one_line(run("--store", tmp_path / "new", "restore", taken), 1, "no axis warmth")
+    one_line(run("--store", tmp_path / "new", "restore", taken), 1, "ax[ei]s.*warmth")
     assert not (tmp_path / "new").exists()
     monkeypatch.setenv("ATTUNED_STORE_AXES", "joy,calm,warmth")
     assert run("--store", tmp_path / "new", "restore", taken).status == 0
@@ -1268,11 +1343,14 @@ def test_verify_looks_at_every_file(taken: Path, run: Run, tmp_path: Path) -> No
     cut, absent = damaged(taken), tmp_path / "absent"
     ran = run("verify", taken)
     assert (ran.status, ran.err) == (0, "")
-    assert re.fullmatch(rf".*{NAME} is good: portable, 3 states, [\d,]+ bytes\n", ran.out)
+    contents = r"portable, 3 states, [\d,]+ bytes, 2 users, made \d{4}-\d\d-\d\dT[\d:.]+Z, axes calm, warmth"
+    assert re.fullmatch(rf".*{NAME} is good: {contents}\n", ran.out)
+    record = run("verify", taken, "--json").records[0]
+    assert (record["users"], record["axes"]) == (2, ["calm", "warmth"])
 
     ran = run("verify", cut, taken, absent, taken)
     assert ran.status == 1
-    assert [line.endswith("bytes") for line in ran.out.splitlines()] == [True, True]
+    assert [line.endswith("axes calm, warmth") for line in ran.out.splitlines()] == [True, True]
     assert re.fullmatch(r"attuned-store: .*cut short.*\nattuned-store: .*No such file.*\n", ran.err)
 
     ran = run("verify", cut, "--json", taken)
@@ -1290,9 +1368,11 @@ def test_snapshots_are_listed_newest_first(
     (taken.parent / "notes.txt").write_text("not one")
     ran = run("snapshots", taken.parent)
     assert [line.split() for line in ran.out.splitlines()] == [
-        ["snapshot", "kind", "bytes"],
-        [newer.name, "portable", f"{newer.stat().st_size:,}"],
-        [taken.name, "portable", f"{taken.stat().st_size:,}"],
+        ["snapshot", "kind", "created_at", "users", "states", "axes", "bytes"],
+        *(
+            [file.name, "portable", made(file), "2", states, "2", f"{file.stat().st_size:,}"]
+            for file, states in ((newer, "4"), (taken, "3"))
+        ),
     ]
     assert [record["path"] for record in run("snapshots", taken.parent, "--json").records] == [
         str(newer),
@@ -1319,6 +1399,15 @@ def test_copy_there_and_back(small: Path, run: Run, tmp_path: Path, monkeypatch:
     assert run("copy", there, back, "--json").records[0]["points"] == 3
     assert histories(there) == histories(back) == SMALL
     assert axes_of(there) == axes_of(back) == ("calm", "warmth")
+
+
+def test_what_would_be_gone_at_once_is_refused(taken: Path, small: Path, run: Run) -> None:
+    """Restoring or copying into memory is refused; reading memory and checking a file by it are not."""
+    one_line(run("--store", "memory://", "restore", taken), 2, "memory:// is gone when the command ends")
+    one_line(run("copy", small, "memory://"), 2, "memory:// is gone when the command ends")
+    assert run("--store", "memory://", "count").out == "0\n"
+    ran = run("--store", "memory://", "import", SAMPLE, "--scale", "0:31")
+    assert ran == Ran(0, "imported 660 snapshots; memory:// has 330 users, 660 snapshots\n", "")
 
 
 def test_copy_replaces_only_when_asked(small: Path, taken: Path, run: Run, tmp_path: Path) -> None:
@@ -1476,9 +1565,7 @@ with open_store(sys.argv[1]) as store:
 def test_a_store_that_another_process_has_open(small: Path, run: Run, start: Start) -> None:
     """While another process has the store, each command fails with its path, and changes nothing."""
     before = kept(small)
-    folder = str(Path(attuned_store.__file__).parent)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])}
-    other = start(small, words=(sys.executable, "-c", HOLD), env=env)
+    other = start(small, words=(sys.executable, "-c", HOLD))
     assert other.stdout is not None
     assert other.stdout.readline().strip() == b"open"
 
@@ -1585,7 +1672,7 @@ def test_an_unexpected_error_is_one_line(small: Path, run: Run, monkeypatch: pyt
     def broken(*_: object, **__: object) -> int:
         raise ZeroDivisionError("division\nby zero")
 
-    monkeypatch.setattr(attuned_store, "open_store", broken)
+    monkeypatch.setattr(module("arguments"), "open_store", broken)
     one_line(run("--store", small, "count"), 1, "unexpected ZeroDivisionError: division by zero")
 
 
@@ -1594,8 +1681,8 @@ def test_an_unexpected_error_is_one_line(small: Path, run: Run, monkeypatch: pyt
 # ------------------------------------------------------------------------------
 
 
-def test_the_file_is_a_program(path: Path, start: Start) -> None:
-    """The file itself runs as the command, and its exit status is the process's."""
+def test_the_package_is_a_program(path: Path, start: Start) -> None:
+    """The package runs as the command, and its exit status is the process's."""
     assert finished(start("--store", path, "import", SAMPLE, "--scale", "0:31")).status == 0
     ran = finished(start("--store", path, "count", "--history"))
     assert (ran.status, ran.out.split(), ran.err) == (0, ["660"], "")
@@ -1654,20 +1741,38 @@ def test_characters_that_the_terminal_lacks(path: Path, start: Start) -> None:
     """A user that stdout cannot show comes out as an escape; export is always UTF-8."""
     with open_store(path) as store:
         store.upsert_latest(StateSnapshot("Ödön", {}, 1))
-    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    env = environment(PYTHONIOENCODING="ascii")
     ran = finished(start("--store", path, "users", env=env))
     assert (ran.status, ran.out.split(), ran.err) == (0, ["\\xd6d\\xf6n"], "")
     ran = finished(start("--store", path, "export", "--format", "csv", env=env))
     assert "Ödön" in ran.out
 
 
-INTERRUPTIBLE = """
-import runpy, signal, sys
+def test_names_cannot_speak_to_the_terminal(path: Path, run: Run, tmp_path: Path) -> None:
+    """What a terminal would obey comes out as an escape, on stdout and stderr; JSON escapes it itself."""
+    user = "bob\u202e\u2028admin"
+    assert run("--store", path, "put", user, "warmth=1", "--at", "5").status == 0
+    escaped = r"bob\u202e\u2028admin"
+    for command in ("users", "search warmth=1", f"get {user}", f"delete {user} --yes"):
+        ran = run("--store", path, *command.split(" "))
+        assert escaped in ran.out, command
+        assert not set(ran.out) & {"\u202e", "\u2028"}
+        assert run("--store", path, "put", user, "warmth=1").status == 0
+    assert run("--store", path, "users", "--json").records == [{"user_id": user}]
+
+    name = "\x1b[31mred\n.csv"
+    ran = run("--store", path, "export", tmp_path / name)
+    assert ran.out.endswith("\\x1b[31mred\\n.csv\n")
+    one_line(run("--store", path, "import", tmp_path / f"no{name}"), 1, r"no\\x1b\[31mred .csv: No such file")
+
+
+INTERRUPTIBLE = f"""
+import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # even where the tests run in the background
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
+from {PACKAGE} import main
+sys.exit(main())
 """
-INTERRUPTIBLE_COMMAND = (sys.executable, "-c", INTERRUPTIBLE, attuned_store.__file__)
+INTERRUPTIBLE_COMMAND = (sys.executable, "-c", INTERRUPTIBLE)
 
 
 @posix
@@ -1679,8 +1784,41 @@ def test_ctrl_c_ends_it_with_130(path: Path, start: Start, tmp_path: Path) -> No
     writer = os.open(pipe, os.O_WRONLY)  # waits until the command has the other end open
     child.send_signal(signal.SIGINT)
     os.close(writer)  # a signal just before the read is noticed just after it
-    one_line(finished(child), 130, "interrupted")
+    one_line(finished(child), 130, "interrupted: nothing was written; importing .*pipe again is harmless")
     assert not path.exists()
+
+
+SLOWLY = f"""
+import os, signal, sys, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import {PACKAGE}.reading as reading
+rows = reading.Table.rows
+readings = []
+def slow(table):
+    readings.append(table)
+    for number, row in enumerate(rows(table)):
+        if len(readings) == 2 and number == 5_000:
+            os.kill(os.getpid(), signal.SIGINT)
+            threading.Event().wait()
+        yield row
+reading.Table.rows = slow
+from {PACKAGE} import main
+sys.exit(main())
+"""
+
+
+@posix
+def test_ctrl_c_in_the_middle_of_an_import(path: Path, start: Start, run: Run, tmp_path: Path) -> None:
+    """Ctrl-C says how much was written, which is there, and that importing again is harmless, which it is."""
+    file = tmp_path / "rows.csv"
+    file.write_text("\n".join(["user_id,updated_at_unix_ms,calm", *(f"u{n},5,0.5" for n in range(6_000))]))
+    ran = finished(start("--store", path, "import", file, words=(sys.executable, "-c", SLOWLY)))
+    one_line(ran, 130, r"interrupted: [\d,]+ snapshots were written; importing .*rows\.csv again is harmless")
+    written = int(ran.err.split()[2].replace(",", ""))
+    assert 0 < written <= 5_000
+    assert written <= len(kept(path)) <= 5_000
+    assert run("--store", path, "import", file).status == 0
+    assert len(kept(path)) == 6_000
 
 
 class Terminal:
@@ -1690,9 +1828,11 @@ class Terminal:
         import pty
 
         self.master, slave = pty.openpty()
-        self.child = start(*argv, words=words, stdin=slave, stdout=slave, stderr=slave)
+        env = environment(TERM="xterm-256color", COLUMNS="100")
+        self.child = start(*argv, words=words, stdin=slave, stdout=slave, stderr=slave, env=env)
         os.close(slave)
         self.seen = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()  # a character may come in two pieces
 
     def read_until(self, pattern: str) -> None:
         """Read what it shows until it matches, or it ends."""
@@ -1706,7 +1846,7 @@ class Terminal:
                 data = b""
             if not data:
                 break
-            self.seen += data.decode()
+            self.seen += self._decoder.decode(data)
 
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
@@ -1754,19 +1894,68 @@ def test_ctrl_c_at_the_question(small: Path, start: Start) -> None:
     assert set(kept(small)) == {"alice", "bob"}
 
 
+WITHOUT_RICH = (
+    sys.executable,
+    "-c",
+    f"import sys; sys.modules['rich'] = None; from {PACKAGE} import main; sys.exit(main())",
+)
+
+
 @posix
-def test_progress_shows_on_a_terminal(path: Path, start: Start, tmp_path: Path) -> None:
-    """What takes over a second says so on a terminal, and wipes it away."""
+@pytest.mark.parametrize(
+    ("words", "shown", "wiped"),
+    [
+        pytest.param((), r"waiting for input .* \d+ s", r"\r\x1b\[2K.*", marks=needs("rich"), id="rich"),
+        pytest.param(WITHOUT_RICH, r"waiting for input: \d+ s", r"\r +\r.*", id="plain"),
+    ],
+)
+def test_progress_shows_on_a_terminal(
+    path: Path, start: Start, tmp_path: Path, words: Sequence[str], shown: str, wiped: str
+) -> None:
+    """What takes over a second says so on a terminal, and wipes it away, with rich and without."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    terminal = Terminal(start, "--store", path, "import", pipe)
+    terminal = Terminal(start, "--store", path, "import", pipe, words=words)
     writer = os.open(pipe, os.O_WRONLY)
-    terminal.read_until(r"waiting for input, \d+ s")
-    os.write(writer, b"user_id,calm\na,0.5\n")
+    terminal.read_until(shown)
+    os.write(writer, b"user_id,calm\na,0.5\nb,7\n")
     os.close(writer)
-    assert terminal.close() == 0
-    assert re.search(r"\r +\r.*imported 1 snapshot;", terminal.seen, re.DOTALL)
+    assert terminal.close() == 1
+    assert re.search(wiped + r"line 3: calm: 7 is outside.*imported 1 snapshot, ", terminal.seen, re.DOTALL)
     assert set(kept(path)) == {"a"}
+
+
+@posix
+@pytest.mark.parametrize(
+    ("words", "heading"),
+    [
+        pytest.param(
+            (), r"score +user_id +updated_at .*\r\n─{50}.*\n +1\.0000 +\[b\]x", marks=needs("rich"), id="rich"
+        ),
+        pytest.param(WITHOUT_RICH, r"score   user_id {198}.*\n1\.0000  \[b\]x{200}  1970", id="plain"),
+    ],
+)
+def test_tables_on_a_terminal(small: Path, start: Start, words: Sequence[str], heading: str) -> None:
+    """On a terminal rich draws the tables, where it is installed; nothing of an id is cut off."""
+    with open_store(small) as store:
+        store.upsert_latest(StateSnapshot("[b]" + "x" * 200, {"warmth": 0.9}, 4_000))
+    terminal = Terminal(start, "--store", small, "search", "warmth=1", words=words)
+    assert terminal.close() == 0
+    seen = re.sub(r"\x1b\[[0-9;]*m", "", terminal.seen)
+    assert re.search(heading, seen), seen
+    assert seen.count("x") == 200
+    assert "[b]" in seen
+
+
+@pytest.mark.parametrize("command", ["search warmth=1", "get alice", "history alice", "users", "health"])
+def test_output_into_pipes_does_not_depend_on_rich(small: Path, start: Start, command: str) -> None:
+    """What a program reads is the same with rich and without."""
+    first, second = (
+        finished(start("--store", small, *command.split(), words=words)) for words in ((), WITHOUT_RICH)
+    )
+    assert first.status == second.status == 0
+    assert re.sub(r"\d+\.\d+", "", first.out) == re.sub(r"\d+\.\d+", "", second.out)
+    assert "\x1b" not in first.out
 
 
 def test_no_progress_without_a_terminal(mood: Path, run: Run) -> None:

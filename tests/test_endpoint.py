@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, Self
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
+import command
 import pytest
 from conformance import environment, needs, run_python
 
-import attuned_store
 from attuned_store import (
     AsyncMemoryStore,
     Health,
@@ -629,14 +629,20 @@ class Served:
     def __init__(self, place: Path, *arguments: str, token: str | None = None, **variables: str) -> None:
         self.url = ""
         settings = {} if token is None else {"ATTUNED_STORE_TOKEN": token}
-        words = [sys.executable, attuned_store.__file__, "--store", place, "serve", "--port", "0", *arguments]
+        words = [*command.PROGRAM, "--store", place, "serve", "--port", "0", *arguments]
         self.child = subprocess.Popen(
             list(map(str, words)),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**environment(), "PYTHONUNBUFFERED": "1", **settings, **variables},
+            env={
+                **environment(),
+                "PYTHONPATH": command.environment()["PYTHONPATH"],
+                "PYTHONUNBUFFERED": "1",
+                **settings,
+                **variables,
+            },
         )
 
     def __enter__(self) -> Self:
@@ -725,12 +731,16 @@ def test_serve_without_a_token(anyio_backend: str, place: Path, tmp_path: Path) 
             {"Host": "evil.example"},
             {"Host": "127.0.0.1.evil.example"},
             {"Origin": "http://evil.example"},
+            {"Sec-Fetch-Site": "cross-site"},
+            {"Sec-Fetch-Site": "same-site"},
         ]
         for headers in [*foreign, {"Origin": "null"}, {"Host": ""}]:
             assert client.post("/api/snapshot", headers=headers).status_code == 401, headers
             assert client.get("/api/health", headers=headers).status_code == 401, headers
         for host in ("localhost:8080", "LocalHost", "127.0.0.1", "[::1]:8080"):
             assert client.get("/api/health", headers={"Host": host}).status_code == 200, host
+        for site in ("none", "same-origin"):
+            assert client.get("/api/health", headers={"Sec-Fetch-Site": site}).status_code == 200, site
         assert len(names_in(tmp_path / "backups")) == 1
         assert client.post("/api/snapshot").status_code == 200
         assert len(names_in(tmp_path / "backups")) == 2
@@ -751,7 +761,8 @@ def test_serve_without_a_place_for_snapshots(anyio_backend: str, place: Path, tm
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-def test_a_token_is_shown_to_nobody(anyio_backend: str) -> None:
+def test_a_token_is_shown_to_nobody(anyio_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither repr nor str of what holds the token shows it."""
-    bearer = attuned_store._Bearer(TOKEN)
-    assert TOKEN not in f"{bearer!r} {bearer}"
+    monkeypatch.setenv("ATTUNED_STORE_TOKEN", TOKEN)
+    authorize = command.module("service").authorization("127.0.0.1")
+    assert TOKEN not in f"{authorize!r} {authorize}"

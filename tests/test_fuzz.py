@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, cast
 import hypothesis.strategies as st
 import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
+from command import main
 from conformance import BACKENDS, COMMANDS, NOW, fill_memory, needs, state, synchronous
 from hypothesis import HealthCheck, given, note, settings
 
@@ -691,7 +692,7 @@ def run_command(arguments: list[str], stdin: bytes) -> tuple[int, str]:
     real = sys.stdin, sys.stdout, sys.stderr
     sys.stdin, sys.stdout, sys.stderr = io.TextIOWrapper(io.BytesIO(stdin), "utf-8"), out, err
     try:
-        status = attuned_store.main(arguments)
+        status = main(arguments)
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 1
     finally:

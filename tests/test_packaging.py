@@ -75,10 +75,12 @@ def sdist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_holds_one_typed_package_and_nothing_else(wheel: Path) -> None:
-    """The wheel holds the file, its marker for type checkers and its description."""
+    """The wheel holds the file, its marker for type checkers, the command and its description."""
     info = f"attuned_store-{attuned_store.__version__}.dist-info"
     assert files(wheel) == {
         "attuned_store/__init__.py",
+        "attuned_store/__main__.py",
+        *(f"attuned_store/cli/{path.name}" for path in (ROOT / "src" / "attuned" / "cli").glob("*.py")),
         "attuned_store/py.typed",
         f"{info}/METADATA",
         f"{info}/RECORD",
@@ -93,6 +95,25 @@ def test_wheel_holds_the_file_as_it_is(wheel: Path) -> None:
     """The packaged file is the file of the checkout, byte for byte."""
     with zipfile.ZipFile(wheel) as archive:
         assert archive.read("attuned_store/__init__.py") == (ROOT / "attuned_store.py").read_bytes()
+
+
+def test_wheel_runs_as_a_module_and_as_a_command(wheel: Path, tmp_path: Path) -> None:
+    """From the wheel alone both `python -m attuned_store` and the entry point run the command."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)  # noqa: S202 - built by this test
+    (points,) = tmp_path.glob("*.dist-info/entry_points.txt")
+    assert "attuned-store = attuned_store.cli:main" in points.read_text()
+    called = "import sys; from attuned_store.cli import main; sys.exit(main())"
+    for words in (["-m", "attuned_store"], ["-m", "attuned_store.cli"], ["-c", called]):
+        done = subprocess.run(
+            [sys.executable, *words, "--version"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.stdout, done.stderr) == (f"attuned-store {attuned_store.__version__}\n", "")
 
 
 def test_wheel_says_what_the_file_says(wheel: Path) -> None:
@@ -119,7 +140,8 @@ def test_sdist_holds_what_the_tests_need(sdist: Path) -> None:
         ".ci/run",
     }
     assert wanted <= present
-    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("*.py")} <= present
+    for folder in ("tests", "src/attuned/cli"):
+        assert {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).glob("*.py")} <= present
 
 
 def test_wheel_of_the_sdist_is_the_wheel_of_the_checkout(sdist: Path, wheel: Path, tmp_path: Path) -> None:

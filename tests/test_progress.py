@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from command import PACKAGE, environment
 from conformance import Awaited, content, needs, state
 
 import attuned_store
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.once
 
 STATES = [state(f"user-{number}") for number in range(1_000)]
+posix = pytest.mark.skipif(os.name != "posix", reason="needs terminals of POSIX")
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -69,72 +72,66 @@ async def test_long_operations_tell_how_far_they_are(open_store: Open, tmp_path:
     copied.check(1_000, None)
 
 
-class Screen(io.StringIO):
-    """A terminal that remembers what was written to it."""
+SHOWN = f"""
+import sys, time
+if sys.argv[1] == "plain":
+    sys.modules["rich"] = None
+from {PACKAGE}.showing import Progress
+with Progress("importing") as progress:
+    progress.count(500, int(sys.argv[2]) or None)
+    time.sleep(2.5)
+print("end", file=sys.stderr)
+"""
 
-    encoding = "utf-8"
 
-    def isatty(self) -> bool:
-        return True
+def shown(form: str, total: int, **variables: str) -> str:
+    """What a terminal gets to see of a progress that lasts longer than a second."""
+    import pty
 
-
-@pytest.fixture
-def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
-    screen = Screen()
+    master, slave = pty.openpty()
+    env = environment(TERM="xterm-256color", COLUMNS="80", **variables)
     for variable in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "COLORTERM"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("TERM", "xterm-256color")
-    return screen
+        env.pop(variable, None)
+    words = [sys.executable, "-c", SHOWN, form, str(total)]
+    with subprocess.Popen(words, stdin=slave, stdout=slave, stderr=slave, env=env) as child:
+        os.close(slave)
+        seen = b""
+        with contextlib.suppress(OSError):  # the other end is closed
+            while data := os.read(master, 4096):
+                seen += data
+        os.close(master)
+    assert child.returncode == 0
+    return seen.decode()
 
 
-def ticking(screen: Screen, *, done: int, total: int | None, ticks: int = 1) -> list[str]:
-    """The lines that a progress line writes in so many seconds, without waiting for them."""
-    line = attuned_store._ProgressLine("importing")
-    waits = iter([False] * ticks + [True])
-    line._end.wait = lambda timeout=None: next(waits)
-    line.count(done, total)
-    with contextlib.redirect_stderr(screen):
-        line._tick()
-    return screen.getvalue().split("\r")[1:]
-
-
+@posix
 @needs("rich")
-def test_a_terminal_shows_a_bar(screen: Screen) -> None:
-    """On a terminal, where rich is installed and the end is known, the command shows a bar."""
-    line, wiped, end = ticking(screen, done=500, total=1_000)
-
-    plain = CONTROL.sub("", line)
-    assert re.fullmatch(r"importing \S{12}.{12} 500 of 1,000, \d+ s *", plain)
-    assert (len(plain), len(wiped)) == (69, 70)
-    assert (wiped.strip(), end) == ("", "")
-    assert CONTROL.search(line)
+def test_a_terminal_shows_a_bar() -> None:
+    """On a terminal, where rich is installed and the end is known, the command shows a bar, and wipes it."""
+    seen = shown("rich", 1_000)
+    drawn = [CONTROL.sub("", line) for line in seen.split("\r")]
+    assert any(re.fullmatch(r"importing ━{12}.━{11} 500 of 1,000, \d s", line) for line in drawn), drawn
+    assert re.search(r"\x1b\[2K\r?end", seen), seen
 
 
+@posix
 @needs("rich")
-def test_a_bar_is_of_plain_characters_where_there_are_no_others(screen: Screen) -> None:
+def test_a_bar_is_of_plain_characters_where_there_are_no_others() -> None:
     """A terminal of ASCII gets a bar of ASCII."""
-    screen.encoding = "ascii"
-
-    line, *_ = ticking(screen, done=500, total=1_000)
-
-    assert line.isascii()
-    assert "500 of 1,000" in line
+    seen = shown("rich", 1_000, PYTHONIOENCODING="ascii")
+    assert seen.isascii()
+    assert re.search(r"-{12}.*500 of 1,000", seen)
 
 
+@posix
 @pytest.mark.parametrize(
-    ("total", "shown"), [(1_000, "importing 500 of 1,000, 0 s"), (None, "importing 500, 0 s")]
+    ("total", "line"), [(1_000, "importing: 500 of 1,000, 1 s"), (0, "importing: 500, 1 s")]
 )
-def test_without_rich_it_is_a_plain_line(
-    screen: Screen, monkeypatch: pytest.MonkeyPatch, total: int | None, shown: str
-) -> None:
-    """Without rich, or where the end is unknown, the line tells the numbers alone."""
-    if total is not None:
-        monkeypatch.setitem(sys.modules, "rich.console", None)
-
-    line, wiped, _ = ticking(screen, done=500, total=total)
-
-    assert line.rstrip() == shown
-    assert (len(line), len(wiped)) == (69, 70)
+def test_without_rich_it_is_a_plain_line(total: int, line: str) -> None:
+    """Without rich the line tells the numbers alone, and is wiped away."""
+    lines = shown("plain", total).split("\r")
+    assert lines[1] == line.ljust(69)  # the first is empty
+    assert lines[-3:] == [" " * 70, "end", "\n"]
 
 
 def test_an_error_of_the_callable_is_the_callers(tmp_path: Path) -> None:

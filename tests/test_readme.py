@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import attrs
 import pytest
+from command import main
 from conformance import loopback
 from packaging.requirements import Requirement
 
@@ -200,7 +201,7 @@ def run_command(line: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
         for setting in words[:start]:
             patch.setenv(*setting.split("=", 1))
         with contextlib.redirect_stderr(output):
-            status = attuned_store.main(words[start + 1 :])
+            status = main(words[start + 1 :])
     return status, output.getvalue()
 
 
@@ -286,7 +287,7 @@ def test_command_to_try_succeeds_once_installed(monkeypatch: pytest.MonkeyPatch)
 
 def test_every_command_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     """The section on the command line names every command that there is."""
-    assert attuned_store.main(["--help"]) == 0
+    assert main(["--help"]) == 0
     commands = re.findall(r"^    ([a-z]+) ", capsys.readouterr().out, re.MULTILINE)
     assert len(commands) >= 12
     missing = [name for name in commands if not re.search(rf"(`|mood ){name}\b", section("The command line"))]
