@@ -35,6 +35,7 @@ from attuned.base.errors import (
     ValidationError,
     one_line,
     plural,
+    printable,
     unknown_user_error,
 )
 from attuned.base.values import (
@@ -1090,7 +1091,14 @@ def _command_snapshots(args: argparse.Namespace) -> int:
             _say(json.dumps(report.to_dict()))
         return 0
 
-    rows = [(str(report.snapshot_name), str(report.kind), f"{report.bytes:,}") for report in reports]
+    rows = [
+        (
+            printable(report.snapshot_name),
+            str(report.kind),
+            report.message if report.bytes is None else f"{report.bytes:,}",
+        )
+        for report in reports
+    ]
     _say(_aligned([("snapshot", "kind", "bytes"), *rows]) if rows else "no snapshots")
     return 0
 
