@@ -2650,9 +2650,9 @@ class GzipReader:
         return self._take_ready(size)
 
     def take_lines(self, least: int) -> bytes:
-        """The next whole lines, of at least so many bytes; at the end what there is, if only half a line."""
-        while (end := self._ready.rfind(b"\n") + 1) < least and not self._gzip.eof:
-            if len(self._ready) - end > _MAX_LINE_BYTES:
+        """The next lines, as many as make so many bytes; at the end what there is, if only half a line."""
+        while not (end := self._ready.find(b"\n", least - 1) + 1) and not self._gzip.eof:
+            if len(self._ready) > least + _MAX_LINE_BYTES:
                 raise SnapshotError(f"a line is longer than {_MAX_LINE_BYTES:,} bytes")
             self._decompress_more()
         return self._take_ready(end or len(self._ready))
@@ -2677,7 +2677,7 @@ class GzipReader:
         return self._packed
 
     def finish(self) -> tuple[str, bytes]:
-        """Check that all was taken; returns the SHA-256 of the member, and what is behind it, up to 64 KiB."""
+        """Check that all was taken; returns the SHA-256 of the member, and what follows, up to 64 KiB."""
         while not self._ready and not self._gzip.eof:
             self._decompress_more()
         if self._ready:
@@ -2704,25 +2704,23 @@ class ArchiveReader:
     def __init__(self, unpacked: GzipReader) -> None:
         self._unpacked = unpacked
         self._lines_digest = hashlib.sha256()
-        header, _, self._first = self._take_lines(1).partition(b"\n")
-        self.contents = _parse_header(header)
+        self.contents = _parse_header(self._take_lines(1))
         self.axes = self.contents.axes
         self.sha256 = ""  # known at the end
 
     def _take_lines(self, least: int) -> bytes:
-        block = self._unpacked.take_lines(least)
-        self._lines_digest.update(block)
-        return block
+        lines = self._unpacked.take_lines(least)
+        self._lines_digest.update(lines)
+        return lines
 
     def states(self) -> Iterator[list[StateSnapshot]]:
         """All states, so many at a time as stand in a block of lines."""
-        counted, block = StateCounter(), self._first or self._take_lines(self._unpacked.block_bytes)
-        while block:
-            states = parse_states(block, 2 + counted.states)
+        counted = StateCounter()
+        while lines := self._take_lines(self._unpacked.block_bytes):
+            states = parse_states(lines, 2 + counted.states)
             counted.add(states)
             counted.check_axes(self.axes)
             yield states
-            block = self._take_lines(self._unpacked.block_bytes)
         counted.check_users()
         gzip_sha256, rest = self._unpacked.finish()
         footer, counts = _parse_footer(rest)
@@ -2786,7 +2784,7 @@ def check_same(what: str, found: Mapping[str, Any], read: Mapping[str, Any]) -> 
 
 def parse_collection(fields: Mapping[str, Any]) -> dict[str, Any]:
     """What a header or footer says of its only collection."""
-    found: Any = fields.get("collections")
+    found = cast("list[Any] | None", fields.get("collections"))
     if not isinstance(found, list) or len(found) != 1 or not isinstance(found[0], dict):
         raise SnapshotError(f"collections: one is read, got {brief(found)}")
     return cast("dict[str, Any]", found[0])
@@ -2799,9 +2797,9 @@ def parse_contents(fields: Mapping[str, Any], collection: Mapping[str, Any]) -> 
         raise SnapshotError(f"it holds a collection of the kind {brief(kind)}: upgrade attuned-store")
     try:
         created_at = datetime.fromisoformat(cast("str", fields.get("created_at")))
-        if created_at.tzinfo is None:
-            raise ValidationError("created_at: a time with its zone is needed")
-        axes = check_axis_names(collection.get("axes")) or ()
+        axes = check_axis_names(collection.get("axes"))
+        if created_at.tzinfo is None or axes is None:
+            raise ValidationError("created_at with its time zone and axes are needed")
         created_at = created_at.astimezone(UTC)
     except (TypeError, ValueError, OverflowError) as error:
         raise SnapshotError(f"its header: {one_line(str(error))}") from error
@@ -3396,7 +3394,6 @@ class CountsEach(ABC):
 TAR_BLOCK = 512  # bytes, of tar
 _MANIFEST = "manifest.json"
 _MAX_MEMBER_BYTES = 1 << 20
-_MANIFEST_BYTES_PER_PART = 512  # at most, and as much as a part may have besides
 _SEAL_HEAD = b"\x1f\x8b\x08\x04\x00\x00\x00\x00\x00\xff\x24\x00AS\x20\x00"
 _SEAL_TAIL = b"\x03\x00" + bytes(8)
 _SEAL_BYTES = len(_SEAL_HEAD) + 32 + len(_SEAL_TAIL)
@@ -3407,7 +3404,7 @@ class LegacyReader:
 
     def __init__(self, unpacked: GzipReader) -> None:
         self._unpacked = unpacked
-        self._members = 0
+        self._members = self._bytes = 0
         self.contents: ArchiveContents | None = None  # known at the end
         self.axes: Iterable[str] = ()  # that occurred until now; at the end those of the store
         self.sha256 = ""
@@ -3420,13 +3417,13 @@ class LegacyReader:
             states = parse_states(member[1], 1 + counted.states)
             counted.add(states)
             yield states
+        counted.check_users()
         manifest = parse_object(member[1], _MANIFEST)
         check_same(_MANIFEST, manifest, {"format_version": 1})
         collection = parse_collection(manifest)
         check_same(_MANIFEST, collection, {"users": counted.users, "snapshots": counted.states})
         contents = parse_contents(manifest, collection)
         counted.check_axes(contents.axes)
-        counted.check_users()
         self._unpacked.take(2 * TAR_BLOCK)
         sha256, rest = self._unpacked.finish()
         if rest != _SEAL_HEAD + bytes.fromhex(sha256) + _SEAL_TAIL:
@@ -3444,12 +3441,12 @@ class LegacyReader:
         expected = (f"snapshots-{self._members:05d}.jsonl", _MANIFEST)
         if header.type != tarfile.REGTYPE or header.name not in expected:
             raise SnapshotError(f"{brief(header.name)} is not {expected[0]}")
-        most = _MAX_MEMBER_BYTES
-        if header.name == _MANIFEST:
-            most += _MANIFEST_BYTES_PER_PART * self._members
+        # The manifest has some 200 bytes for each member, which all have 256 KiB but the last.
+        most = _MAX_MEMBER_BYTES + (self._bytes // 1024 if header.name == _MANIFEST else 0)
         if not 0 <= header.size <= most:
             raise SnapshotError(f"{header.name} would be {header.size} bytes; none is so large")
         self._members += 1
+        self._bytes += header.size
         data = self._unpacked.take(header.size)
         self._unpacked.take(-header.size % TAR_BLOCK)
         return header.name, data
@@ -4896,7 +4893,7 @@ class SnapshotFile:
     def header(self) -> ArchiveContents | None:
         """What a portable snapshot says of itself in its header and footer; what is between is not read.
 
-        None for a native one, and for one of version 0.1. Raises SnapshotError where either is damaged.
+        None for a native one and one of version 0.1. Raises SnapshotError where either is damaged.
         """
         with self._errors(), self._opened() as file:
             if self.kind == "native":
@@ -4951,7 +4948,7 @@ class SnapshotFile:
         check_choice("mode", mode, ("replace", "merge", "skip"))
         if self.kind == "native" and not native:
             raise SnapshotError(
-                f"{printable(self.path)}: is no portable snapshot; a native one is restored by a Qdrant server"
+                f"{printable(self.path)}: is no portable snapshot; a Qdrant server restores native ones"
             )
         if self.kind == "native" and mode != "replace":
             raise ValidationError(f'mode: a native snapshot can only "replace", not {mode}')

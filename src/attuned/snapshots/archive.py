@@ -239,9 +239,9 @@ class GzipReader:
         return self._take_ready(size)
 
     def take_lines(self, least: int) -> bytes:
-        """The next whole lines, of at least so many bytes; at the end what there is, if only half a line."""
-        while (end := self._ready.rfind(b"\n") + 1) < least and not self._gzip.eof:
-            if len(self._ready) - end > _MAX_LINE_BYTES:
+        """The next lines, as many as make so many bytes; at the end what there is, if only half a line."""
+        while not (end := self._ready.find(b"\n", least - 1) + 1) and not self._gzip.eof:
+            if len(self._ready) > least + _MAX_LINE_BYTES:
                 raise SnapshotError(f"a line is longer than {_MAX_LINE_BYTES:,} bytes")
             self._decompress_more()
         return self._take_ready(end or len(self._ready))
@@ -266,7 +266,7 @@ class GzipReader:
         return self._packed
 
     def finish(self) -> tuple[str, bytes]:
-        """Check that all was taken; returns the SHA-256 of the member, and what is behind it, up to 64 KiB."""
+        """Check that all was taken; returns the SHA-256 of the member, and what follows, up to 64 KiB."""
         while not self._ready and not self._gzip.eof:
             self._decompress_more()
         if self._ready:
@@ -293,25 +293,23 @@ class ArchiveReader:
     def __init__(self, unpacked: GzipReader) -> None:
         self._unpacked = unpacked
         self._lines_digest = hashlib.sha256()
-        header, _, self._first = self._take_lines(1).partition(b"\n")
-        self.contents = _parse_header(header)
+        self.contents = _parse_header(self._take_lines(1))
         self.axes = self.contents.axes
         self.sha256 = ""  # known at the end
 
     def _take_lines(self, least: int) -> bytes:
-        block = self._unpacked.take_lines(least)
-        self._lines_digest.update(block)
-        return block
+        lines = self._unpacked.take_lines(least)
+        self._lines_digest.update(lines)
+        return lines
 
     def states(self) -> Iterator[list[StateSnapshot]]:
         """All states, so many at a time as stand in a block of lines."""
-        counted, block = StateCounter(), self._first or self._take_lines(self._unpacked.block_bytes)
-        while block:
-            states = parse_states(block, 2 + counted.states)
+        counted = StateCounter()
+        while lines := self._take_lines(self._unpacked.block_bytes):
+            states = parse_states(lines, 2 + counted.states)
             counted.add(states)
             counted.check_axes(self.axes)
             yield states
-            block = self._take_lines(self._unpacked.block_bytes)
         counted.check_users()
         gzip_sha256, rest = self._unpacked.finish()
         footer, counts = _parse_footer(rest)
@@ -375,7 +373,7 @@ def check_same(what: str, found: Mapping[str, Any], read: Mapping[str, Any]) -> 
 
 def parse_collection(fields: Mapping[str, Any]) -> dict[str, Any]:
     """What a header or footer says of its only collection."""
-    found: Any = fields.get("collections")
+    found = cast("list[Any] | None", fields.get("collections"))
     if not isinstance(found, list) or len(found) != 1 or not isinstance(found[0], dict):
         raise SnapshotError(f"collections: one is read, got {brief(found)}")
     return cast("dict[str, Any]", found[0])
@@ -388,9 +386,9 @@ def parse_contents(fields: Mapping[str, Any], collection: Mapping[str, Any]) -> 
         raise SnapshotError(f"it holds a collection of the kind {brief(kind)}: upgrade attuned-store")
     try:
         created_at = datetime.fromisoformat(cast("str", fields.get("created_at")))
-        if created_at.tzinfo is None:
-            raise ValidationError("created_at: a time with its zone is needed")
-        axes = check_axis_names(collection.get("axes")) or ()
+        axes = check_axis_names(collection.get("axes"))
+        if created_at.tzinfo is None or axes is None:
+            raise ValidationError("created_at with its time zone and axes are needed")
         created_at = created_at.astimezone(UTC)
     except (TypeError, ValueError, OverflowError) as error:
         raise SnapshotError(f"its header: {one_line(str(error))}") from error

@@ -456,7 +456,7 @@ class SnapshotFile:
     def header(self) -> ArchiveContents | None:
         """What a portable snapshot says of itself in its header and footer; what is between is not read.
 
-        None for a native one, and for one of version 0.1. Raises SnapshotError where either is damaged.
+        None for a native one and one of version 0.1. Raises SnapshotError where either is damaged.
         """
         with self._errors(), self._opened() as file:
             if self.kind == "native":
@@ -511,7 +511,7 @@ class SnapshotFile:
         check_choice("mode", mode, ("replace", "merge", "skip"))
         if self.kind == "native" and not native:
             raise SnapshotError(
-                f"{printable(self.path)}: is no portable snapshot; a native one is restored by a Qdrant server"
+                f"{printable(self.path)}: is no portable snapshot; a Qdrant server restores native ones"
             )
         if self.kind == "native" and mode != "replace":
             raise ValidationError(f'mode: a native snapshot can only "replace", not {mode}')

@@ -27,7 +27,6 @@ from attuned.snapshots.archive import (
 TAR_BLOCK = 512  # bytes, of tar
 _MANIFEST = "manifest.json"
 _MAX_MEMBER_BYTES = 1 << 20
-_MANIFEST_BYTES_PER_PART = 512  # at most, and as much as a part may have besides
 _SEAL_HEAD = b"\x1f\x8b\x08\x04\x00\x00\x00\x00\x00\xff\x24\x00AS\x20\x00"
 _SEAL_TAIL = b"\x03\x00" + bytes(8)
 _SEAL_BYTES = len(_SEAL_HEAD) + 32 + len(_SEAL_TAIL)
@@ -38,7 +37,7 @@ class LegacyReader:
 
     def __init__(self, unpacked: GzipReader) -> None:
         self._unpacked = unpacked
-        self._members = 0
+        self._members = self._bytes = 0
         self.contents: ArchiveContents | None = None  # known at the end
         self.axes: Iterable[str] = ()  # that occurred until now; at the end those of the store
         self.sha256 = ""
@@ -51,13 +50,13 @@ class LegacyReader:
             states = parse_states(member[1], 1 + counted.states)
             counted.add(states)
             yield states
+        counted.check_users()
         manifest = parse_object(member[1], _MANIFEST)
         check_same(_MANIFEST, manifest, {"format_version": 1})
         collection = parse_collection(manifest)
         check_same(_MANIFEST, collection, {"users": counted.users, "snapshots": counted.states})
         contents = parse_contents(manifest, collection)
         counted.check_axes(contents.axes)
-        counted.check_users()
         self._unpacked.take(2 * TAR_BLOCK)
         sha256, rest = self._unpacked.finish()
         if rest != _SEAL_HEAD + bytes.fromhex(sha256) + _SEAL_TAIL:
@@ -75,12 +74,12 @@ class LegacyReader:
         expected = (f"snapshots-{self._members:05d}.jsonl", _MANIFEST)
         if header.type != tarfile.REGTYPE or header.name not in expected:
             raise SnapshotError(f"{brief(header.name)} is not {expected[0]}")
-        most = _MAX_MEMBER_BYTES
-        if header.name == _MANIFEST:
-            most += _MANIFEST_BYTES_PER_PART * self._members
+        # The manifest has some 200 bytes for each member, which all have 256 KiB but the last.
+        most = _MAX_MEMBER_BYTES + (self._bytes // 1024 if header.name == _MANIFEST else 0)
         if not 0 <= header.size <= most:
             raise SnapshotError(f"{header.name} would be {header.size} bytes; none is so large")
         self._members += 1
+        self._bytes += header.size
         data = self._unpacked.take(header.size)
         self._unpacked.take(-header.size % TAR_BLOCK)
         return header.name, data
