@@ -95,7 +95,7 @@ def test_snapshots_of_version_0_1_are_listed(tmp_path: Path) -> None:
 def test_a_snapshot_of_version_0_1_of_other_axes_is_refused() -> None:
     """Axes that the store does not have are SnapshotError, and nothing is changed."""
     store = MemoryStore()
-    store.upsert_latest(StateSnapshot("zoe"))
+    store.upsert_latest(StateSnapshot("zoe", {}))
     with pytest.raises(SnapshotError, match="other axes than the store: arousal, valence"):
         store.restore_snapshot(PARTS)
     assert list(store.users()) == ["zoe"]

@@ -146,7 +146,9 @@ class Points:
 
     def _found(self, where: Filter) -> Iterator[Record]:
         return (
-            Record(point.id, point.payload) for point in self.points.values() if matches(point.payload, where)
+            Record(point.id, point.payload)
+            for point in self.points.values()
+            if matches(point.payload, where)
         )
 
     async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[Record]:
