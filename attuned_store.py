@@ -2475,7 +2475,7 @@ GZIP_MAGIC = b"\x1f\x8b"
 _FOOTER_HEAD = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff\x01"  # of gzip; then that of a last, stored block
 _FOOTER_START = len(_FOOTER_HEAD) + 4
 _FOOTER_FRAME = _FOOTER_START + 8
-_MAX_FOOTER_BYTES = (1 << 16) - 1  # what one stored block holds
+_MAX_FOOTER_BYTES = READ_BYTES - _FOOTER_FRAME  # one stored block holds little more
 _STATE_FIELDS = frozenset(field.name for field in attrs.fields(StateSnapshot))
 
 _quoted: Callable[[str], str] = json.encoder.encode_basestring_ascii
@@ -2612,11 +2612,8 @@ class ArchiveWriter:
         self.counted.check_axes(self.contents.axes)
         self._compress_lines()
         self._write(self._gzip.flush())
-        counts = {
-            "name": self.contents.collection,
-            "users": self.counted.users,
-            "states": self.counted.states,
-        }
+        name, counted = self.contents.collection, self.counted
+        counts = {"name": name, "users": counted.users, "states": counted.states}
         digests = {"sha256": self._lines_digest.hexdigest(), "gzip_sha256": self._digest.hexdigest()}
         footer = _compact({"footer": {"collections": [counts], **digests}}) + "\n"
         self._write(_footer_member(footer.encode()))
@@ -2751,7 +2748,9 @@ def _parse_header(line: bytes) -> ArchiveContents:
         raise SnapshotError("it is no portable snapshot of attuned_store")
     version = fields.get("version")
     if isinstance(version, int) and version > _VERSION:
-        raise SnapshotError(f"it has format {version}; up to {_VERSION} is read: upgrade attuned-store")
+        raise SnapshotError(
+            f"it has format {brief(version)}; up to {_VERSION} is read: upgrade attuned-store"
+        )
     check_same("its header", fields, {"version": _VERSION})
     return parse_contents(fields, parse_collection(fields))
 
@@ -4569,11 +4568,6 @@ SNAPSHOT_NAME = re.compile(r"(\d{8}T\d{6}\.\d{3}Z)-(.+)\.(snap|attuned)")
 _KINDS: dict[str, SnapshotKind] = {suffix: kind for kind, suffix in SNAPSHOT_SUFFIXES.items()}
 
 
-def time_stamp(time_ms: int) -> str:
-    """A time as it stands in names: 20260117T120000.123Z."""
-    return iso_time(time_ms).replace("-", "").replace(":", "")
-
-
 def _time_in_name(path: Path) -> datetime | None:
     """When a snapshot was taken, by the name of its file; None where that tells no time."""
     named = SNAPSHOT_NAME.fullmatch(path.name)
@@ -4586,7 +4580,9 @@ def _time_in_name(path: Path) -> datetime | None:
 def _snapshot_names(time_ms: int, collection: str, kind: SnapshotKind) -> Iterator[str]:
     """The name of a snapshot, and those of the milliseconds that follow, should it be taken."""
     named = urlquote(collection, safe="", errors="replace")  # a server's own may be anything
-    return (f"{time_stamp(moment)}-{named}{SNAPSHOT_SUFFIXES[kind]}" for moment in itertools.count(time_ms))
+    for moment in itertools.count(time_ms):
+        stamp = iso_time(moment).replace("-", "").replace(":", "")
+        yield f"{stamp}-{named}{SNAPSHOT_SUFFIXES[kind]}"
 
 
 def absolute_path(path: str | os.PathLike[str]) -> Path:
@@ -4921,7 +4917,7 @@ class SnapshotFile:
         with self._errors(), self._opened() as file:
             unpacked = GzipReader(file)
             reader = (ArchiveReader if unpacked.starts_with(b"{") else LegacyReader)(unpacked)
-            for states in itertools.chain(reader.states(), [[]]):
+            for states in itertools.chain(reader.states(), [[]]):  # version 0.1 names its axes at the end
                 strange = sorted(set(reader.axes).difference(reader.axes if axes is None else axes))
                 if strange:
                     raise SnapshotError(
@@ -5007,8 +5003,11 @@ def describe_snapshot(path: Path) -> SnapshotReport | None:
 def _check_native(file: IO[bytes], checksum: Path) -> str:
     """Walk through the tar that a native snapshot is, and compare its SHA-256 with the one kept beside it."""
     sha256 = hashlib.file_digest(cast("Any", file), "sha256").hexdigest()
+    total = file.tell()
     file.seek(0)
     while (size := _member_size(file)) is not None:
+        if not 0 <= size < total:
+            raise SnapshotError("is cut short, or damaged")
         file.seek(size + -size % TAR_BLOCK, os.SEEK_CUR)
     with contextlib.suppress(FileNotFoundError):
         kept = checksum.read_text(encoding="utf-8", errors="replace").split(maxsplit=1)

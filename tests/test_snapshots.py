@@ -521,6 +521,59 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pyte
         check_refused(path, "cannot be read: Input/output error")
 
 
+def test_a_footer_may_be_large_but_not_larger(tmp_path: Path) -> None:
+    """A footer of as many bytes as are read is a good one, in verifying and in the list; of one more not."""
+    path = tmp_path / "20260117T120000.000Z-a.attuned"
+    room = (1 << 16) - len(stored(HONEST.encode())) - len(', "more": ""')
+
+    path.write_bytes(archive(ONE, more="x" * room))
+    assert verify_snapshot(path).points == 1
+    assert [report.points for report in list_snapshots(tmp_path)] == [1]
+    path.write_bytes(archive(ONE, more="x" * (room + 1)))
+    check_refused(path, "own footer")
+    assert [report.status for report in list_snapshots(tmp_path)] == ["failed"]
+
+
+@pytest.mark.parametrize("size", [-1, -512, -1024, 1 << 40, 1 << 63, 1 << 80])
+def test_a_native_snapshot_with_an_absurd_size_is_refused(size: int, tmp_path: Path) -> None:
+    """A member that claims to be larger than the file, or smaller than nothing, is SnapshotError at once."""
+    header = tarfile.TarInfo("a")
+    header.size = size
+    path = tmp_path / "a.snap"
+    path.write_bytes(tarfile.TarInfo("b").tobuf() * 2 + header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+
+    with pytest.raises(SnapshotError, match="cut short, or damaged"):
+        verify_snapshot(path)
+
+
+def test_what_could_not_be_restored_is_not_written(tmp_path: Path) -> None:
+    """A store that gives a user at two places, or out of order, has no snapshot rather than a bad one."""
+
+    class Confused(MemoryStore):
+        """A store whose pages are wrong."""
+
+        pages: tuple[list[StateSnapshot], ...] = ()
+
+        def _page_of_states(self, cursor: Any) -> Any:
+            number = cursor or 0
+            return self.pages[number], number + 1 if number + 1 < len(self.pages) else None
+
+    store = Confused()
+    ann, bob, later = state("ann", 1), state("bob", 1), state("ann", 2)
+    for pages, said in (
+        (([ann], [bob], [later]), "stand together"),
+        (([later, ann],), "order"),
+        (([ann], [ann]), "order"),
+        (([state("ann", axes={"valence": 1})],), "valence"),
+    ):
+        store.pages = pages
+        with pytest.raises(SnapshotError, match=said):
+            store.create_snapshot(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+    store.pages = ([ann], [later], [bob])
+    assert store.create_snapshot(tmp_path, keep=1).users == 2
+
+
 def test_another_file_is_said_to_be_no_snapshot(tmp_path: Path) -> None:
     """A file of another kind is not mistaken for a damaged snapshot of a server."""
     (tmp_path / "notes.txt").write_text("hello")

@@ -1,32 +1,14 @@
 """The format of portable snapshots: write, read, verify.
 
 A portable snapshot is gzipped JSON lines, which ``zcat FILE | jq`` reads: a header, then one state a line, then
-a footer (each on one line; broken here)::
+a footer. Each is one line; here they are broken.
 
-    {
-        "header": {
-            "format": "attuned_store",
-            "version": 2,
-            "engine": "edge",
-            "created_at": "2026-01-17T12:00:00.123Z",
-            "collections": [{"name": "attuned_state", "kind": "states", "axes": ["warmth", "formality"]}],
-        }
-    }
-    {
-        "user_id": "ada",
-        "axes": {"warmth": 0.8},
-        "updated_at_unix_ms": 1768651200123,
-        "source": "self_report",
-        "confidence": 1.0,
-        "schema_version": 1,
-    }
-    {
-        "footer": {
-            "collections": [{"name": "attuned_state", "users": 1, "states": 1}],
-            "sha256": "(of all lines before)",
-            "gzip_sha256": "(of all bytes of the file before this gzip member)",
-        }
-    }
+    {"header":{"format":"attuned_store","version":2,"engine":"edge","created_at":"2026-01-17T12:00:00.123Z",
+        "collections":[{"name":"attuned_state","kind":"states","axes":["warmth","formality"]}]}}
+    {"user_id":"ada","axes":{"warmth":0.8},"updated_at_unix_ms":1768651200123,"source":"self_report",
+        "confidence":1.0,"schema_version":1}
+    {"footer":{"collections":[{"name":"attuned_state","users":1,"states":1}],
+        "sha256":"<of all lines before>","gzip_sha256":"<of all bytes of the file before this gzip member>"}}
 
 The states of a user stand together, each newer than the one before. What else a header or a footer has is
 ignored; another "kind" of collection, or a higher "version", is for a newer library. A line ends with a
@@ -64,7 +46,7 @@ GZIP_MAGIC = b"\x1f\x8b"
 _FOOTER_HEAD = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff\x01"  # of gzip; then that of a last, stored block
 _FOOTER_START = len(_FOOTER_HEAD) + 4
 _FOOTER_FRAME = _FOOTER_START + 8
-_MAX_FOOTER_BYTES = (1 << 16) - 1  # what one stored block holds
+_MAX_FOOTER_BYTES = READ_BYTES - _FOOTER_FRAME  # one stored block holds little more
 _STATE_FIELDS = frozenset(field.name for field in attrs.fields(StateSnapshot))
 
 _quoted: Callable[[str], str] = json.encoder.encode_basestring_ascii
@@ -201,11 +183,8 @@ class ArchiveWriter:
         self.counted.check_axes(self.contents.axes)
         self._compress_lines()
         self._write(self._gzip.flush())
-        counts = {
-            "name": self.contents.collection,
-            "users": self.counted.users,
-            "states": self.counted.states,
-        }
+        name, counted = self.contents.collection, self.counted
+        counts = {"name": name, "users": counted.users, "states": counted.states}
         digests = {"sha256": self._lines_digest.hexdigest(), "gzip_sha256": self._digest.hexdigest()}
         footer = _compact({"footer": {"collections": [counts], **digests}}) + "\n"
         self._write(_footer_member(footer.encode()))
@@ -340,7 +319,9 @@ def _parse_header(line: bytes) -> ArchiveContents:
         raise SnapshotError("it is no portable snapshot of attuned_store")
     version = fields.get("version")
     if isinstance(version, int) and version > _VERSION:
-        raise SnapshotError(f"it has format {version}; up to {_VERSION} is read: upgrade attuned-store")
+        raise SnapshotError(
+            f"it has format {brief(version)}; up to {_VERSION} is read: upgrade attuned-store"
+        )
     check_same("its header", fields, {"version": _VERSION})
     return parse_contents(fields, parse_collection(fields))
 

@@ -132,11 +132,6 @@ SNAPSHOT_NAME = re.compile(r"(\d{8}T\d{6}\.\d{3}Z)-(.+)\.(snap|attuned)")
 _KINDS: dict[str, SnapshotKind] = {suffix: kind for kind, suffix in SNAPSHOT_SUFFIXES.items()}
 
 
-def time_stamp(time_ms: int) -> str:
-    """A time as it stands in names: 20260117T120000.123Z."""
-    return iso_time(time_ms).replace("-", "").replace(":", "")
-
-
 def _time_in_name(path: Path) -> datetime | None:
     """When a snapshot was taken, by the name of its file; None where that tells no time."""
     named = SNAPSHOT_NAME.fullmatch(path.name)
@@ -149,7 +144,9 @@ def _time_in_name(path: Path) -> datetime | None:
 def _snapshot_names(time_ms: int, collection: str, kind: SnapshotKind) -> Iterator[str]:
     """The name of a snapshot, and those of the milliseconds that follow, should it be taken."""
     named = urlquote(collection, safe="", errors="replace")  # a server's own may be anything
-    return (f"{time_stamp(moment)}-{named}{SNAPSHOT_SUFFIXES[kind]}" for moment in itertools.count(time_ms))
+    for moment in itertools.count(time_ms):
+        stamp = iso_time(moment).replace("-", "").replace(":", "")
+        yield f"{stamp}-{named}{SNAPSHOT_SUFFIXES[kind]}"
 
 
 def absolute_path(path: str | os.PathLike[str]) -> Path:
@@ -484,7 +481,7 @@ class SnapshotFile:
         with self._errors(), self._opened() as file:
             unpacked = GzipReader(file)
             reader = (ArchiveReader if unpacked.starts_with(b"{") else LegacyReader)(unpacked)
-            for states in itertools.chain(reader.states(), [[]]):
+            for states in itertools.chain(reader.states(), [[]]):  # version 0.1 names its axes at the end
                 strange = sorted(set(reader.axes).difference(reader.axes if axes is None else axes))
                 if strange:
                     raise SnapshotError(
@@ -570,8 +567,11 @@ def describe_snapshot(path: Path) -> SnapshotReport | None:
 def _check_native(file: IO[bytes], checksum: Path) -> str:
     """Walk through the tar that a native snapshot is, and compare its SHA-256 with the one kept beside it."""
     sha256 = hashlib.file_digest(cast("Any", file), "sha256").hexdigest()
+    total = file.tell()
     file.seek(0)
     while (size := _member_size(file)) is not None:
+        if not 0 <= size < total:
+            raise SnapshotError("is cut short, or damaged")
         file.seek(size + -size % TAR_BLOCK, os.SEEK_CUR)
     with contextlib.suppress(FileNotFoundError):
         kept = checksum.read_text(encoding="utf-8", errors="replace").split(maxsplit=1)
