@@ -392,11 +392,11 @@ class NativeSnapshotWriter(SnapshotWriter):
         sha256 = self._digest.hexdigest()
         if self._size == 0:
             raise SnapshotError(f"{origin.target}: the snapshot is empty")
-        for what, found, said in (("", self._size, offered.size), ("SHA-256 ", sha256, offered.sha256)):
-            if said not in (None, found):
-                raise SnapshotError(
-                    f"{origin.target}: the snapshot has {what}{found}, the server said {said}"
-                )
+        if self._size != offered.size or offered.sha256 not in (None, sha256):
+            raise SnapshotError(
+                f"{origin.target}: the snapshot has {self._size} bytes and the SHA-256 {sha256}, "
+                f"the server said {offered.size} and {offered.sha256}"
+            )
         with self._errors():
             self._check_written(sha256)
             path = self._commit(origin.collection, sha256)
