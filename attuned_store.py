@@ -191,6 +191,14 @@ def one_line(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text).strip()
 
 
+def printable(text: object) -> str:
+    """A file's name for a message: what a terminal would obey, or not show, is written as escapes."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in str(text)
+    )
+
+
 def type_name(value: object) -> str:
     """The type of a wrong argument, which may be somebody's id, for an error message."""
     return type(value).__name__
@@ -972,9 +980,10 @@ class SnapshotReport:
 
     ``status`` is completed, failed or skipped; ``target`` the store (or, where there is none, the file);
     ``reason`` why it was taken; ``kind`` native, a Qdrant server's own, or portable; ``path`` the file and
-    ``snapshot_name`` its name; ``bytes`` and ``sha256`` of the file; ``points`` how many states it holds (a
+    ``snapshot_name`` its name; ``created_at`` when it was taken, UTC; ``axes`` of the store it was taken of;
+    ``bytes`` and ``sha256`` of the file; ``users`` and ``points`` how many users and states it holds (a
     native one: points, latest ones and history); ``duration_ms`` how long it took; ``message`` what there
-    is to say. None where unknown.
+    is to say. None where unknown: a native one does not tell its axes and users.
     """
 
     status: Literal["completed", "failed", "skipped"]
@@ -983,15 +992,23 @@ class SnapshotReport:
     kind: Literal["native", "portable"] | None = None
     path: Path | None = None
     snapshot_name: str | None = None
+    created_at: datetime | None = None
+    axes: tuple[str, ...] | None = None
     bytes: int | None = None
     sha256: str | None = None
+    users: int | None = None
     points: int | None = None
     duration_ms: float = 0.0
     message: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON types, ``path`` a string."""
-        return {**attrs.asdict(self), "path": None if self.path is None else str(self.path)}
+        """The fields as plain JSON types: ``path`` a string, ``created_at`` in ISO form, ``axes`` a list."""
+        return {
+            **attrs.asdict(self, recurse=False),
+            "path": None if self.path is None else str(self.path),
+            "created_at": None if self.created_at is None else iso_time(self.created_at),
+            "axes": None if self.axes is None else list(self.axes),
+        }
 
 
 class _Any(enum.Enum):
@@ -1010,9 +1027,10 @@ Expected = StateSnapshot | Literal[_Any.ANY] | None
 UNIX_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def iso_time(milliseconds: int) -> str:
-    """Write milliseconds since 1970 as ISO 8601 in UTC."""
-    moment = UNIX_EPOCH + timedelta(milliseconds=milliseconds)
+def iso_time(moment: int | datetime) -> str:
+    """Write milliseconds since 1970, or a datetime in UTC, as ISO 8601."""
+    if not isinstance(moment, datetime):
+        moment = UNIX_EPOCH + timedelta(milliseconds=moment)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
@@ -1997,54 +2015,45 @@ def id_for_logs(first: object) -> str | None:
 # ------------------------------------------------------------------------------------------------------------
 # attuned.snapshots.archive
 # The format of portable snapshots: write, read, verify.
+#
+# A portable snapshot is gzipped JSON lines, which ``zcat FILE | jq`` reads: a header, then one state a line, then
+# a footer. Each is one line; here they are broken.
+#
+#     {"header":{"format":"attuned_store","version":2,"engine":"edge","created_at":"2026-01-17T12:00:00.123Z",
+#         "collections":[{"name":"attuned_state","kind":"states","axes":["warmth","formality"]}]}}
+#     {"user_id":"ada","axes":{"warmth":0.8},"updated_at_unix_ms":1768651200123,"source":"self_report",
+#         "confidence":1.0,"schema_version":1}
+#     {"footer":{"collections":[{"name":"attuned_state","users":1,"states":1}],
+#         "sha256":"<of all lines before>","gzip_sha256":"<of all bytes of the file before this gzip member>"}}
+#
+# The states of a user stand together, each newer than the one before. What else a header or a footer has is
+# ignored; another "kind" of collection, or a higher "version", is for a newer library. A line ends with a
+# newline and has at most 1 MiB, a footer 64 KiB. All is UTF-8; this library writes ASCII alone.
+#
+# The file is two members of gzip. The first holds the header and the states. The second holds the footer and
+# is one certain sequence of bytes: a header without a time, and one stored block. So the footer is found from
+# the end of the file without reading the rest (the last four bytes are the size of its line), and no byte of
+# the file can change unnoticed: those before it are in its digest, and its own are compared. gzip's own checks
+# alone would miss some: of the header, between blocks, and where another encoding gives the same contents.
 # ------------------------------------------------------------------------------------------------------------
 
 
-# A portable snapshot is a gzipped tar: snapshots-00000.jsonl, snapshots-00001.jsonl and so on, one
-# StateSnapshot a line, those of a user together and oldest first; at the end manifest.json, since only then
-# everything is known; and a seal. So it is written and read forward, in pieces, whatever its size. All parts
-# but the last are about 256 KiB: what is larger, or smaller in great number, is not read, so that no file can
-# take up much memory.
-
-_ARCHIVE_VERSION = 1
-
-
-_MANIFEST = "manifest.json"
-
-
-TAR_BLOCK = 512  # bytes, of tar
-
-
-PART_BYTES = 1 << 18  # of lines in one member, about; compressing them takes 3 ms
-
-
-_MAX_PART_BYTES = 1 << 20  # a part that claims more is not read; one line has 100 KB at most
-
-
-_MANIFEST_BYTES_PER_PART = 512  # at most, and as much as a part may have besides
-
-
+_FORMAT, _VERSION = "attuned_store", 2
+_MAX_LINE_BYTES = 1 << 20  # a state of 1,024 axes has 100 KB
 READ_BYTES = 1 << 16
-
-
 GZIP_MAGIC = b"\x1f\x8b"
-
-
+_FOOTER_HEAD = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff\x01"  # of gzip; then that of a last, stored block
+_FOOTER_START = len(_FOOTER_HEAD) + 4
+_FOOTER_FRAME = _FOOTER_START + 8
+_MAX_FOOTER_BYTES = READ_BYTES - _FOOTER_FRAME  # one stored block holds little more
 _STATE_FIELDS = frozenset(field.name for field in attrs.fields(StateSnapshot))
 
-
 _quoted: Callable[[str], str] = json.encoder.encode_basestring_ascii
-
+_compact = json.JSONEncoder(separators=(",", ":")).encode
 
 Progress = Callable[[int, int | None], object]
-
-
 SnapshotKind = Literal["native", "portable"]
-
-
 RestoreMode = Literal["replace", "merge", "skip"]
-
-
 SNAPSHOT_SUFFIXES: Mapping[SnapshotKind, str] = {"native": ".snap", "portable": ".attuned"}
 
 
@@ -2060,153 +2069,131 @@ def check_progress(progress: Progress | None) -> Progress:
     return progress
 
 
-def _line(snapshot: StateSnapshot) -> str:
-    """A snapshot as one line of JSON, with the names of its fields."""
-    axes = snapshot.axes
-    return (
-        f'{{"user_id":{_quoted(snapshot.user_id)},"axes":{axes._shape.json_form % axes._values},'
-        f'"updated_at_unix_ms":{snapshot.updated_at_unix_ms},"source":"{snapshot.source.value}",'
-        f'"confidence":{snapshot.confidence!r},"schema_version":{snapshot.schema_version}}}\n'
-    )
-
-
-def _part_name(number: int) -> str:
-    return f"snapshots-{number:05d}.jsonl"
-
-
-def _seal(digest: bytes) -> bytes:
-    """An empty gzip member whose extra field (RFC 1952, 2.3.1.1) holds the SHA-256 of what stands before it.
-
-    Other programs read past it. gzip's own checks cover the contents; this one covers every byte of the file.
-    """
-    header = b"\x1f\x8b\x08\x04\x00\x00\x00\x00\x00\xff"
-    extra = b"AS" + len(digest).to_bytes(2, "little") + digest
-    return header + len(extra).to_bytes(2, "little") + extra + b"\x03\x00" + bytes(8)
-
-
 class ArchiveContents(NamedTuple):
-    """What a portable snapshot holds."""
+    """What a portable snapshot holds, as it says itself: the counts stand in its footer."""
 
+    engine: str
+    created_at: datetime
     collection: str
     axes: tuple[str, ...]
-    users: int
-    snapshots: int
-
-
-class _UserHashes:
-    """Notices users who come twice, at 8 bytes a user."""
-
-    def __init__(self) -> None:
-        self._hashes = [array("q") for _ in range(256)]
-
-    def add(self, user_id: str) -> None:
-        """Take in a user."""
-        found = hash(user_id)
-        self._hashes[found & 0xFF].append(found)
-
-    def repeated(self) -> bool:
-        """Whether some user came twice. Among 1,000 million users, chance makes two alike in 3 % of cases."""
-        return any(len(set(hashes)) < len(hashes) for hashes in self._hashes)
+    users: int | None = None
+    states: int | None = None
 
 
 class StateCounter:
-    """Counts snapshots and users, who come one after another, each user's snapshots oldest first."""
+    """Counts states and users, who come one after another, each user's states oldest first."""
 
-    def __init__(self, hashes: _UserHashes | None = None) -> None:
-        self.users = self.snapshots = 0
+    def __init__(self) -> None:
+        self.users = self.states = 0
         self.axes: set[str] = set()  # that occur
-        self._hashes = hashes
         self._last: StateSnapshot | None = None
         self._shape: Shape | None = None
+        self._hashes = [array("q") for _ in range(256)]  # of the users, by which one who comes twice is found
 
-    def add(self, snapshots: Iterable[StateSnapshot]) -> None:
-        """Take in more; raises ValidationError where a user's order is broken."""
-        for snapshot in snapshots:
-            last, self._last = self._last, snapshot
-            self.snapshots += 1
-            if snapshot.axes._shape is not self._shape:
-                self._shape = snapshot.axes._shape
+    def add(self, states: Iterable[StateSnapshot]) -> None:
+        """Count more; raises SnapshotError where a user's order is broken."""
+        for state in states:
+            last, self._last = self._last, state
+            self.states += 1
+            if state.axes._shape is not self._shape:
+                self._shape = state.axes._shape
                 self.axes.update(self._shape.names)
-            if last is None or last.user_id != snapshot.user_id:
+            if last is None or last.user_id != state.user_id:
                 self.users += 1
-                if self._hashes is not None:
-                    self._hashes.add(snapshot.user_id)
-            elif last.updated_at_unix_ms >= snapshot.updated_at_unix_ms:
-                raise ValidationError("updated_at_unix_ms: a user's snapshots are not in order, or one twice")
+                found = hash(state.user_id)
+                self._hashes[found & 0xFF].append(found)
+            elif last.updated_at_unix_ms >= state.updated_at_unix_ms:
+                raise SnapshotError("updated_at_unix_ms: a user's states are not in order, or one twice")
+
+    def check_users(self) -> None:
+        """Raise SnapshotError where a user came twice; of 10**9, chance makes two alike in 3 % of cases."""
+        if any(len(set(hashes)) < len(hashes) for hashes in self._hashes):
+            raise SnapshotError("the states of a user do not stand together")
+
+    def check_axes(self, axes: Iterable[str]) -> None:
+        """Raise SnapshotError where an axis occurs that is none of these."""
+        if strange := self.axes.difference(axes):
+            raise SnapshotError(f"a state has the axis {min(strange)!r}, which the file does not name")
+
+
+def _state_line(state: StateSnapshot) -> str:
+    """A state as one line of JSON, of ASCII alone, with the names of its fields."""
+    axes = state.axes
+    return (
+        f'{{"user_id":{_quoted(state.user_id)},"axes":{axes._shape.json_form % axes._values},'
+        f'"updated_at_unix_ms":{state.updated_at_unix_ms},"source":"{state.source.value}",'
+        f'"confidence":{state.confidence!r},"schema_version":{state.schema_version}}}\n'
+    )
+
+
+def _footer_member(line: bytes) -> bytes:
+    """The one gzip member in which this footer may stand."""
+    size = len(line)
+    lengths, checks = struct.pack("<HH", size, size ^ 0xFFFF), struct.pack("<II", zlib.crc32(line), size)
+    return _FOOTER_HEAD + lengths + line + checks
 
 
 class ArchiveWriter:
-    """Writes a portable snapshot into a file, piece by piece."""
+    """Writes a portable snapshot into a file, block by block."""
 
-    def __init__(self, file: IO[bytes], created_ms: int) -> None:
-        self._file = file
-        self._created_ms = created_ms
+    block_bytes = 1 << 18  # of lines, compressed at once in 3 ms
+
+    def __init__(self, file: IO[bytes], contents: ArchiveContents) -> None:
+        self._file, self.contents = file, contents
         self._gzip = zlib.compressobj(1, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
-        self._digest = hashlib.sha256()
-        self._lines: list[str] = []
+        self._lines_digest, self._digest = hashlib.sha256(), hashlib.sha256()
+        collection = {"name": contents.collection, "kind": "states", "axes": contents.axes}
+        header = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "engine": contents.engine,
+            "created_at": iso_time(contents.created_at),
+            "collections": [collection],
+        }
+        self._lines = [_compact({"header": header}) + "\n"]
         self._size = 0  # of the lines
-        self._parts: list[dict[str, Any]] = []
         self.bytes = 0
         self.counted = StateCounter()
 
-    def add(self, snapshots: Sequence[StateSnapshot]) -> None:
-        """Take in snapshots: all of a user, oldest first."""
-        self.counted.add(snapshots)
-        for snapshot in snapshots:
-            line = _line(snapshot)  # of ASCII alone
+    def add(self, states: Sequence[StateSnapshot]) -> None:
+        """Take in states: all of a user, oldest first."""
+        self.counted.add(states)
+        for state in states:
+            line = _state_line(state)
             self._lines.append(line)
             self._size += len(line)
-            if self._size >= PART_BYTES:
-                self._end_part()
+            if self._size >= self.block_bytes:
+                self._compress_lines()
 
-    def _end_part(self) -> None:
-        name, data = _part_name(len(self._parts)), "".join(self._lines).encode()
-        sha256 = hashlib.sha256(data).hexdigest()
-        self._parts.append({"name": name, "size": len(data), "sha256": sha256, "snapshots": len(self._lines)})
+    def _compress_lines(self) -> None:
+        data = "".join(self._lines).encode()
         self._lines, self._size = [], 0
-        self._put_member(name, data)
+        self._lines_digest.update(data)
+        self._write(self._gzip.compress(data))
 
-    def _put_member(self, name: str, data: bytes) -> None:
-        import tarfile
-
-        header = tarfile.TarInfo(name)
-        header.size, header.mtime = len(data), self._created_ms // 1000
-        self._put(header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % TAR_BLOCK))
-
-    def _put(self, data: bytes) -> None:
-        self._put_packed(self._gzip.compress(data))
-
-    def _put_packed(self, packed: bytes) -> None:
+    def _write(self, packed: bytes) -> None:
         self._file.write(packed)
         self._digest.update(packed)
         self.bytes += len(packed)
 
-    def finish(self, engine: str, collection: str, axes: Sequence[str]) -> str:
-        """Write what stands at the end; returns the SHA-256 of the file."""
-        if self._lines:
-            self._end_part()
-        contents = {
-            "name": collection,
-            "axes": list(axes),
-            "users": self.counted.users,
-            "snapshots": self.counted.snapshots,
-            "parts": self._parts,
-        }
-        manifest = {
-            "format_version": _ARCHIVE_VERSION,
-            "engine": engine,
-            "created_at": iso_time(self._created_ms),
-            "collections": [contents],
-        }
-        self._put_member(_MANIFEST, json.dumps(manifest, indent=1).encode())
-        self._put(bytes(2 * TAR_BLOCK))
-        self._put_packed(self._gzip.flush())
-        self._put_packed(_seal(self._digest.digest()))
+    def finish(self) -> str:
+        """Write what is left, and the footer; returns the SHA-256 of the file."""
+        self.counted.check_users()  # what could not be read back is no backup
+        self.counted.check_axes(self.contents.axes)
+        self._compress_lines()
+        self._write(self._gzip.flush())
+        name, counted = self.contents.collection, self.counted
+        counts = {"name": name, "users": counted.users, "states": counted.states}
+        digests = {"sha256": self._lines_digest.hexdigest(), "gzip_sha256": self._digest.hexdigest()}
+        footer = _compact({"footer": {"collections": [counts], **digests}}) + "\n"
+        self._write(_footer_member(footer.encode()))
         return self._digest.hexdigest()
 
 
 class GzipReader:
-    """The contents of a gzip file, read forward in bounded pieces; SnapshotError where it is damaged."""
+    """The first member of a gzip file, read forward in bounded pieces; SnapshotError where it is damaged."""
+
+    block_bytes = 1 << 18
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -2215,24 +2202,39 @@ class GzipReader:
         self._ready = bytearray()
         self._digest = hashlib.sha256()
 
+    def starts_with(self, prefix: bytes) -> bool:
+        """Whether the contents begin so; nothing was taken yet."""
+        while len(self._ready) < len(prefix) and not self._gzip.eof:
+            self._decompress_more()
+        return self._ready.startswith(prefix)
+
     def take(self, size: int) -> bytes:
         """The next so many bytes."""
         while len(self._ready) < size:
             if self._gzip.eof:
                 raise SnapshotError("it ends too early")
-            self._ready += self._more()
+            self._decompress_more()
+        return self._take_ready(size)
+
+    def take_lines(self, least: int) -> bytes:
+        """The next lines, as many as make so many bytes; at the end what there is, if only half a line."""
+        while not (end := self._ready.find(b"\n", least - 1) + 1) and not self._gzip.eof:
+            if len(self._ready) > least + _MAX_LINE_BYTES:
+                raise SnapshotError(f"a line is longer than {_MAX_LINE_BYTES:,} bytes")
+            self._decompress_more()
+        return self._take_ready(end or len(self._ready))
+
+    def _take_ready(self, size: int) -> bytes:
         taken = bytes(self._ready[:size])
         del self._ready[:size]
         return taken
 
-    def _more(self) -> bytes:
-        packed = self._gzip.unconsumed_tail
+    def _decompress_more(self) -> None:
+        packed = self._gzip.unconsumed_tail or self._read()
         if not packed:
-            packed = self._read()
-            if not packed:
-                raise SnapshotError("it is cut short")
+            raise SnapshotError("it is cut short")
         try:
-            return self._gzip.decompress(packed, PART_BYTES)
+            self._ready += self._gzip.decompress(packed, self.block_bytes)
         except zlib.error as error:
             raise SnapshotError(f"it is damaged: {error}") from error
 
@@ -2241,123 +2243,152 @@ class GzipReader:
         self._packed = self._file.read(READ_BYTES)
         return self._packed
 
-    def finish(self) -> str:
-        """Check that nothing follows but the seal of all that was read; returns the SHA-256 of the file."""
+    def finish(self) -> tuple[str, bytes]:
+        """Check that all was taken; returns the SHA-256 of the member, and what follows, up to 64 KiB."""
         while not self._ready and not self._gzip.eof:
-            self._ready += self._more()
+            self._decompress_more()
         if self._ready:
             raise SnapshotError("something stands behind its end")
         rest = self._gzip.unused_data
         self._digest.update(self._packed[: len(self._packed) - len(rest)])
-        seal = _seal(self._digest.digest())
-        rest += self._file.read(len(seal) + 1 - len(rest)) if len(rest) <= len(seal) else b""
-        if rest != seal:
-            raise SnapshotError("it is cut short, altered or packed anew: it does not end with its own seal")
-        self._digest.update(seal)
+        sha256 = self._digest.hexdigest()
+        rest += self._file.read(READ_BYTES)  # more than may be there
+        self._digest.update(rest)
+        return sha256, rest
+
+    def sha256(self) -> str:
+        """The SHA-256 of the file, once it is read to its end."""
         return self._digest.hexdigest()
 
 
 class ArchiveReader:
     """Reads a portable snapshot forward, once; everything is checked on the way.
 
-    What is wrong is a SnapshotError. Snapshots come before all is known to be right: who changes a store
-    with them must be able to take that back, or have read them once before.
+    What is wrong is a SnapshotError. States come before all is known to be right: who changes a store with
+    them must be able to take that back, or have read them once before.
     """
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._unpacked = GzipReader(file)
-        self._parts: list[dict[str, Any]] = []
-        self._hashes = _UserHashes()
-        self._counted = StateCounter(self._hashes)
-        self.contents: ArchiveContents | None = None  # known at the end
-        self.sha256 = ""
+    def __init__(self, unpacked: GzipReader) -> None:
+        self._unpacked = unpacked
+        self._lines_digest = hashlib.sha256()
+        self.contents = _parse_header(self._take_lines(1))
+        self.axes = self.contents.axes
+        self.sha256 = ""  # known at the end
 
-    def parts(self) -> Iterator[list[StateSnapshot]]:
-        """The snapshots of one member after another."""
-        while True:
-            name, data = self._member()
-            if name == _MANIFEST:
-                break
-            if name != _part_name(len(self._parts)):
-                raise SnapshotError(f"{brief(name)} should be {_part_name(len(self._parts))}")
-            if self._parts and self._parts[-1]["size"] < PART_BYTES // 4:
-                raise SnapshotError(f"{self._parts[-1]['name']} is too small for one that is not the last")
-            yield self._part(name, data)
-        if self._hashes.repeated():
-            raise SnapshotError("the snapshots of a user do not stand together")
-        self.contents = self._check_manifest(data)
-        if any(self._unpacked.take(2 * TAR_BLOCK)):
-            raise SnapshotError(f"something stands behind {_MANIFEST}, which is the last")
-        self.sha256 = self._unpacked.finish()
+    def _take_lines(self, least: int) -> bytes:
+        lines = self._unpacked.take_lines(least)
+        self._lines_digest.update(lines)
+        return lines
 
-    def _member(self) -> tuple[str, bytes]:
-        import tarfile
+    def states(self) -> Iterator[list[StateSnapshot]]:
+        """All states, so many at a time as stand in a block of lines."""
+        counted = StateCounter()
+        while lines := self._take_lines(self._unpacked.block_bytes):
+            states = parse_states(lines, 2 + counted.states)
+            counted.add(states)
+            counted.check_axes(self.axes)
+            yield states
+        counted.check_users()
+        gzip_sha256, rest = self._unpacked.finish()
+        footer, counts = _parse_footer(rest)
+        digests = {"sha256": self._lines_digest.hexdigest(), "gzip_sha256": gzip_sha256}
+        check_same("its footer", footer, digests)
+        read = {"name": self.contents.collection, "users": counted.users, "states": counted.states}
+        check_same("its footer", counts, read)
+        self.contents = self.contents._replace(users=counted.users, states=counted.states)
+        self.sha256 = self._unpacked.sha256()
 
-        try:
-            header = tarfile.TarInfo.frombuf(self._unpacked.take(TAR_BLOCK), "ascii", "strict")
-        except (tarfile.HeaderError, ValueError) as error:
-            raise SnapshotError(f"it is no archive of ours: {error}") from error
-        if header.type != tarfile.REGTYPE:
-            raise SnapshotError(f"{brief(header.name)} is not a plain file")
-        most = _MAX_PART_BYTES
-        if header.name == _MANIFEST:
-            most += _MANIFEST_BYTES_PER_PART * len(self._parts)
-        if not 0 <= header.size <= most:
-            raise SnapshotError(f"{brief(header.name)} would be {header.size} bytes; no part is so large")
-        data = self._unpacked.take(header.size)
-        if any(self._unpacked.take(-header.size % TAR_BLOCK)):
-            raise SnapshotError(f"something stands behind the end of {brief(header.name)}")
-        return header.name, data
 
-    def _part(self, name: str, data: bytes) -> list[StateSnapshot]:
-        if not data.endswith(b"\n"):
-            raise SnapshotError(f"{name}: its last line has no end")
-        lines = data[:-1].split(b"\n")
-        snapshots: list[StateSnapshot] = []
-        for number, line in enumerate(lines, 1):
-            try:
-                snapshots.append(_snapshot_of_line(line))
-            except (ValueError, RecursionError) as error:
-                raise SnapshotError(f"{name}: line {number}: {one_line(str(error))}") from error
-        try:
-            self._counted.add(snapshots)
-        except ValidationError as error:
-            raise SnapshotError(f"{name}: {error}") from error
-        sha256 = hashlib.sha256(data).hexdigest()
-        self._parts.append({"name": name, "size": len(data), "sha256": sha256, "snapshots": len(snapshots)})
-        return snapshots
+def read_summary(unpacked: GzipReader, file: IO[bytes]) -> ArchiveContents:
+    """What the header and the footer of a portable snapshot say; what is between is not read."""
+    contents = ArchiveReader(unpacked).contents
+    file_size = file.seek(-4, os.SEEK_END) + 4
+    size = _FOOTER_FRAME + int.from_bytes(file.read(4), "little")
+    file.seek(-min(size, file_size, READ_BYTES), os.SEEK_END)
+    counts = _parse_footer(file.read())[1]
+    users, states = counts.get("users"), counts.get("states")
+    if not isinstance(users, int) or not isinstance(states, int):
+        raise SnapshotError("its footer: numbers of users and states are needed")
+    return contents._replace(users=users, states=states)
 
-    def _check_manifest(self, data: bytes) -> ArchiveContents:
-        """Compare what the manifest says with what was read."""
-        manifest = _json_object(data)
-        version = manifest.get("format_version")
-        if isinstance(version, int) and version > _ARCHIVE_VERSION:
-            raise SnapshotError(
-                f"it has format {version}; this version reads up to {_ARCHIVE_VERSION}: upgrade attuned-store"
-            )
-        if version != _ARCHIVE_VERSION or not isinstance(manifest.get("collections"), list):
-            raise SnapshotError(f"{_MANIFEST} is not one of a portable snapshot")
-        return self._check_collections(manifest["collections"])
 
-    def _check_collections(self, collections: list[Any]) -> ArchiveContents:
-        if len(collections) != 1 or not isinstance(collections[0], dict):
-            raise SnapshotError(f"it holds {len(collections)} collections; one is read")
-        found = cast("dict[str, Any]", collections[0])
-        counted = self._counted
-        read = {"users": counted.users, "snapshots": counted.snapshots, "parts": self._parts}
-        for key, value in read.items():
-            if found.get(key) != value:
-                raise SnapshotError(f"{_MANIFEST}: {key} differ from what there is")
-        contents = ArchiveContents(
-            str(found.get("name")), _listed_axes(found), counted.users, counted.snapshots
+def _parse_header(line: bytes) -> ArchiveContents:
+    fields = _unwrap(line, "header")
+    if fields.get("format") != _FORMAT:
+        raise SnapshotError("it is no portable snapshot of attuned_store")
+    version = fields.get("version")
+    if isinstance(version, int) and version > _VERSION:
+        raise SnapshotError(
+            f"it has format {brief(version)}; up to {_VERSION} is read: upgrade attuned-store"
         )
-        if not counted.axes.issubset(contents.axes):
-            strange = min(counted.axes.difference(contents.axes))
-            raise SnapshotError(f"{_MANIFEST} does not name the axis {strange!r}, which there is")
-        return contents
+    check_same("its header", fields, {"version": _VERSION})
+    return parse_contents(fields, parse_collection(fields))
 
 
-def _snapshot_of_line(line: bytes) -> StateSnapshot:
+def _parse_footer(rest: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the footer says, and of its collection; its gzip member must be these bytes, and no more."""
+    line = rest[_FOOTER_START:-8]
+    if len(line) > _MAX_FOOTER_BYTES or rest != _footer_member(line):
+        raise SnapshotError("it is cut short, altered or packed anew: it does not end with its own footer")
+    if line.find(b"\n") != len(line) - 1:
+        raise SnapshotError("its footer is not one line")
+    fields = _unwrap(line, "footer")
+    return fields, parse_collection(fields)
+
+
+def _unwrap(line: bytes, name: str) -> dict[str, Any]:
+    """What stands in the header or the footer."""
+    found = parse_object(line, f"its {name}").get(name)
+    if not isinstance(found, dict):
+        raise SnapshotError(f'its {name}: {{"{name}": ...}} is needed')
+    return cast("dict[str, Any]", found)
+
+
+def check_same(what: str, found: Mapping[str, Any], read: Mapping[str, Any]) -> None:
+    """Raise SnapshotError where something says other than what there is."""
+    for name, value in read.items():
+        if found.get(name).__class__ is not value.__class__ or found[name] != value:
+            raise SnapshotError(f"{what}: {name}: {brief(found.get(name))} differs from {brief(value)}")
+
+
+def parse_collection(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a header or footer says of its only collection."""
+    found = cast("list[Any] | None", fields.get("collections"))
+    if not isinstance(found, list) or len(found) != 1 or not isinstance(found[0], dict):
+        raise SnapshotError(f"collections: one is read, got {brief(found)}")
+    return cast("dict[str, Any]", found[0])
+
+
+def parse_contents(fields: Mapping[str, Any], collection: Mapping[str, Any]) -> ArchiveContents:
+    """What a header says, which may be anything."""
+    kind = collection.get("kind", "states")
+    if kind != "states":
+        raise SnapshotError(f"it holds a collection of the kind {brief(kind)}: upgrade attuned-store")
+    try:
+        created_at = datetime.fromisoformat(cast("str", fields.get("created_at")))
+        axes = check_axis_names(collection.get("axes"))
+        if created_at.tzinfo is None or axes is None:
+            raise ValidationError("created_at with its time zone and axes are needed")
+        created_at = created_at.astimezone(UTC)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise SnapshotError(f"its header: {one_line(str(error))}") from error
+    return ArchiveContents(str(fields.get("engine")), created_at, str(collection.get("name")), axes)
+
+
+def parse_states(block: bytes, first: int) -> list[StateSnapshot]:
+    """The states of whole lines, the first of which has this number."""
+    if not block.endswith(b"\n"):
+        raise SnapshotError("its last line has no end")
+    states: list[StateSnapshot] = []
+    for number, line in enumerate(block[:-1].split(b"\n"), first):
+        try:
+            states.append(_parse_state(line))
+        except (ValueError, RecursionError) as error:
+            raise SnapshotError(f"line {number}: {one_line(str(error))}") from error
+    return states
+
+
+def _parse_state(line: bytes) -> StateSnapshot:
     text = line.decode()
     fields: Any = json.loads(text)
     if not isinstance(fields, dict) or fields.keys() != _STATE_FIELDS:
@@ -2379,21 +2410,94 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _json_object(data: bytes) -> dict[str, Any]:
+def parse_object(data: bytes, what: str) -> dict[str, Any]:
+    """A JSON object with each name once."""
     try:
         found: Any = json.loads(data.decode(), object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
-        raise SnapshotError(f"{_MANIFEST}: {one_line(str(error))}") from error
+        raise SnapshotError(f"{what}: {one_line(str(error))}") from error
     if not isinstance(found, dict):
-        raise SnapshotError(f"{_MANIFEST}: a JSON object is needed")
+        raise SnapshotError(f"{what}: a JSON object is needed")
     return cast("dict[str, Any]", found)
 
 
-def _listed_axes(found: Mapping[str, Any]) -> tuple[str, ...]:
-    try:
-        return check_axis_names(found.get("axes")) or ()
-    except (TypeError, ValidationError) as error:
-        raise SnapshotError(f"{_MANIFEST}: {one_line(str(error))}") from error
+# ------------------------------------------------------------------------------------------------------------
+# attuned.snapshots.legacy
+# Archives of version 0.1, which are read: a gzipped tar of JSON lines.
+#
+# Members snapshots-00000.jsonl, snapshots-00001.jsonl and so on, of about 256 KiB each, then manifest.json with the
+# counts; behind the gzip member an empty one, whose extra field (RFC 1952, 2.3.1.1) holds the SHA-256 of the first:
+# so no byte is altered, whatever is not looked at here.
+# ------------------------------------------------------------------------------------------------------------
+
+
+TAR_BLOCK = 512  # bytes, of tar
+_MANIFEST = "manifest.json"
+_MAX_MEMBER_BYTES = 1 << 20
+_SEAL_HEAD = b"\x1f\x8b\x08\x04\x00\x00\x00\x00\x00\xff\x24\x00AS\x20\x00"
+_SEAL_TAIL = b"\x03\x00" + bytes(8)
+_SEAL_BYTES = len(_SEAL_HEAD) + 32 + len(_SEAL_TAIL)
+
+
+class LegacyReader:
+    """Reads an archive of version 0.1, as ArchiveReader does those of today."""
+
+    def __init__(self, unpacked: GzipReader) -> None:
+        self._unpacked = unpacked
+        self._members = self._bytes = 0
+        self.contents: ArchiveContents | None = None  # known at the end
+        self.axes: Iterable[str] = ()  # that occurred until now; at the end those of the store
+        self.sha256 = ""
+
+    def states(self) -> Iterator[list[StateSnapshot]]:
+        """The states of one member after another."""
+        counted = StateCounter()
+        self.axes = counted.axes
+        while (member := self._take_member())[0] != _MANIFEST:
+            states = parse_states(member[1], 1 + counted.states)
+            counted.add(states)
+            yield states
+        counted.check_users()
+        manifest = parse_object(member[1], _MANIFEST)
+        check_same(_MANIFEST, manifest, {"format_version": 1})
+        collection = parse_collection(manifest)
+        check_same(_MANIFEST, collection, {"users": counted.users, "snapshots": counted.states})
+        contents = parse_contents(manifest, collection)
+        counted.check_axes(contents.axes)
+        self._unpacked.take(2 * TAR_BLOCK)
+        sha256, rest = self._unpacked.finish()
+        if rest != _SEAL_HEAD + bytes.fromhex(sha256) + _SEAL_TAIL:
+            raise SnapshotError("it is cut short, altered or packed anew: it does not end with its own seal")
+        self.contents = contents._replace(users=counted.users, states=counted.states)
+        self.axes, self.sha256 = contents.axes, self._unpacked.sha256()
+
+    def _take_member(self) -> tuple[str, bytes]:
+        import tarfile
+
+        try:
+            header = tarfile.TarInfo.frombuf(self._unpacked.take(TAR_BLOCK), "ascii", "strict")
+        except (tarfile.HeaderError, ValueError) as error:
+            raise SnapshotError(f"it is no archive of attuned_store: {error}") from error
+        expected = (f"snapshots-{self._members:05d}.jsonl", _MANIFEST)
+        if header.type != tarfile.REGTYPE or header.name not in expected:
+            raise SnapshotError(f"{brief(header.name)} is not {expected[0]}")
+        # The manifest has some 200 bytes for each member, which all have 256 KiB but the last.
+        most = _MAX_MEMBER_BYTES + (self._bytes // 1024 if header.name == _MANIFEST else 0)
+        if not 0 <= header.size <= most:
+            raise SnapshotError(f"{header.name} would be {header.size} bytes; none is so large")
+        self._members += 1
+        self._bytes += header.size
+        data = self._unpacked.take(header.size)
+        self._unpacked.take(-header.size % TAR_BLOCK)
+        return header.name, data
+
+    def check_ends(self, file: IO[bytes]) -> None:
+        """Look at the beginning and the end alone: SnapshotError where it cannot be an archive."""
+        self._take_member()
+        file.seek(-min(_SEAL_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
+        end = file.read()
+        if not end.startswith(_SEAL_HEAD) or not end.endswith(_SEAL_TAIL):
+            raise SnapshotError("it is cut short: it does not end with a seal")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2415,19 +2519,15 @@ class NewFile:
             self.path = directory / f".attuned-{secrets.token_hex(8)}.tmp"
             # Not a bare descriptor: after an interrupt that would keep its lock until the process ends.
             self.file = open(self.path, "x+b", opener=open_private)  # noqa: SIM115 - until it is discarded
-            if self._is_kept():
+            try:
+                lock_descriptor(self.file.fileno())
+                if os.path.samestat(os.fstat(self.file.fileno()), self.path.stat()):
+                    break
+            except (BlockingIOError, FileNotFoundError):
+                pass  # taken for an abandoned one before it was locked: try another name
+            except OSError:  # a file system without locks, where none is taken for abandoned either
                 break
             self.file.close()
-
-    def _is_kept(self) -> bool:
-        """Whether nobody took it for an abandoned one before it was locked."""
-        try:
-            lock_descriptor(self.file.fileno())
-            return os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
-        except (BlockingIOError, FileNotFoundError):
-            return False
-        except OSError:  # a file system without locks, where none is taken for abandoned either
-            return True
 
     def commit(self, names: Iterable[str]) -> Path:
         """Give the file the first of these names that is free in its directory."""
@@ -2435,7 +2535,7 @@ class NewFile:
         os.fsync(self.file.fileno())
         for name in names:
             final = self.path.with_name(name)
-            if _name_anew(self.path, final):
+            if _link_or_rename(self.path, final):
                 try:
                     fsync(final.parent)
                 except BaseException:
@@ -2454,10 +2554,17 @@ class NewFile:
 
 def _remove_abandoned(directory: Path) -> None:
     """Remove what killed processes left: files without a name, and checksums without their snapshot."""
-    orphans = (path for path in directory.glob("*.snap.sha256") if _is_orphan(path))
+    orphans = filter(_is_orphan, directory.glob("*.snap.sha256"))
     for path in [*directory.glob(".attuned-????????????????.tmp"), *orphans]:
         with contextlib.suppress(OSError):  # it is being written, or gone by now
-            _remove_unlocked(path)
+            descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+            try:
+                lock_descriptor(descriptor)
+                # Still an orphan: its snapshot may have come before the lock went.
+                if path.suffix == ".tmp" or _is_orphan(path):
+                    path.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def _is_orphan(checksum: Path) -> bool:
@@ -2465,18 +2572,7 @@ def _is_orphan(checksum: Path) -> bool:
     return SNAPSHOT_NAME.fullmatch(snapshot.name) is not None and not os.path.lexists(snapshot)
 
 
-def _remove_unlocked(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
-    try:
-        lock_descriptor(descriptor)
-        # Still an orphan: its snapshot may have come before the lock went.
-        if path.suffix == ".tmp" or _is_orphan(path):
-            path.unlink()
-    finally:
-        os.close(descriptor)
-
-
-def _name_anew(path: Path, final: Path) -> bool:
+def _link_or_rename(path: Path, final: Path) -> bool:
     """Give a file a new name unless that is taken, which os.rename would overwrite."""
     try:
         os.link(path, final)
@@ -2489,23 +2585,26 @@ def _name_anew(path: Path, final: Path) -> bool:
     return True
 
 
-# Files of snapshots in a directory
-
 DEFAULT_SNAPSHOT_DIRECTORY = "./data/qdrant/snapshots"
-
-
 SNAPSHOT_NAME = re.compile(r"(\d{8}T\d{6}\.\d{3}Z)-(.+)\.(snap|attuned)")
+_KINDS: dict[str, SnapshotKind] = {suffix: kind for kind, suffix in SNAPSHOT_SUFFIXES.items()}
 
 
-def time_stamp(time_ms: int) -> str:
-    """A time as it stands in names: 20260117T120000.123Z."""
-    return iso_time(time_ms).replace("-", "").replace(":", "")
+def _time_in_name(path: Path) -> datetime | None:
+    """When a snapshot was taken, by the name of its file; None where that tells no time."""
+    named = SNAPSHOT_NAME.fullmatch(path.name)
+    try:
+        return named and datetime.fromisoformat(named[1])
+    except ValueError:  # the 99th of a month
+        return None
 
 
 def _snapshot_names(time_ms: int, collection: str, kind: SnapshotKind) -> Iterator[str]:
     """The name of a snapshot, and those of the milliseconds that follow, should it be taken."""
     named = urlquote(collection, safe="", errors="replace")  # a server's own may be anything
-    return (f"{time_stamp(moment)}-{named}{SNAPSHOT_SUFFIXES[kind]}" for moment in itertools.count(time_ms))
+    for moment in itertools.count(time_ms):
+        stamp = iso_time(moment).replace("-", "").replace(":", "")
+        yield f"{stamp}-{named}{SNAPSHOT_SUFFIXES[kind]}"
 
 
 def snapshot_directory(directory: str | os.PathLike[str] | None) -> Path:
@@ -2525,14 +2624,15 @@ def make_snapshot_directory(directory: str | os.PathLike[str] | None) -> Path:
 @contextlib.contextmanager
 def snapshot_errors(path: str | os.PathLike[str], failed: str) -> Generator[None]:
     """Turn an error of the file system into a SnapshotError, and say which file one is about."""
+    shown = printable(path)
     try:
         yield
     except OSError as error:
-        raise SnapshotError(f"{path}: {failed}: {error.strerror or error}") from error
+        raise SnapshotError(f"{shown}: {failed}: {error.strerror or error}") from error
     except SnapshotError as error:
-        if str(path) in str(error):
+        if shown in str(error):
             raise
-        raise SnapshotError(f"{path}: {error}") from error.__cause__
+        raise SnapshotError(f"{shown}: {error}") from error.__cause__
 
 
 class SnapshotRequestFields(TypedDict):
@@ -2577,107 +2677,47 @@ class SnapshotRequest:
         place = make_snapshot_directory(directory)
         return cls(**fields, kind=chosen, any_kind=kind == "auto", directory=place)
 
+    @property
+    def created_at(self) -> datetime:
+        """When the snapshot is taken, UTC."""
+        return UNIX_EPOCH + timedelta(milliseconds=self.created_ms)
+
     def completed(self, path: Path, **found: Any) -> SnapshotReport:
-        """The report of a snapshot that has its file."""
+        """The report of a snapshot that has its file; older ones are removed, if so many are to be kept."""
+        if self.keep is not None:
+            _remove_older(path, self.keep)
         report = SnapshotReport(
             status="completed",
             reason=self.reason,
             kind=self.kind,
             path=path,
             snapshot_name=path.name,
+            created_at=self.created_at,
             duration_ms=(time.perf_counter() - self.began) * 1000,
             **found,
         )
-        LOGGER.info("snapshot %s: %s, %s bytes, %.0f ms", path.name, path, report.bytes, report.duration_ms)
+        shown, taken_ms = printable(path), report.duration_ms
+        LOGGER.info("snapshot %s: %s, %s bytes, %.0f ms", path.name, shown, report.bytes, taken_ms)
         return report
 
 
-class SnapshotOrigin(NamedTuple):
-    """Which store a snapshot is of."""
+def _remove_older(newest: Path, keep: int) -> None:
+    """Remove the older snapshots of the same collection and kind, beyond so many.
 
-    target: str
-    engine: str
-    collection: str
-
-
-class SnapshotWriter:
-    """Takes a snapshot; as a context manager it leaves the finished file or none."""
-
-    def __init__(self, order: SnapshotRequest) -> None:
-        self._order = order
-        with self._errors():
-            self._new = NewFile(order.directory)
-
-    def _errors(self) -> contextlib.AbstractContextManager[None]:
-        return snapshot_errors(self._order.directory, "cannot be written")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._new.discard()
-
-
-class PortableSnapshotWriter(SnapshotWriter):
-    """Takes a portable snapshot."""
-
-    def __init__(self, order: SnapshotRequest, origin: SnapshotOrigin, axes: Sequence[str]) -> None:
-        super().__init__(order)
-        self._origin, self._axes = origin, axes
-        self._writer = ArchiveWriter(self._new.file, order.created_ms)
-
-    def add(self, snapshots: Sequence[StateSnapshot]) -> int:
-        """Take in snapshots, all of a user, oldest first; returns how many there are by now."""
-        with self._errors():
-            self._writer.add(snapshots)
-        return self._writer.counted.snapshots
-
-    def finish(self) -> SnapshotReport:
-        """Give the file its name; then remove older ones, if so many are to be kept."""
-        order, origin = self._order, self._origin
-        with self._errors():
-            sha256 = self._writer.finish(origin.engine, origin.collection, self._axes)
-            self._new.file.flush()
-            if order.keep is not None:
-                _check_written(self._new, sha256)
-            path = self._new.commit(_snapshot_names(order.created_ms, origin.collection, "portable"))
-        _remove_older(path, order.keep)
-        return order.completed(
-            path,
-            target=origin.target,
-            bytes=self._writer.bytes,
-            sha256=sha256,
-            points=self._writer.counted.snapshots,
-        )
-
-
-def _check_written(new: NewFile, sha256: str) -> None:
-    """Read a portable snapshot back before older ones are given up for it."""
-    new.file.seek(0)
-    reader = ArchiveReader(new.file)
-    for _ in reader.parts():
-        pass
-    if reader.sha256 != sha256:
-        raise _not_read_back()
-
-
-def _not_read_back() -> SnapshotError:
-    return SnapshotError("what was written is not what is read back; is the disk sound?")
-
-
-def _remove_older(newest: Path, keep: int | None) -> None:
-    """Remove the older snapshots of the same collection and kind, beyond so many."""
-    named = SNAPSHOT_NAME.fullmatch(newest.name)
-    if keep is None or named is None:
-        return
-    alike = newest.name[len(named[1]) :]
+    What is dated in the future, or not what its name says, does not count, and stays.
+    """
+    stamp_size = newest.name.index("-")
     try:
-        same = [path for path in snapshots_in(newest.parent) if path.name[len(named[1]) :] == alike]
-        for path in [path for path in same if path != newest][keep - 1 :]:
-            path.unlink(missing_ok=True)
-            checksum_file(path).unlink(missing_ok=True)
+        for path in snapshots_in(newest.parent):
+            if path.name[stamp_size:] == newest.name[stamp_size:] and path.name < newest.name:
+                report = describe_snapshot(path)
+                if report is not None and report.status == "completed" and _time_in_name(path):
+                    keep -= 1
+                    if keep < 1:
+                        path.unlink(missing_ok=True)
+                        checksum_file(path).unlink(missing_ok=True)
     except (OSError, SnapshotError) as error:  # the new one is there: one too many is no failure
-        LOGGER.warning("removing older snapshots than %s failed: %s", newest, error)
+        LOGGER.warning("removing older snapshots than %s failed: %s", printable(newest), error)
 
 
 def snapshots_in(directory: Path) -> list[Path]:
@@ -2694,6 +2734,83 @@ def checksum_file(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
+class SnapshotOrigin(NamedTuple):
+    """Which store a snapshot is of."""
+
+    target: str
+    engine: str
+    collection: str
+
+
+class SnapshotWriter:
+    """Takes a snapshot; as a context manager it leaves the finished file or none."""
+
+    def __init__(self, request: SnapshotRequest) -> None:
+        self._request = request
+        with self._errors():
+            self._new = NewFile(request.directory)
+
+    def _errors(self) -> contextlib.AbstractContextManager[None]:
+        return snapshot_errors(self._request.directory, "cannot be written")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._new.discard()
+
+    def _check_written(self, sha256: str) -> None:
+        """Read the file back before older ones are given up for it."""
+        if self._request.keep is not None:
+            self._new.file.flush()
+            self._new.file.seek(0)
+            if self._read_back(self._new.file) != sha256:
+                raise SnapshotError("what was written is not what is read back; is the disk sound?")
+
+    def _read_back(self, file: IO[bytes]) -> str:
+        """The SHA-256 of what was written, read to the end."""
+        return hashlib.file_digest(cast("Any", file), "sha256").hexdigest()
+
+
+class PortableSnapshotWriter(SnapshotWriter):
+    """Takes a portable snapshot."""
+
+    def __init__(self, request: SnapshotRequest, origin: SnapshotOrigin, axes: Sequence[str]) -> None:
+        super().__init__(request)
+        self._origin = origin
+        contents = ArchiveContents(origin.engine, request.created_at, origin.collection, tuple(axes))
+        self._archive = ArchiveWriter(self._new.file, contents)
+
+    def add(self, states: Sequence[StateSnapshot]) -> int:
+        """Take in states, all of a user, oldest first; returns how many there are by now."""
+        with self._errors():
+            self._archive.add(states)
+        return self._archive.counted.states
+
+    def finish(self) -> SnapshotReport:
+        """Give the file its name; then remove older ones, if so many are to be kept."""
+        request, archive = self._request, self._archive
+        with self._errors():
+            sha256 = archive.finish()
+            self._check_written(sha256)
+            path = self._new.commit(_snapshot_names(request.created_ms, self._origin.collection, "portable"))
+        return request.completed(
+            path,
+            target=self._origin.target,
+            bytes=archive.bytes,
+            sha256=sha256,
+            axes=archive.contents.axes,
+            users=archive.counted.users,
+            points=archive.counted.states,
+        )
+
+    def _read_back(self, file: IO[bytes]) -> str:
+        reader = ArchiveReader(GzipReader(file))
+        for _ in reader.states():
+            pass
+        return reader.sha256
+
+
 class RemoteSnapshot(NamedTuple):
     """A snapshot as a server describes it. The name is data: nothing is named after it here."""
 
@@ -2705,8 +2822,8 @@ class RemoteSnapshot(NamedTuple):
 class NativeSnapshotWriter(SnapshotWriter):
     """Takes in the snapshot of a server."""
 
-    def __init__(self, order: SnapshotRequest) -> None:
-        super().__init__(order)
+    def __init__(self, request: SnapshotRequest) -> None:
+        super().__init__(request)
         self.begin()
 
     def begin(self) -> None:
@@ -2725,60 +2842,43 @@ class NativeSnapshotWriter(SnapshotWriter):
 
     def finish(self, origin: SnapshotOrigin, offered: RemoteSnapshot, points: int) -> SnapshotReport:
         """Compare the file with what the server said of it, and give it its name."""
-        order, sha256 = self._order, self._digest.hexdigest()
+        sha256 = self._digest.hexdigest()
         if self._size == 0:
             raise SnapshotError(f"{origin.target}: the snapshot is empty")
-        if self._size != offered.size:
+        if self._size != offered.size or offered.sha256 not in (None, sha256):
             raise SnapshotError(
-                f"{origin.target}: the snapshot has {self._size} bytes, the server said {offered.size}"
-            )
-        if offered.sha256 not in (None, sha256):
-            raise SnapshotError(
-                f"{origin.target}: the snapshot has the SHA-256 {sha256}, the server said {offered.sha256}"
+                f"{origin.target}: the snapshot has {self._size} bytes and the SHA-256 {sha256}, "
+                f"the server said {offered.size} and {offered.sha256}"
             )
         with self._errors():
-            if order.keep is not None:
-                self._check_written(sha256)
+            self._check_written(sha256)
             path = self._commit(origin.collection, sha256)
-        _remove_older(path, order.keep)
-        return order.completed(path, target=origin.target, bytes=self._size, sha256=sha256, points=points)
-
-    def _check_written(self, sha256: str) -> None:
-        """Read the file back before older ones are given up for it."""
-        self._new.file.seek(0)
-        if hashlib.file_digest(cast("Any", self._new.file), "sha256").hexdigest() != sha256:
-            raise _not_read_back()
+        return self._request.completed(
+            path, target=origin.target, bytes=self._size, sha256=sha256, points=points
+        )
 
     def _commit(self, collection: str, sha256: str) -> Path:
         """Name the file, after its checksum file: it is never without."""
-        checksum = NewFile(self._order.directory)
+        checksum = NewFile(self._request.directory)
         try:
-            for name in _snapshot_names(self._order.created_ms, collection, "native"):
-                if path := self._commit_as(name, checksum, sha256):
-                    return path
+            for name in _snapshot_names(self._request.created_ms, collection, "native"):
+                final, beside = self._request.directory / name, None
+                if os.path.lexists(final):
+                    continue
+                checksum.file.seek(0)
+                checksum.file.write(f"{sha256}  {name}\n".encode())  # of one length under every name
+                try:
+                    beside = checksum.commit([checksum_file(final).name])
+                    return self._new.commit([name])
+                except BaseException as error:
+                    taken = isinstance(error, FileExistsError)
+                    if beside and (taken or not os.path.lexists(final)):  # else an interrupt came right after
+                        beside.unlink()
+                    if not taken:
+                        raise
         finally:
             checksum.discard()
         raise AssertionError("unreachable")  # pragma: no cover - the names do not end
-
-    def _commit_as(self, name: str, checksum: NewFile, sha256: str) -> Path | None:
-        """Give both files their names; None where one is taken."""
-        if os.path.lexists(self._order.directory / name):
-            return None
-        checksum.file.seek(0)
-        checksum.file.write(f"{sha256}  {name}\n".encode())  # of one length under every name
-        try:
-            beside = checksum.commit([checksum_file(Path(name)).name])
-        except FileExistsError:
-            return None
-        try:
-            return self._new.commit([name])
-        except FileExistsError:
-            beside.unlink()
-            return None
-        except BaseException:
-            if not os.path.lexists(self._order.directory / name):  # else an interrupt came right after
-                beside.unlink()
-            raise
 
 
 class SnapshotFile:
@@ -2787,14 +2887,13 @@ class SnapshotFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = absolute_path(path)
         self.kind: SnapshotKind = "portable"
-        self.contents: ArchiveContents | None = None
+        self.contents: ArchiveContents | None = None  # known once it was read to its end
         self.sha256 = ""
         self._began = time.perf_counter()
         with self._errors(), self._opened() as file:
             self.bytes = os.fstat(file.fileno()).st_size
-            kinds: dict[str, SnapshotKind] = {suffix: kind for kind, suffix in SNAPSHOT_SUFFIXES.items()}
             guessed: SnapshotKind = "portable" if file.read(2) == GZIP_MAGIC else "native"
-            self.kind = kinds.get(self.path.suffix) or guessed
+            self.kind = _KINDS.get(self.path.suffix) or guessed
 
     def _errors(self) -> contextlib.AbstractContextManager[None]:
         return snapshot_errors(self.path, "cannot be read")
@@ -2804,121 +2903,145 @@ class SnapshotFile:
             raise SnapshotError("is not a file")
         return self.path.open("rb")
 
-    def parts(self) -> Iterator[list[StateSnapshot]]:
-        """The states of a portable snapshot; what is read at the end may show that it is damaged."""
+    def header(self) -> ArchiveContents | None:
+        """What a portable snapshot says of itself in its header and footer; what is between is not read.
+
+        None for a native one and one of version 0.1. Raises SnapshotError where either is damaged.
+        """
         with self._errors(), self._opened() as file:
-            reader = ArchiveReader(file)
-            yield from reader.parts()
+            if self.kind == "native":
+                _member_size(file)
+                return None
+            unpacked = GzipReader(file)
+            if unpacked.starts_with(b"{"):
+                return read_summary(unpacked, file)
+            LegacyReader(unpacked).check_ends(file)
+            return None
+
+    def axes(self) -> tuple[str, ...] | None:
+        """The axes of a portable snapshot, by its header; one of version 0.1 is read to its end for them."""
+        contents = self.contents or self.header()
+        if contents is None and self.kind == "portable":
+            self.verify()
+            contents = self.contents
+        return contents and contents.axes
+
+    def states(self, axes: Sequence[str] | None = None) -> Iterator[list[StateSnapshot]]:
+        """The states of a portable snapshot, for a store with these axes.
+
+        What is read at the end may show that it is damaged.
+        """
+        with self._errors(), self._opened() as file:
+            unpacked = GzipReader(file)
+            reader = (ArchiveReader if unpacked.starts_with(b"{") else LegacyReader)(unpacked)
+            for states in itertools.chain(reader.states(), [[]]):  # version 0.1 names its axes at the end
+                strange = sorted(set(reader.axes).difference(reader.axes if axes is None else axes))
+                if strange:
+                    raise SnapshotError(
+                        f"has other axes than the store: {', '.join(strange[:10])}; "
+                        f"the store has {', '.join(axes or ())}"
+                    )
+                yield states
             if self.sha256 not in ("", reader.sha256):
                 raise SnapshotError("it was changed while it was read")
             self.contents, self.sha256 = reader.contents, reader.sha256
 
     def batches(self, size: int, axes: Sequence[str]) -> Iterator[list[StateSnapshot]]:
         """The states of a portable snapshot, so many at a time, for a store with these axes."""
-        for part in self.parts():
-            shapes = {snapshot.axes._shape for snapshot in part}
-            self._check_axes({name for shape in shapes for name in shape.names}, axes)
-            yield from (part[start : start + size] for start in range(0, len(part), size))
-        self._check_axes(self._known().axes, axes)
-
-    def _check_axes(self, found: Iterable[str], known: Sequence[str]) -> None:
-        strange = sorted(set(found).difference(known))
-        if strange:
-            raise SnapshotError(
-                f"{self.path}: has other axes than the store: {', '.join(strange[:10])}; "
-                f"the store has {', '.join(known)}"
-            )
+        for states in self.states(axes):
+            yield from (states[start : start + size] for start in range(0, len(states), size))
 
     @property
     def total(self) -> int | None:
         """How many states there are, once that is known."""
-        return None if self.contents is None else self.contents.snapshots
+        return self.contents and self.contents.states
 
     def check_mode(self, mode: str, *, native: bool) -> None:
         """Raise ValidationError or SnapshotError where a store cannot do with the file what was asked for."""
         check_choice("mode", mode, ("replace", "merge", "skip"))
         if self.kind == "native" and not native:
             raise SnapshotError(
-                f"{self.path}: is no portable snapshot; a native one is restored by a Qdrant server alone"
+                f"{printable(self.path)}: is no portable snapshot; a Qdrant server restores native ones"
             )
         if self.kind == "native" and mode != "replace":
             raise ValidationError(f'mode: a native snapshot can only "replace", not {mode}')
-
-    def _known(self) -> ArchiveContents:
-        if self.contents is None:
-            raise SnapshotError("has not been read to its end")
-        return self.contents
 
     def verify(self, axes: Sequence[str] | None = None, progress: Progress = ignore_progress) -> None:
         """Read all of it; raises SnapshotError where something is wrong."""
         if self.kind == "native":
             with self._errors(), self._opened() as file:
-                self.sha256 = _check_native(file, self.path)
+                self.sha256 = _check_native(file, checksum_file(self.path))
             return
         for done in self.verifying(axes):
             progress(done, None)
 
     def verifying(self, axes: Sequence[str] | None) -> Iterator[int]:
         """Read all of a portable one; gives the number of states read by and by."""
-        done = 0
-        for part in self.parts():
-            done += len(part)
-            yield done
-        if axes is not None:
-            self._check_axes(self._known().axes, axes)
+        return itertools.accumulate(len(states) for states in self.states(axes) if states)
 
-    def report(self, target: str) -> SnapshotReport:
-        """What became of it."""
+    def report(self, target: str, contents: ArchiveContents | None = None) -> SnapshotReport:
+        """What became of it; what it holds is what was read, unless it is given."""
+        contents = contents or self.contents
         return SnapshotReport(
             status="completed",
             target=target,
             kind=self.kind,
             path=self.path,
             snapshot_name=self.path.name,
+            created_at=contents.created_at if contents else _time_in_name(self.path),
+            axes=contents and contents.axes,
             bytes=self.bytes,
             sha256=self.sha256 or None,
-            points=self.total,
+            users=contents and contents.users,
+            points=contents and contents.states,
             duration_ms=(time.perf_counter() - self._began) * 1000,
         )
 
 
-class _Hashed:
-    """A file that is read forward, and its SHA-256 so far."""
+def describe_snapshot(path: Path) -> SnapshotReport | None:
+    """What header and footer of a file say, or why they say nothing; None where there is no file any more."""
+    try:
+        saved = SnapshotFile(path)
+        return saved.report(str(path), saved.header())
+    except SnapshotError as error:
+        if not os.path.lexists(path):
+            return None
+        return SnapshotReport(
+            status="failed",
+            target=str(path),
+            kind=_KINDS.get(path.suffix),
+            path=path,
+            snapshot_name=path.name,
+            created_at=_time_in_name(path),
+            message=str(error),
+        )
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
 
-    def read(self, size: int) -> bytes:
-        piece = self._file.read(size)
-        self.digest.update(piece)
-        return piece
-
-    def skip(self, size: int) -> None:
-        while size > 0:
-            piece = self.read(min(size, READ_BYTES))
-            if not piece:
-                raise SnapshotError("is cut short")
-            size -= len(piece)
-
-
-def _check_native(file: IO[bytes], path: Path) -> str:
+def _check_native(file: IO[bytes], checksum: Path) -> str:
     """Walk through the tar that a native snapshot is, and compare its SHA-256 with the one kept beside it."""
-    hashed = _Hashed(file)
-    while any(block := hashed.read(TAR_BLOCK)):
-        _skip_member(hashed, block)
-    if not block:
-        raise SnapshotError("is cut short")
-    while hashed.read(READ_BYTES):
-        pass
-    sha256 = hashed.digest.hexdigest()
-    _compare_checksum(sha256, path)
+    sha256 = hashlib.file_digest(cast("Any", file), "sha256").hexdigest()
+    total = file.tell()
+    file.seek(0)
+    while (size := _member_size(file)) is not None:
+        if not 0 <= size < total:
+            raise SnapshotError("is cut short, or damaged")
+        file.seek(size + -size % TAR_BLOCK, os.SEEK_CUR)
+    with contextlib.suppress(FileNotFoundError):
+        kept = checksum.read_text(encoding="utf-8", errors="replace").split(maxsplit=1)
+        if kept[:1] != [sha256]:
+            raise SnapshotError(f"is damaged: its SHA-256 is not that of {printable(checksum.name)}")
     return sha256
 
 
-def _skip_member(hashed: _Hashed, block: bytes) -> None:
+def _member_size(file: IO[bytes]) -> int | None:
+    """How much follows the next header in a tar; None at its end."""
     import tarfile
 
+    block = file.read(TAR_BLOCK)
+    if not block:
+        raise SnapshotError("is cut short")
+    if not any(block):
+        return None
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
@@ -2927,15 +3050,8 @@ def _skip_member(hashed: _Hashed, block: bytes) -> None:
         # Its map may go on in blocks, each of which says whether there is another.
         extended = block[482:483]
         while any(extended):
-            extended = hashed.read(TAR_BLOCK)[504:505]
-    hashed.skip(header.size + -header.size % TAR_BLOCK)
-
-
-def _compare_checksum(sha256: str, path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        kept = checksum_file(path).read_text(encoding="utf-8", errors="replace").split(maxsplit=1)
-        if kept[:1] != [sha256]:
-            raise SnapshotError(f"is damaged: its SHA-256 is not that of {checksum_file(path).name}")
+            extended = file.read(TAR_BLOCK)[504:505]
+    return header.size
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -8495,22 +8611,20 @@ async def averify_snapshot(
     return await Suspending().call(lambda: verify_snapshot(path, progress=progress))
 
 
-def list_snapshots(directory: str | os.PathLike[str]) -> list[SnapshotReport]:
-    """The snapshot files in a directory, newest first; their names are looked at, not their contents.
+def list_snapshots(directory: str | os.PathLike[str] | None = None) -> list[SnapshotReport]:
+    """The snapshot files in a directory, or in the configured one, newest first.
 
-    Raises SnapshotError for a directory that cannot be listed.
+    Of each, the beginning and the end are read, not what is between: what a portable one says of its time,
+    axes, users and states, unverified. ``axes``, ``users`` and ``points`` are None for native ones and those
+    of version 0.1, whose time is that in their name; ``sha256`` is None for all. A file that is no snapshot,
+    or of which beginning or end cannot be read, is listed with the status "failed" and a message. Raises
+    SnapshotError for a directory that cannot be listed.
     """
-    reports: list[SnapshotReport] = []
-    for path in snapshots_in(absolute_path(directory)):
-        try:
-            reports.append(SnapshotFile(path).report(str(path)))
-        except SnapshotError:
-            if path.exists():  # else it was removed just now
-                raise
-    return reports
+    found = map(describe_snapshot, snapshots_in(snapshot_directory(directory)))
+    return [report for report in found if report is not None]
 
 
-async def alist_snapshots(directory: str | os.PathLike[str]) -> list[SnapshotReport]:
+async def alist_snapshots(directory: str | os.PathLike[str] | None = None) -> list[SnapshotReport]:
     """As list_snapshots, in a worker thread."""
     return await Suspending().call(lambda: list_snapshots(directory))
 

@@ -7,6 +7,7 @@ Every test is written with await: a synchronous store is wrapped in `Awaited`. N
 from __future__ import annotations
 
 import functools
+import gzip
 import hashlib
 import importlib.util
 import itertools
@@ -16,7 +17,6 @@ import os
 import random
 import subprocess
 import sys
-import tarfile
 import threading
 import uuid
 from collections.abc import (
@@ -61,6 +61,7 @@ from attuned_store import (
     ValidationError,
     acopy,
     copy,
+    list_snapshots,
     verify_snapshot,
 )
 from attuned_store import open_store as open_path
@@ -1914,35 +1915,30 @@ KIND: Any = {"kind": "portable"}
 MODES: tuple[Any, ...] = ("replace", "merge", "skip")
 
 
-def sealed(data: bytes) -> bool:
-    """Whether a file ends with the SHA-256 of what stands before, in an empty gzip member."""
-    seal = data[-58:]
-    return seal[:4] == b"\x1f\x8b\x08\x04" and seal[16:48] == hashlib.sha256(data[:-58]).digest()
-
-
 def read_archive(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The manifest and the lines of a portable snapshot, read with tarfile and json alone, and recounted."""
-    assert sealed(path.read_bytes())
-    with tarfile.open(path, "r:gz") as archive:
-        members = {member.name: archive.extractfile(member) for member in archive.getmembers()}
-        assert all(member.isreg() for member in archive.getmembers())
-        data = {name: cast("Any", file).read() for name, file in members.items()}
-    manifest = json.loads(data.pop("manifest.json"))
-    (collection,) = manifest["collections"]
-    lines = [json.loads(line) for part in data.values() for line in part.splitlines()]
-    assert list(data) == [f"snapshots-{number:05d}.jsonl" for number in range(len(data))]
-    assert collection["parts"] == [
-        {
-            "name": name,
-            "size": len(part),
-            "sha256": hashlib.sha256(part).hexdigest(),
-            "snapshots": part.count(b"\n"),
+    """Header and states of a portable snapshot, read with gzip and json alone, recounted and rehashed."""
+    data = path.read_bytes()
+    *lines, last = gzip.decompress(data).splitlines(keepends=True)
+    header, *states = map(json.loads, lines)
+    assert (header.keys(), header["header"]["format"]) == ({"header"}, "attuned_store")
+    (collection,) = header["header"]["collections"]
+    assert collection["kind"] == "states"
+    members = data[: -len(last) - 23]  # but the last: 10 bytes of gzip, 5 of the block, 8 of gzip
+    assert data[len(members) :][15:-8] == last
+    assert json.loads(last) == {
+        "footer": {
+            "collections": [
+                {
+                    "name": collection["name"],
+                    "users": len({state["user_id"] for state in states}),
+                    "states": len(states),
+                }
+            ],
+            "sha256": hashlib.sha256(b"".join(lines)).hexdigest(),
+            "gzip_sha256": hashlib.sha256(members).hexdigest(),
         }
-        for name, part in data.items()
-    ]
-    assert collection["snapshots"] == len(lines)
-    assert collection["users"] == len({line["user_id"] for line in lines})
-    return manifest, lines
+    }
+    return header["header"], states
 
 
 def states_in(found: Content) -> list[StateSnapshot]:
@@ -1997,28 +1993,30 @@ class SnapshotTests:
     async def test_a_snapshot_holds_what_the_store_holds(
         self, store: AsyncStateStore, tmp_path: Path, case: Case
     ) -> None:
-        """A portable snapshot, read with tar and JSON alone, holds every state of the store and no other."""
+        """A portable snapshot, read with gzip and JSON alone, holds every state of the store and no other."""
         await store.upsert_many([*PEOPLE, *random_states(90, 12)])
         found = await content(store)
 
         report = await store.create_snapshot(tmp_path / "deep" / "snapshots", **KIND)
 
         assert report.path is not None
-        manifest, lines = read_archive(report.path)
+        header, lines = read_archive(report.path)
         assert archived(report.path) == by_user(states_in(found))
         assert list(report.path.parent.iterdir()) == [report.path]
         assert report.path.stat().st_mode & 0o777 == 0o600
         data = report.path.read_bytes()
         assert (report.bytes, report.sha256) == (len(data), hashlib.sha256(data).hexdigest())
-        assert (report.status, report.kind, report.reason, report.points) == (
-            "completed",
-            "portable",
-            "manual",
-            len(lines),
-        )
-        assert (manifest["format_version"], manifest["engine"]) == (1, (await store.health()).backend)
-        assert manifest["collections"][0]["axes"] == list(CANONICAL_AXES)
-        assert verify_snapshot(report.path).sha256 == report.sha256
+        assert (report.status, report.kind, report.reason) == ("completed", "portable", "manual")
+        assert (header["version"], header["engine"]) == (2, (await store.health()).backend)
+        assert header["collections"][0]["axes"] == list(CANONICAL_AXES)
+        told = (len(lines), len(found), CANONICAL_AXES, report.created_at)
+        assert report.to_dict()["created_at"] == header["created_at"]
+        verified, (listed,) = verify_snapshot(report.path), list_snapshots(report.path.parent)
+        restored = await store.restore_snapshot(report.path)
+        assert (verified.sha256, restored.sha256, listed.sha256) == (report.sha256, report.sha256, None)
+        for each in (report, verified, listed, restored):
+            assert (each.points, each.users, each.axes, each.created_at) == told
+            assert each.status == "completed"
 
     async def test_an_empty_store_has_a_snapshot(self, store: AsyncStateStore, tmp_path: Path) -> None:
         """A snapshot of an empty store is a file like any other, and restoring it empties a store."""

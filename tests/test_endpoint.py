@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -103,9 +102,9 @@ def names_in(directory: Path) -> list[str]:
 
 def states_in(path: str | Path) -> list[StateSnapshot]:
     """What an archive holds, oldest first, read with the standard library alone."""
-    with gzip.open(path) as unpacked, tarfile.open(fileobj=unpacked) as archive:
-        parts = [archive.extractfile(name) for name in archive.getnames() if name.endswith(".jsonl")]
-        states = [StateSnapshot.from_dict(json.loads(line)) for part in parts if part for line in part]
+    with gzip.open(path) as lines:
+        found = [json.loads(line) for line in lines]
+    states = [StateSnapshot.from_dict(fields) for fields in found if "user_id" in fields]
     return sorted(states, key=lambda state: state.updated_at_unix_ms)
 
 

@@ -19,6 +19,7 @@ import tempfile
 import tracemalloc
 import zlib
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -37,7 +38,6 @@ from conformance import (
     environment,
     needs,
     random_states,
-    read_archive,
     run_python,
     script,
     snapshot_of,
@@ -64,11 +64,13 @@ from attuned_store import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
 pytestmark = pytest.mark.once
 
 LONG = bool(os.environ.get("ATTUNED_TEST_LONG"))
+DATA = Path(__file__).parent / "data"  # of version 0.1 are those that are called so
+MIB = 1 << 20
 
 
 SERVERS = tuple(name for name in BACKENDS if name not in EMBEDDED)
@@ -109,88 +111,65 @@ FIELDS: dict[str, Any] = {
     "confidence": 1.0,
     "schema_version": 1,
 }
-MANIFEST = "manifest.json"
+HEADER: dict[str, Any] = {
+    "format": "attuned_store",
+    "version": 2,
+    "engine": "memory",
+    "created_at": "2026-01-17T12:00:00.000Z",
+    "collections": [{"name": "attuned_state", "kind": "states", "axes": list(CANONICAL_AXES)}],
+}
 
 
 def line(**fields: Any) -> bytes:
     return json.dumps({**FIELDS, **fields}).encode() + b"\n"
 
 
-def part(*lines: bytes) -> bytes:
-    return b"".join(lines)
+def header_line(**changes: Any) -> bytes:
+    """A header that is right but for the changes; those of a collection are named with collection_."""
+    fields = {name: value for name, value in changes.items() if not name.startswith("collection_")}
+    collection = {**HEADER["collections"][0]}
+    collection.update({name[11:]: value for name, value in changes.items() if name not in fields})
+    return json.dumps({"header": {**HEADER, "collections": [collection], **fields}}).encode() + b"\n"
 
 
-def manifest_of(data_of_parts: Sequence[bytes], /, **changes: Any) -> dict[str, Any]:
-    """What stands in a manifest, counted as an honest writer would."""
-    names = [f"snapshots-{number:05d}.jsonl" for number in range(len(data_of_parts))]
-    states = [each for data in data_of_parts for each in data.splitlines()]
+GOOD = header_line()
+
+
+def stored(data: bytes) -> bytes:
+    """The one gzip member in which a footer may stand, as the format says: not compressed."""
+    head = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
+    block = struct.pack("<BHH", 1, len(data) & 0xFFFF, ~len(data) & 0xFFFF)
+    return head + block + data + struct.pack("<II", zlib.crc32(data), len(data))
+
+
+def footer_line(before: bytes, packed: bytes, **changes: Any) -> bytes:
+    """A footer, counted as an honest writer would, but for the changes."""
+    states = before.splitlines()[1:]
     users = set(re.findall(rb'"user_id": ("(?:[^"\\]|\\.)*")', b"".join(states)))
-    collection = {
-        "name": "attuned_state",
-        "axes": list(CANONICAL_AXES),
-        "users": len(users),
-        "snapshots": len(states),
-        "parts": [
-            {
-                "name": name,
-                "size": len(data),
-                "sha256": hashlib.sha256(data).hexdigest(),
-                "snapshots": data.count(b"\n"),
-            }
-            for name, data in zip(names, data_of_parts, strict=True)
-        ],
-    }
-    top = {"format_version": 1, "engine": "memory", "created_at": "2026-01-17T12:00:00.000Z"}
+    collection = {"name": "attuned_state", "users": len(users), "states": len(states)}
     collection.update({name: changes.pop(name) for name in [*changes] if name in collection})
-    return {**top, "collections": [collection], **changes}
+    digests = {
+        "sha256": hashlib.sha256(before).hexdigest(),
+        "gzip_sha256": hashlib.sha256(packed).hexdigest(),
+    }
+    return json.dumps({"footer": {"collections": [collection], **digests, **changes}}).encode() + b"\n"
 
 
-def member(name: str, data: bytes, **fields: Any) -> bytes:
-    """A member of a tar; its header may say anything."""
-    header = tarfile.TarInfo(name)
-    header.size = len(data)
-    for field, value in fields.items():
-        setattr(header, field, value)
-    return header.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
+def archive(*lines: bytes, header: bytes = GOOD, **changes: Any) -> bytes:
+    """A snapshot of these lines whose footer is right but for the changes."""
+    before = header + b"".join(lines)
+    packed = gzip.compress(before, 1, mtime=0)
+    return packed + stored(footer_line(before, packed, **changes))
 
 
-def seal(data: bytes) -> bytes:
-    """What stands at the end of a snapshot, as the format says."""
-    digest = hashlib.sha256(data).digest()
-    extra = b"AS" + struct.pack("<H", len(digest)) + digest
-    return b"\x1f\x8b\x08\x04\0\0\0\0\0\xff" + struct.pack("<H", len(extra)) + extra + b"\x03\0" + bytes(8)
+def ending(footer: bytes | str) -> bytes:
+    """A snapshot with this text as its footer."""
+    return gzip.compress(GOOD + ONE, 1) + stored(footer if isinstance(footer, bytes) else footer.encode())
 
 
-def packed(tar: bytes) -> bytes:
-    data = gzip.compress(tar, 1, mtime=0)
-    return data + seal(data)
-
-
-END = bytes(1024)
-
-
-def archive(*data_of_parts: bytes, **changes: Any) -> bytes:
-    """A snapshot of these parts whose manifest is right but for the changes."""
-    members = [member(f"snapshots-{number:05d}.jsonl", data) for number, data in enumerate(data_of_parts)]
-    manifest = json.dumps(manifest_of(data_of_parts, **changes)).encode()
-    return packed(b"".join(members) + member(MANIFEST, manifest) + END)
-
-
-def around(*extra: bytes, before: bool = True) -> bytes:
-    """A good snapshot with more members, before the manifest or after it."""
-    good, manifest = member(PART, ONE), member(MANIFEST, json.dumps(manifest_of([ONE])).encode())
-    return packed(b"".join([good, *extra, manifest, END] if before else [good, manifest, *extra, END]))
-
-
-def text_of(manifest: str | bytes) -> bytes:
-    """A snapshot with this text as its manifest."""
-    data = manifest if isinstance(manifest, bytes) else manifest.encode()
-    return packed(member(PART, ONE) + member(MANIFEST, data) + END)
-
-
-PART = "snapshots-00000.jsonl"
 ONE = line()
-HONEST = json.dumps(manifest_of([ONE]))
+PACKED = gzip.compress(GOOD + ONE, 1, mtime=0)
+HONEST = footer_line(GOOD + ONE, PACKED).decode()
 
 
 def content_of(store: StateStore) -> dict[str, list[StateSnapshot]]:
@@ -218,11 +197,14 @@ def test_an_archive_of_another_program_is_read(tmp_path: Path) -> None:
     fields = dict(reversed(FIELDS.items()))
     mine = json.dumps({**fields, "updated_at_unix_ms": 7, "axes": {"warmth": 1, "formality": 0}}).encode()
     odd = line(user_id='a":"b\\', axes={}, source="mixed", confidence=0.25, schema_version=3)
-    path.write_bytes(archive(part(ONE, mine + b"\n", odd)))
+    spaced = header_line(created_at="2026-01-17T13:00:00+01:00", more=[1]).replace(b":", b" : ")
+    spaced = spaced.replace(b"13 : 00 : 00+01 : 00", b"13:00:00+01:00")
+    path.write_bytes(archive(ONE, mine + b"\n", odd, header=spaced, more="of it"))
     store = MemoryStore()
 
     assert store.restore_snapshot(path).points == verify_snapshot(path).points == 3
 
+    assert verify_snapshot(path).created_at == datetime(2026, 1, 17, 12, tzinfo=UTC)
     assert content_of(store) == {
         "ann": [
             StateSnapshot("ann", {"warmth": 1, "formality": 0}, 7),
@@ -238,11 +220,13 @@ def test_an_archive_of_another_program_is_read(tmp_path: Path) -> None:
 
 SECOND = line(updated_at_unix_ms=6)
 BAD_LINES: dict[str, tuple[bytes, str]] = {
-    "not JSON": (b"warmth\n", "line 1"),
-    "an empty line": (b"\n", "line 1"),
+    "not JSON": (b"warmth\n", "line 2"),
+    "an empty line": (b"\n", "line 2"),
     "an array": (b"[1]\n", "an object"),
     "a string": (b'"ann"\n', "an object"),
     "null": (b"null\n", "an object"),
+    "a header": (GOOD, "line 2: an object with"),
+    "a footer": (HONEST.encode(), "line 2: an object with"),
     "a field too few": (line().replace(b'"confidence": 1.0, ', b""), "an object with"),
     "a field too many": (line(mood="good"), "an object with"),
     "NaN": (line(axes={"warmth": float("nan")}), "warmth"),
@@ -265,15 +249,15 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     "a time as float": (line(updated_at_unix_ms=5.0), "updated_at_unix_ms"),
     "a time as bool": (line(updated_at_unix_ms=True), "updated_at_unix_ms"),
     "a negative time": (line(updated_at_unix_ms=-1), "updated_at_unix_ms"),
-    "a number of 5,000 digits": (line().replace(b" 5,", b" " + b"9" * 5000 + b","), "line 1"),
+    "a number of 5,000 digits": (line().replace(b" 5,", b" " + b"9" * 5000 + b","), "line 2"),
     "an unknown source": (line(source="guess"), "source"),
     "a source as number": (line(source=5), "source"),
     "a confidence as text": (line(confidence="1"), "confidence"),
     "a version as bool": (line(schema_version=True), "schema_version"),
-    "not UTF-8": (line().replace(b"ann", b"\xff\xfe"), "line 1"),
-    "UTF-16": (json.dumps(FIELDS).encode("utf-16-be") + b"\0\n", "line 1"),
-    "a byte order mark": (b"\xef\xbb\xbf" + line(), "line 1"),
-    "nested too deep": (b"[" * 100_000 + b"\n", "line 1"),
+    "not UTF-8": (line().replace(b"ann", b"\xff\xfe"), "line 2"),
+    "UTF-16": (json.dumps(FIELDS).encode("utf-16-be") + b"\0\n", "line 2"),
+    "a byte order mark": (b"\xef\xbb\xbf" + line(), "line 2"),
+    "nested too deep": (b"[" * 100_000 + b"\n", "line 2"),
     "a name twice": (line().replace(b'"axes"', b'"user_id": "bob", "axes"'), "twice"),
     "a name twice, spaced": (line().replace(b'"axes"', b'"user_id" : "bob", "axes"'), "twice"),
     "an axis twice": (line().replace(b'{"warmth": 0.5}', b'{"warmth": 0.5, "warmth" : 0.7}'), "twice"),
@@ -282,11 +266,12 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
         "twice",
     ),
     "no end of the last line": (line()[:-1], "no end"),
-    "a state twice": (part(ONE, ONE), "order"),
-    "states of a user out of order": (part(SECOND, ONE), "order"),
-    "a user at two places": (part(ONE, line(user_id="bob"), SECOND), "stand together"),
-    "nothing": (b"", "no end"),
-    "an axis that the manifest does not name": (line(axes={"valence": 1}), "valence"),
+    "a state twice": (ONE + ONE, "order"),
+    "states of a user out of order": (SECOND + ONE, "order"),
+    "a user at two places": (ONE + line(user_id="bob") + SECOND, "stand together"),
+    "a bad line behind good ones": (ONE + SECOND + b"x\n", "line 4"),
+    "an axis that the header does not name": (line(axes={"valence": 1}), "valence"),
+    "a line of 2 MiB": (line()[:-2] + b" " * 2 * MIB + b"}\n", "longer than"),
 }
 
 
@@ -294,100 +279,122 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
 def test_a_bad_line_is_refused(what: str, tmp_path: Path) -> None:
     """Whatever is wrong with the states of an archive is SnapshotError that says so."""
     data, match = BAD_LINES[what]
-    (tmp_path / "bad.attuned").write_bytes(archive(data, users=1, snapshots=1))
+    (tmp_path / "bad.attuned").write_bytes(archive(data, users=1, states=1))
 
     check_refused(tmp_path / "bad.attuned", match)
 
 
+def with_header(line: bytes | str) -> bytes:
+    return archive(ONE, header=line if isinstance(line, bytes) else line.encode())
+
+
 BAD_ARCHIVES: dict[str, tuple[bytes, str]] = {
-    # Members
-    "an extra member": (around(member("notes.txt", b"hello")), "notes.txt"),
-    "an extra member behind the manifest": (around(member("notes.txt", b"hi"), before=False), "behind"),
-    "the manifest twice": (around(member(MANIFEST, HONEST.encode()), before=True), "behind manifest.json"),
-    "the manifest first": (
-        packed(member(MANIFEST, HONEST.encode()) + member(PART, ONE) + END),
-        "differ",
+    # The header
+    "no header": (with_header(b""), "header"),
+    "an empty header": (with_header("\n"), "too early"),
+    "a header that is no JSON": (with_header("{hello}\n"), "header"),
+    "a header that is not UTF-8": (with_header(b'{"\xff": 1}\n'), "header"),
+    "a header nested too deep": (with_header('{"header": ' + "[" * 100_000 + "\n"), "header"),
+    "a header of nothing": (with_header("{}\n"), "header"),
+    "a header that is a list": (with_header('{"header": []}\n'), "header"),
+    "a header that is null": (with_header('{"header": null}\n'), "header"),
+    "a header of another program": (with_header('{"header": {"format": "zip"}}\n'), "no portable snapshot"),
+    "a header twice": (with_header(GOOD + GOOD), "line 2: an object with"),
+    "a name twice in the header": (
+        with_header(GOOD.replace(b'"engine"', b'"version": 2, "engine"')),
+        "twice",
     ),
-    "a part twice": (around(member(PART, ONE)), "should be snapshots-00001"),
-    "parts in another order": (
-        packed(member("snapshots-00001.jsonl", ONE) + member(PART, ONE) + END),
-        "should be snapshots-00000",
+    "no format": (with_header(header_line(format=None)), "no portable snapshot"),
+    "a newer format": (with_header(header_line(version=3)), "format 3.*upgrade"),
+    "a newer format with other lines": (
+        archive(b"anything\n", header=b'{"header": {"format": "attuned_store", "version": 4}}\n'),
+        "format 4.*upgrade",
     ),
-    "an absolute name": (around(member("/etc/passwd", b"root::0:0")), "/etc/passwd"),
-    "a name that leads out": (around(member("../../evil", b"x")), r"\.\./\.\./evil"),
-    "a part in a directory": (packed(member("./" + PART, ONE) + END), "should be"),
-    "a link": (around(member("link", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")), "plain file"),
-    "a hard link": (around(member("link", b"", type=tarfile.LNKTYPE, linkname=PART)), "plain file"),
-    "a device": (around(member("null", b"", type=tarfile.CHRTYPE, devmajor=1, devminor=3)), "plain file"),
-    "a block device": (around(member("sda", b"", type=tarfile.BLKTYPE)), "plain file"),
-    "a FIFO": (around(member("pipe", b"", type=tarfile.FIFOTYPE)), "plain file"),
-    "a directory": (around(member("dir", b"", type=tarfile.DIRTYPE)), "plain file"),
-    "a sparse file": (around(member("holes", b"", type=tarfile.GNUTYPE_SPARSE)), "plain file"),
-    "a long name": (around(member("a" * 300, b"x")), "plain file"),
-    "a part that is a link": (packed(member(PART, b"", type=tarfile.SYMTYPE) + END), "plain file"),
-    "a member of 1 GiB": (packed(member(PART, b"", size=1 << 30)), "bytes"),
-    "a member of 8 EiB": (packed(member(PART, b"", size=1 << 63)), "bytes"),
-    "a negative size": (packed(member(PART, b"", size=-1)), "bytes"),
-    "small parts": (archive(ONE, SECOND), "too small"),
-    "padding that is not zero": (packed(member(PART, ONE)[:-1] + b"x" + END), "behind the end"),
-    "no manifest": (packed(member(PART, ONE) + END), "no archive"),
-    "no end of the tar": (packed(member(PART, ONE) + member(MANIFEST, HONEST.encode())), "too early"),
-    "more behind the tar": (
-        packed(member(PART, ONE) + member(MANIFEST, HONEST.encode()) + END + b"x"),
-        "behind its end",
-    ),
-    "an empty tar": (packed(END), "no archive"),
-    "nothing packed": (packed(b""), "too early"),
-    "no tar": (packed(b"hello " * 1000), "no archive"),
-    # Around them
+    "format 1": (with_header(header_line(version=1)), "version: 1"),
+    "a format in words": (with_header(header_line(version="2")), "version"),
+    "a format as bool": (with_header(header_line(version=True)), "version"),
+    "a format as float": (with_header(header_line(version=2.0)), "version"),
+    "no version": (with_header(header_line(version=None)), "version"),
+    "no time": (with_header(header_line(created_at=None)), "header"),
+    "a time as number": (with_header(header_line(created_at=5)), "header"),
+    "a time in words": (with_header(header_line(created_at="noon")), "header: Invalid"),
+    "a time without a zone": (with_header(header_line(created_at="2026-01-17T12:00:00")), "time zone"),
+    "a time before all time": (with_header(header_line(created_at="0001-01-01T00:00:00+14:00")), "header"),
+    "no collections": (with_header(header_line(collections=[])), "collections: one"),
+    "two collections": (with_header(header_line(collections=HEADER["collections"] * 2)), "collections: one"),
+    "collections as text": (with_header(header_line(collections="one")), "collections: one"),
+    "collections as null": (with_header(header_line(collections=None)), "collections: one"),
+    "a collection as text": (with_header(header_line(collections=["one"])), "collections: one"),
+    "documents": (with_header(header_line(collection_kind="documents")), "kind 'documents': upgrade"),
+    "no axes": (with_header(header_line(collection_axes=None)), "axes"),
+    "an empty list of axes": (with_header(header_line(collection_axes=[])), "axes"),
+    "axes as text": (with_header(header_line(collection_axes="warmth")), "axes"),
+    "axes as number": (with_header(header_line(collection_axes=5)), "axes"),
+    "an axis as number": (with_header(header_line(collection_axes=[5])), "axes"),
+    "an axis as list": (with_header(header_line(collection_axes=[[]])), "axes"),
+    "an axis twice": (with_header(header_line(collection_axes=["warmth", "warmth"])), "once"),
+    "fewer axes than occur": (with_header(header_line(collection_axes=["formality"])), "warmth"),
+    # The members
     "an empty file": (b"", "cut short"),
     "no gzip": (b"hello " * 1000, "damaged"),
     "a zip": (b"PK\x03\x04" + bytes(100), "damaged"),
-    "no seal": (gzip.compress(b"", 1), "too early"),
-    "packed anew": (gzip.compress(gzip.decompress(archive(ONE)), 6), "packed anew"),
-    "another seal": (archive(ONE)[:-58] + archive(SECOND)[-58:], "altered"),
-    "half a seal": (archive(ONE)[:-20], "cut short"),
-    "more behind the seal": (archive(ONE) + b"x", "altered"),
+    "a tar": (gzip.compress(tarfile.TarInfo("notes.txt").tobuf() + bytes(1024)), "notes.txt"),
+    "other text": (gzip.compress(b"hello " * 1000), "no archive"),
+    "nothing packed": (gzip.compress(b""), "too early"),
+    "nothing packed, twice": (gzip.compress(b"") + stored(HONEST.encode()), "too early"),
+    "the header alone": (gzip.compress(GOOD), "footer"),
+    "half a header": (gzip.compress(GOOD[:50]), "header"),
+    "no end of the last line": (archive(ONE[:-1]), "no end"),
+    "no footer": (PACKED, "cut short"),
+    "the footer in the first member": (gzip.compress(GOOD + ONE + HONEST.encode()), "line 3: an object with"),
+    "a compressed footer": (PACKED + gzip.compress(HONEST.encode()), "packed anew"),
+    "a footer with a time": (
+        archive(ONE)[: len(PACKED) + 4] + b"\1" + archive(ONE)[len(PACKED) + 5 :],
+        "altered",
+    ),
+    "packed anew": (gzip.compress(gzip.decompress(archive(ONE)), 6), "line 3: an object with"),
+    "another footer": (PACKED + archive(SECOND)[-len(stored(HONEST.encode())) :], "sha256"),
+    "half a footer": (archive(ONE)[:-20], "cut short"),
+    "a byte less": (archive(ONE)[:-1], "cut short"),
+    "a byte more": (archive(ONE) + b"x", "altered"),
+    "much more": (archive(ONE) + bytes(MIB), "altered"),
+    "the footer twice": (archive(ONE) + stored(HONEST.encode()), "altered"),
+    "an empty member behind": (archive(ONE) + gzip.compress(b""), "altered"),
+    "an empty member between": (PACKED + gzip.compress(b"") + stored(HONEST.encode()), "altered"),
+    "states in a second member": (PACKED + gzip.compress(SECOND) + stored(HONEST.encode()), "altered"),
     "two archives": (archive(ONE) * 2, "altered"),
-    # The manifest
-    "an empty manifest": (text_of(""), "manifest"),
-    "a manifest that is no JSON": (text_of("hello"), "manifest"),
-    "a manifest that is a list": (text_of("[]"), "object"),
-    "a manifest that is not UTF-8": (text_of(b'{"\xff": 1}'), "manifest"),
-    "a manifest nested too deep": (text_of("[" * 100_000), "manifest"),
-    "a manifest of nothing": (text_of("{}"), "portable"),
-    "a name twice in the manifest": (
-        text_of(HONEST.replace('"engine"', '"format_version": 1, "engine"')),
-        "twice",
+    "the lines of two archives": (
+        gzip.compress(gzip.decompress(archive(ONE)) * 2),
+        "line 3: an object with",
     ),
-    "a count twice in the manifest": (text_of(HONEST.replace('"users"', '"users": 2, "users"')), "twice"),
-    "a newer format": (archive(ONE, format_version=2), "format 2.*upgrade"),
-    "format 0": (archive(ONE, format_version=0), "not one"),
-    "a format in words": (archive(ONE, format_version="1"), "not one"),
-    "no format": (archive(ONE, format_version=None), "not one"),
-    "no collections": (archive(ONE, collections=[]), "0 collections"),
-    "two collections": (archive(ONE, collections=[{}, {}]), "2 collections"),
-    "collections as text": (archive(ONE, collections="one"), "not one"),
-    "a collection as text": (archive(ONE, collections=["one"]), "collections"),
-    "too many users": (archive(ONE, users=2), "users differ"),
-    "users in words": (archive(ONE, users="1"), "users differ"),
-    "too few snapshots": (archive(ONE, snapshots=0), "snapshots differ"),
-    "no parts": (archive(ONE, parts=[]), "parts differ"),
-    "parts as null": (archive(ONE, parts=None), "parts differ"),
-    "a wrong digest": (
-        archive(ONE, parts=[{**manifest_of([ONE])["collections"][0]["parts"][0], "sha256": "0" * 64}]),
-        "parts differ",
-    ),
-    "a wrong size": (
-        archive(ONE, parts=[{**manifest_of([ONE])["collections"][0]["parts"][0], "size": 5}]),
-        "parts differ",
-    ),
-    "no axes": (archive(ONE, axes=None), "axis|axes"),
-    "axes as text": (archive(ONE, axes="warmth"), "axes"),
-    "axes as number": (archive(ONE, axes=5), "manifest"),
-    "an axis as number": (archive(ONE, axes=[5]), "manifest"),
-    "an axis twice": (archive(ONE, axes=["warmth", "warmth"]), "once"),
-    "fewer axes than occur": (archive(ONE, axes=["formality"]), "warmth"),
+    # The footer
+    "an empty footer": (ending(""), "footer"),
+    "a footer without an end": (ending(HONEST[:-1]), "one line"),
+    "a footer of two lines": (ending(HONEST + "\n"), "one line"),
+    "a footer that is no JSON": (ending("hello\n"), "footer"),
+    "a footer that is a list": (ending("[]\n"), "object"),
+    "a footer that is not UTF-8": (ending(b'{"\xff": 1}\n'), "footer"),
+    "a footer nested too deep": (ending("[" * 50_000 + "\n"), "footer"),
+    "a footer of nothing": (ending("{}\n"), "footer"),
+    "a state as footer": (ending(SECOND), "footer"),
+    "a footer of 70 KB": (ending(json.dumps({"footer": {"more": "x" * 70_000}}) + "\n"), "altered"),
+    "a name twice in the footer": (ending(HONEST.replace('"sha256"', '"sha256": "", "sha256"')), "twice"),
+    "a count twice in the footer": (ending(HONEST.replace('"users"', '"users": 2, "users"')), "twice"),
+    "no counts": (archive(ONE, collections=[]), "collections: one"),
+    "counts of two collections": (archive(ONE, collections=[{}, {}]), "collections: one"),
+    "counts of another collection": (archive(ONE, name="other"), "name: 'other' differs"),
+    "too many users": (archive(ONE, users=2), "users: 2 differs from 1"),
+    "too few users": (archive(ONE, users=0), "users: 0 differs from 1"),
+    "users in words": (archive(ONE, users="1"), "users"),
+    "users as bool": (archive(ONE, users=True), "users"),
+    "no users": (archive(ONE, users=None), "users"),
+    "too few states": (archive(ONE, states=0), "states: 0 differs from 1"),
+    "too many states": (archive(ONE, states=2), "states: 2 differs from 1"),
+    "states as float": (archive(ONE, states=1.0), "states"),
+    "a wrong digest": (archive(ONE, sha256="0" * 64), "sha256"),
+    "no digest": (archive(ONE, sha256=None), "sha256"),
+    "a wrong digest of the member": (archive(ONE, gzip_sha256="0" * 64), "gzip_sha256"),
+    "no digest of the member": (archive(ONE, gzip_sha256=None), "gzip_sha256"),
 }
 
 
@@ -410,12 +417,9 @@ def test_the_good_archive_of_these_tests_is_good(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def small() -> bytes:
-    """A small snapshot of two parts, as a store writes it."""
-    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attuned_store, "PART_BYTES", 400)
-        path = snapshot_of(PEOPLE, Path(directory))
-        assert len(read_archive(path)[0]["collections"][0]["parts"]) > 1
-        return path.read_bytes()
+    """A small snapshot, as a store writes it."""
+    with tempfile.TemporaryDirectory() as directory:
+        return snapshot_of(PEOPLE, Path(directory)).read_bytes()
 
 
 def test_verifying_and_listing_have_asynchronous_forms(tmp_path: Path) -> None:
@@ -435,8 +439,8 @@ def test_verifying_and_listing_have_asynchronous_forms(tmp_path: Path) -> None:
 
 @pytest.fixture
 def holder(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
-    """A store that holds something, for which small parts will do."""
-    monkeypatch.setattr(attuned_store, "PART_BYTES", 400)
+    """A store that holds something, which reads in small blocks."""
+    monkeypatch.setattr(attuned_store.GzipReader, "block_bytes", 400)
     store = MemoryStore()
     store.upsert_many([state("zoe", 1), state("ann", 99)])
     return store
@@ -517,6 +521,59 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pyte
         check_refused(path, "cannot be read: Input/output error")
 
 
+def test_a_footer_may_be_large_but_not_larger(tmp_path: Path) -> None:
+    """A footer of as many bytes as are read is a good one, in verifying and in the list; of one more not."""
+    path = tmp_path / "20260117T120000.000Z-a.attuned"
+    room = (1 << 16) - len(stored(HONEST.encode())) - len(', "more": ""')
+
+    path.write_bytes(archive(ONE, more="x" * room))
+    assert verify_snapshot(path).points == 1
+    assert [report.points for report in list_snapshots(tmp_path)] == [1]
+    path.write_bytes(archive(ONE, more="x" * (room + 1)))
+    check_refused(path, "own footer")
+    assert [report.status for report in list_snapshots(tmp_path)] == ["failed"]
+
+
+@pytest.mark.parametrize("size", [-1, -512, -1024, 1 << 40, 1 << 63, 1 << 80])
+def test_a_native_snapshot_with_an_absurd_size_is_refused(size: int, tmp_path: Path) -> None:
+    """A member that claims to be larger than the file, or smaller than nothing, is SnapshotError at once."""
+    header = tarfile.TarInfo("a")
+    header.size = size
+    path = tmp_path / "a.snap"
+    path.write_bytes(tarfile.TarInfo("b").tobuf() * 2 + header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+
+    with pytest.raises(SnapshotError, match="cut short, or damaged"):
+        verify_snapshot(path)
+
+
+def test_what_could_not_be_restored_is_not_written(tmp_path: Path) -> None:
+    """A store that gives a user at two places, or out of order, has no snapshot rather than a bad one."""
+
+    class Confused(MemoryStore):
+        """A store whose pages are wrong."""
+
+        pages: tuple[list[StateSnapshot], ...] = ()
+
+        def _page_of_states(self, cursor: Any) -> Any:
+            number = cursor or 0
+            return self.pages[number], number + 1 if number + 1 < len(self.pages) else None
+
+    store = Confused()
+    ann, bob, later = state("ann", 1), state("bob", 1), state("ann", 2)
+    for pages, said in (
+        (([ann], [bob], [later]), "stand together"),
+        (([later, ann],), "order"),
+        (([ann], [ann]), "order"),
+        (([state("ann", axes={"valence": 1})],), "valence"),
+    ):
+        store.pages = pages
+        with pytest.raises(SnapshotError, match=said):
+            store.create_snapshot(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+    store.pages = ([ann], [later], [bob])
+    assert store.create_snapshot(tmp_path, keep=1).users == 2
+
+
 def test_another_file_is_said_to_be_no_snapshot(tmp_path: Path) -> None:
     """A file of another kind is not mistaken for a damaged snapshot of a server."""
     (tmp_path / "notes.txt").write_text("hello")
@@ -548,8 +605,6 @@ def test_a_file_that_changes_while_it_is_restored_is_noticed(
 
 # Memory
 
-MIB = 1 << 20
-
 
 class Deflated:
     """A gzip file whose contents are a few pieces repeated as often as wanted, made without holding them."""
@@ -575,64 +630,79 @@ class Deflated:
 
     def finish(self) -> None:
         self._put(b"\x03\0" + struct.pack("<II", self._crc, self._size & 0xFFFFFFFF))
-        digest = self._digest.digest()
-        extra = b"AS" + struct.pack("<H", len(digest)) + digest
-        head = b"\x1f\x8b\x08\x04\0\0\0\0\0\xff" + struct.pack("<H", len(extra))
-        self._file.write(head + extra + b"\x03\0" + bytes(8))
+        counts = {"name": "attuned_state", "users": 1, "states": 1}
+        digests = {"sha256": "0" * 64, "gzip_sha256": self._digest.hexdigest()}
+        footer = {"footer": {"collections": [counts], **digests}}
+        self._file.write(stored(json.dumps(footer).encode() + b"\n"))
         self._file.close()
 
 
-def header(name: str, size: int) -> bytes:
-    return member(name, b"", size=size)
-
-
 def a_line_of_1_gib(out: Deflated) -> None:
-    out.add(header(PART, 1 << 30))
+    out.add(GOOD)
+    out.add(b"a" * MIB, 1024)
+
+
+def a_header_of_1_gib(out: Deflated) -> None:
+    out.add(GOOD[:-3] + b', "more": "')
     out.add(b"a" * MIB, 1024)
 
 
 def zeros_behind_the_end(out: Deflated) -> None:
-    out.add(member(PART, ONE) + member(MANIFEST, HONEST.encode()) + END)
+    out.add(GOOD + ONE)
     out.add(bytes(MIB), 1024)
 
 
-def a_large_manifest(out: Deflated) -> None:
-    out.add(member(PART, ONE) + header(MANIFEST, 64 * MIB))
-    out.add(b"[],[],[],[]," * 87381 + b"[[],", 64)
-
-
 def many_empty_lines(out: Deflated) -> None:
-    out.add(header(PART, MIB))
-    out.add(b"\n" * MIB)
+    out.add(GOOD)
+    out.add(b"\n" * MIB, 1024)
 
 
 def a_line_of_many_lists(out: Deflated) -> None:
-    out.add(header(PART, MIB) + b"[")
-    out.add(b"[],[],[],[]," * 87381 + b"],\n")
+    out.add(GOOD + b"[")
+    out.add(b"[],[],[],[]," * 80_000 + b"[]]\n")
 
 
-def many_small_parts(out: Deflated) -> None:
-    for number in range(100_000):
-        out.add(member(f"snapshots-{number:05d}.jsonl", line(user_id=f"user-{number}")))
-        if number == 2:
-            break
-    out.add(END)
+def a_header_of_many_lists(out: Deflated) -> None:
+    out.add(b'{"header": [')
+    out.add(b"[],[],[],[]," * 80_000 + b"[]]}\n")
+
+
+def one_state_again_and_again(out: Deflated) -> None:
+    out.add(GOOD)
+    out.add(ONE * 10_000, 100)
+
+
+def an_old_member_of_1_gib(out: Deflated) -> None:
+    header = tarfile.TarInfo("snapshots-00000.jsonl")
+    header.size = 1 << 30
+    out.add(header.tobuf())
+    out.add(b"a" * MIB, 1024)
+
+
+def an_old_manifest_of_1_gib(out: Deflated) -> None:
+    header = tarfile.TarInfo("manifest.json")
+    header.size = 1 << 30
+    out.add(header.tobuf())
+    out.add(b"[],[],[],[]," * 87_381, 1024)
 
 
 @pytest.mark.parametrize(
     "bomb",
     [
         a_line_of_1_gib,
+        a_header_of_1_gib,
         zeros_behind_the_end,
-        a_large_manifest,
         many_empty_lines,
         a_line_of_many_lists,
-        many_small_parts,
+        a_header_of_many_lists,
+        one_state_again_and_again,
+        an_old_member_of_1_gib,
+        an_old_manifest_of_1_gib,
     ],
 )
 def test_no_archive_takes_up_much_memory(bomb: Callable[[Deflated], None], tmp_path: Path) -> None:
-    """An archive that unpacks to gigabytes is refused within a few MiB."""
-    path = tmp_path / "bomb.attuned"
+    """An archive that unpacks to gigabytes is refused within a few MiB, whether it is read or listed."""
+    path = tmp_path / "20260117T120000.000Z-bomb.attuned"
     out = Deflated(path)
     bomb(out)
     out.finish()
@@ -640,8 +710,9 @@ def test_no_archive_takes_up_much_memory(bomb: Callable[[Deflated], None], tmp_p
 
     tracemalloc.start()
     try:
-        with pytest.raises(SnapshotError, match=r"bytes|behind|line 1|too small"):
+        with pytest.raises(SnapshotError, match=r"bytes|longer|line [12]|header|order"):
             MemoryStore().restore_snapshot(path)
+        assert len(list_snapshots(tmp_path)) == 1
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -696,11 +767,12 @@ snapshots = st.builds(
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(states=st.lists(snapshots, max_size=20), part_bytes=st.sampled_from([200, 1000, 1 << 18]))
-def test_any_content_comes_back_from_a_snapshot(states: list[StateSnapshot], part_bytes: int) -> None:
+@given(states=st.lists(snapshots, max_size=20), block_bytes=st.sampled_from([1, 200, 1000, 1 << 18]))
+def test_any_content_comes_back_from_a_snapshot(states: list[StateSnapshot], block_bytes: int) -> None:
     """Whatever a store holds, its snapshot gives the same back, to the last bit."""
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attuned_store, "PART_BYTES", part_bytes)
+        patch.setattr(attuned_store.ArchiveWriter, "block_bytes", block_bytes)
+        patch.setattr(attuned_store.GzipReader, "block_bytes", block_bytes)
         store, other = MemoryStore(max_history_per_user=99), MemoryStore(max_history_per_user=99)
         store.upsert_many(states)
         path = store.create_snapshot(directory).path
@@ -866,9 +938,44 @@ def test_keep_removes_only_older_snapshots_of_the_same_kind(tmp_path: Path, cloc
     made.append(cast("str", store.create_snapshot(tmp_path, keep=3).snapshot_name))
 
     assert names_in(tmp_path) == sorted([*before, *made[-3:]])
-    clock.now = NOW - 9000
+    clock.now = NOW + 19000
     made.append(cast("str", store.create_snapshot(tmp_path, keep=1).snapshot_name))
     assert names_in(tmp_path) == sorted([*before, made[-1]])
+
+
+def test_keep_counts_good_snapshots_of_the_past_alone(tmp_path: Path, clock: Clock) -> None:
+    """What is dated in the future, or never, or is damaged, neither counts nor is removed."""
+    store, made = filled(), []
+    for number in range(4):
+        clock.now = NOW + number
+        made.append(cast("Path", store.create_snapshot(tmp_path).path))
+    stamp = made[0].name.index("-")
+    strange = {
+        "29990101T000000.000Z": made[0].read_bytes(),  # the future
+        "20260199T000000.000Z": made[0].read_bytes(),  # no date
+        "20260101T000000.001Z": b"",
+        "20260101T000000.002Z": b"hello",
+        "20260101T000000.003Z": made[0].read_bytes()[:-1],
+        "20260101T000000.004Z": made[0].read_bytes()[:100],
+        "20260101T000000.005Z": b"x" + made[0].read_bytes()[1:],
+        "20260101T000000.006Z": gzip.compress(b""),
+        "20260101T000000.007Z": (DATA / "0.1-history.attuned").read_bytes()[:-5],
+    }
+    for when, data in strange.items():
+        (tmp_path / f"{when}{made[0].name[stamp:]}").write_bytes(data)
+    old = tmp_path / f"20260101T000000.000Z{made[0].name[stamp:]}"
+    old.write_bytes((DATA / "0.1-history.attuned").read_bytes())
+    before = {*names_in(tmp_path)}
+
+    clock.now = NOW + 10
+    made.append(cast("Path", store.create_snapshot(tmp_path, keep=5).path))
+    assert {*names_in(tmp_path)} == {*before, made[4].name} - {old.name}
+    clock.now = NOW + 11
+    made.append(cast("Path", store.create_snapshot(tmp_path, keep=2).path))
+    assert {*names_in(tmp_path)} == {*before, *(path.name for path in made[4:])} - {
+        old.name,
+        *(path.name for path in made[:4]),
+    }
 
 
 def test_nothing_is_removed_before_the_new_file_is_read_back(
@@ -887,7 +994,7 @@ def test_nothing_is_removed_before_the_new_file_is_read_back(
         with pytest.raises(SnapshotError, match=tmp_path.name):
             store.create_snapshot(tmp_path, keep=1)
     with monkeypatch.context() as patch:
-        patch.setattr(attuned_store.GzipReader, "finish", lambda self: "0" * 64)
+        patch.setattr(attuned_store.GzipReader, "sha256", lambda self: "0" * 64)
         with pytest.raises(SnapshotError, match="read back"):
             store.create_snapshot(tmp_path, keep=1)
     assert sorted(tmp_path.iterdir()) == kept
@@ -976,18 +1083,119 @@ def test_snapshots_are_listed_newest_first(tmp_path: Path, clock: Clock) -> None
 
     found = list_snapshots(str(tmp_path))
 
-    assert [report.path for report in found] == [
-        made[1].path,
-        made[2].path,
-        made[0].path,
-        tmp_path / "20200101T000000.000Z-a.snap",
-    ]
-    assert [(report.kind, report.bytes) for report in found] == [
-        *[("portable", report.bytes) for report in (made[1], made[2], made[0])],
-        ("native", 3),
-    ]
+    *ours, theirs = found
+    assert [report.path for report in ours] == [made[1].path, made[2].path, made[0].path]
+    for report, written in zip(ours, (made[1], made[2], made[0]), strict=True):
+        assert (report.status, report.kind, report.bytes) == ("completed", "portable", written.bytes)
+        assert (report.points, report.users, report.axes) == (50, written.users, CANONICAL_AXES)
+        assert report.created_at == written.created_at
+        assert report.created_at.tzinfo is UTC
+    assert (theirs.path, theirs.kind) == (tmp_path / "20200101T000000.000Z-a.snap", "native")
+    assert (theirs.status, theirs.created_at) == ("failed", datetime(2020, 1, 1, tzinfo=UTC))
     with pytest.raises(SnapshotError, match="missing"):
         list_snapshots(tmp_path / "missing")
+
+
+def test_the_configured_directory_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a directory the configured one is listed, in both forms."""
+    monkeypatch.setenv("QDRANT_SNAPSHOT_DIR", str(tmp_path / "set"))
+    path = filled().create_snapshot().path
+
+    assert [report.path for report in list_snapshots()] == [path]
+    assert [report.path for report in anyio.run(alist_snapshots)] == [path]
+
+
+def test_one_unreadable_file_does_not_end_the_list(tmp_path: Path, clock: Clock) -> None:
+    """A file that is damaged, empty or may not be read is listed as failed, with what is wrong."""
+    paths = []
+    for number in range(5):
+        clock.now = NOW + number
+        paths.append(cast("Path", filled().create_snapshot(tmp_path).path))
+    whole = paths[1].read_bytes()
+    paths[1].write_bytes(b"")
+    paths[2].write_bytes(whole[:-1])
+    paths[3].write_bytes(archive(ONE, header=header_line(version=9)))
+    if os.getuid():
+        paths[4].chmod(0)
+    else:
+        paths[4].write_bytes(b"hello")
+
+    good, *bad = reversed(list_snapshots(tmp_path))
+
+    assert (good.status, good.points, good.message) == ("completed", 50, "")
+    assert [report.path for report in bad] == paths[1:]
+    for report, said in zip(
+        bad, ("cut short", "cut short", "upgrade", "cannot be read|damaged"), strict=True
+    ):
+        assert (report.status, report.kind, report.points, report.axes) == ("failed", "portable", None, None)
+        assert re.search(said, report.message)
+        assert str(report.path) in report.message
+        json.dumps(report.to_dict())
+
+
+def test_listing_does_not_read_what_is_between(tmp_path: Path) -> None:
+    """The list looks at header and footer: what is damaged between is found by verifying alone."""
+    store = MemoryStore()
+    store.upsert_many(random_states(3_000, 1))
+    path = snapshot_path(store, tmp_path)
+    data = bytearray(path.read_bytes())
+    assert len(data) > 400_000
+    data[300_000] ^= 1
+    path.write_bytes(data)
+
+    assert [report.points for report in list_snapshots(tmp_path)] == [3_000]
+    with pytest.raises(SnapshotError):
+        verify_snapshot(path)
+
+
+@pytest.mark.parametrize("version", ["now", "0.1"])
+def test_the_axes_are_known_before_all_is_read(version: str, tmp_path: Path) -> None:
+    """A file tells its axes before it is restored; one of version 0.1 once it is read."""
+    path = DATA / "0.1-parts.attuned"
+    if version == "now":
+        path = snapshot_of([state("ann", axes={"valence": 1})], tmp_path, axes=["valence", "arousal"])
+    saved = attuned_store.SnapshotFile(path)
+
+    header = saved.header()
+    assert (header and header.axes) == (("valence", "arousal") if version == "now" else None)
+    assert saved.contents is None
+    assert saved.axes() == ("valence", "arousal")
+    assert (saved.contents is None) == (version == "now")
+    saved.verify()
+    assert saved.contents is not None
+    assert header in (None, saved.contents)
+
+
+def test_a_name_that_a_terminal_would_obey_is_shown_escaped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Names with escape sequences, line ends or bytes that are no text are written as escapes in messages."""
+    caplog.set_level(logging.INFO, logger="attuned_store")
+    evil = tmp_path / "a\x1b[2J\nb\u202ec\udcff"
+    evil.mkdir()
+    path = filled().create_snapshot(evil).path
+    assert path is not None
+    path.write_bytes(path.read_bytes()[:-1])
+    (other := evil / "x.snap").write_bytes(b"hello")
+    shown = r"a\x1b[2J\nb\u202ec\udcff"
+
+    said = [record.getMessage() for record in caplog.records]
+    said += [str(report.message) for report in list_snapshots(evil)]
+    for attempt in (
+        lambda: verify_snapshot(path),
+        lambda: verify_snapshot(other),
+        lambda: filled().restore_snapshot(path),
+        lambda: filled().restore_snapshot(other),
+        lambda: list_snapshots(evil / "missing"),
+        lambda: filled().create_snapshot(other),
+    ):
+        with pytest.raises(SnapshotError) as caught:
+            attempt()
+        said.append(str(caught.value))
+    assert len(said) == 8
+    for text in said:
+        assert shown in text
+        assert text.isprintable()
 
 
 def test_a_snapshot_that_goes_while_it_is_listed_is_left_out(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, assert_type
 
@@ -123,10 +124,14 @@ def backing_up(store: StateStore, other: StateStore, path: Path) -> None:
     assert_type(taken.status, Literal["completed", "failed", "skipped"])
     assert_type(taken.kind, Literal["native", "portable"] | None)
     assert_type(taken.path, Path | None)
+    assert_type(taken.created_at, datetime | None)
+    assert_type(taken.axes, tuple[str, ...] | None)
+    assert_type(taken.users, int | None)
     assert_type(taken.to_dict()["sha256"], Any)
     assert_type(store.restore_snapshot(path, mode="merge", progress=report), SnapshotReport)
     assert_type(attuned_store.verify_snapshot(path, progress=report), SnapshotReport)
     assert_type(attuned_store.list_snapshots(path), list[SnapshotReport])
+    assert_type(attuned_store.list_snapshots(), list[SnapshotReport])
     assert_type(attuned_store.copy(store, other, replace=True, progress=report), SnapshotReport)
     assert_type(attuned_store.copy("here", path), SnapshotReport)
     assert_type(attuned_store.snapshot_on_start(store, timeout=5, keep=7), SnapshotReport)

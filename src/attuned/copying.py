@@ -22,7 +22,9 @@ from attuned.snapshots.archive import Progress, RestoreMode, check_progress
 from attuned.snapshots.directory import (
     NewFile,
     SnapshotFile,
+    describe_snapshot,
     make_snapshot_directory,
+    snapshot_directory,
     snapshot_errors,
     snapshots_in,
 )
@@ -81,22 +83,20 @@ async def averify_snapshot(
     return await Suspending().call(lambda: verify_snapshot(path, progress=progress))
 
 
-def list_snapshots(directory: str | os.PathLike[str]) -> list[SnapshotReport]:
-    """The snapshot files in a directory, newest first; their names are looked at, not their contents.
+def list_snapshots(directory: str | os.PathLike[str] | None = None) -> list[SnapshotReport]:
+    """The snapshot files in a directory, or in the configured one, newest first.
 
-    Raises SnapshotError for a directory that cannot be listed.
+    Of each, the beginning and the end are read, not what is between: what a portable one says of its time,
+    axes, users and states, unverified. ``axes``, ``users`` and ``points`` are None for native ones and those
+    of version 0.1, whose time is that in their name; ``sha256`` is None for all. A file that is no snapshot,
+    or of which beginning or end cannot be read, is listed with the status "failed" and a message. Raises
+    SnapshotError for a directory that cannot be listed.
     """
-    reports: list[SnapshotReport] = []
-    for path in snapshots_in(absolute_path(directory)):
-        try:
-            reports.append(SnapshotFile(path).report(str(path)))
-        except SnapshotError:
-            if path.exists():  # else it was removed just now
-                raise
-    return reports
+    found = map(describe_snapshot, snapshots_in(snapshot_directory(directory)))
+    return [report for report in found if report is not None]
 
 
-async def alist_snapshots(directory: str | os.PathLike[str]) -> list[SnapshotReport]:
+async def alist_snapshots(directory: str | os.PathLike[str] | None = None) -> list[SnapshotReport]:
     """As list_snapshots, in a worker thread."""
     return await Suspending().call(lambda: list_snapshots(directory))
 

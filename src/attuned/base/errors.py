@@ -40,6 +40,14 @@ def one_line(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text).strip()
 
 
+def printable(text: object) -> str:
+    """A file's name for a message: what a terminal would obey, or not show, is written as escapes."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in str(text)
+    )
+
+
 def type_name(value: object) -> str:
     """The type of a wrong argument, which may be somebody's id, for an error message."""
     return type(value).__name__

@@ -516,9 +516,10 @@ class SnapshotReport:
 
     ``status`` is completed, failed or skipped; ``target`` the store (or, where there is none, the file);
     ``reason`` why it was taken; ``kind`` native, a Qdrant server's own, or portable; ``path`` the file and
-    ``snapshot_name`` its name; ``bytes`` and ``sha256`` of the file; ``points`` how many states it holds (a
+    ``snapshot_name`` its name; ``created_at`` when it was taken, UTC; ``axes`` of the store it was taken of;
+    ``bytes`` and ``sha256`` of the file; ``users`` and ``points`` how many users and states it holds (a
     native one: points, latest ones and history); ``duration_ms`` how long it took; ``message`` what there
-    is to say. None where unknown.
+    is to say. None where unknown: a native one does not tell its axes and users.
     """
 
     status: Literal["completed", "failed", "skipped"]
@@ -527,15 +528,23 @@ class SnapshotReport:
     kind: Literal["native", "portable"] | None = None
     path: Path | None = None
     snapshot_name: str | None = None
+    created_at: datetime | None = None
+    axes: tuple[str, ...] | None = None
     bytes: int | None = None
     sha256: str | None = None
+    users: int | None = None
     points: int | None = None
     duration_ms: float = 0.0
     message: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON types, ``path`` a string."""
-        return {**attrs.asdict(self), "path": None if self.path is None else str(self.path)}
+        """The fields as plain JSON types: ``path`` a string, ``created_at`` in ISO form, ``axes`` a list."""
+        return {
+            **attrs.asdict(self, recurse=False),
+            "path": None if self.path is None else str(self.path),
+            "created_at": None if self.created_at is None else iso_time(self.created_at),
+            "axes": None if self.axes is None else list(self.axes),
+        }
 
 
 class _Any(enum.Enum):
@@ -554,9 +563,10 @@ Expected = StateSnapshot | Literal[_Any.ANY] | None
 UNIX_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def iso_time(milliseconds: int) -> str:
-    """Write milliseconds since 1970 as ISO 8601 in UTC."""
-    moment = UNIX_EPOCH + timedelta(milliseconds=milliseconds)
+def iso_time(moment: int | datetime) -> str:
+    """Write milliseconds since 1970, or a datetime in UTC, as ISO 8601."""
+    if not isinstance(moment, datetime):
+        moment = UNIX_EPOCH + timedelta(milliseconds=moment)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 

@@ -10,7 +10,7 @@ import re
 import secrets
 import stat
 import time
-from pathlib import Path
+from datetime import datetime, timedelta
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypedDict, cast
 from urllib.parse import quote as urlquote
 
@@ -18,9 +18,10 @@ import attrs
 
 from attuned.base.config import absolute_path, check_choice, check_flag
 from attuned.base.disk import fsync, lock_descriptor, open_private
-from attuned.base.errors import LOGGER, SnapshotError, ValidationError
+from attuned.base.errors import LOGGER, SnapshotError, ValidationError, printable
 from attuned.base.values import (
     MAX_INTEGER,
+    UNIX_EPOCH,
     SnapshotReason,
     SnapshotReport,
     StateSnapshot,
@@ -30,19 +31,21 @@ from attuned.base.values import (
 )
 from attuned.snapshots.archive import (
     GZIP_MAGIC,
-    READ_BYTES,
     SNAPSHOT_SUFFIXES,
-    TAR_BLOCK,
     ArchiveContents,
     ArchiveReader,
     ArchiveWriter,
+    GzipReader,
     Progress,
     SnapshotKind,
     ignore_progress,
+    read_summary,
 )
+from attuned.snapshots.legacy import TAR_BLOCK, LegacyReader
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Sequence
+    from pathlib import Path
 
 
 class NewFile:
@@ -58,19 +61,15 @@ class NewFile:
             self.path = directory / f".attuned-{secrets.token_hex(8)}.tmp"
             # Not a bare descriptor: after an interrupt that would keep its lock until the process ends.
             self.file = open(self.path, "x+b", opener=open_private)  # noqa: SIM115 - until it is discarded
-            if self._is_kept():
+            try:
+                lock_descriptor(self.file.fileno())
+                if os.path.samestat(os.fstat(self.file.fileno()), self.path.stat()):
+                    break
+            except (BlockingIOError, FileNotFoundError):
+                pass  # taken for an abandoned one before it was locked: try another name
+            except OSError:  # a file system without locks, where none is taken for abandoned either
                 break
             self.file.close()
-
-    def _is_kept(self) -> bool:
-        """Whether nobody took it for an abandoned one before it was locked."""
-        try:
-            lock_descriptor(self.file.fileno())
-            return os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
-        except (BlockingIOError, FileNotFoundError):
-            return False
-        except OSError:  # a file system without locks, where none is taken for abandoned either
-            return True
 
     def commit(self, names: Iterable[str]) -> Path:
         """Give the file the first of these names that is free in its directory."""
@@ -78,7 +77,7 @@ class NewFile:
         os.fsync(self.file.fileno())
         for name in names:
             final = self.path.with_name(name)
-            if _name_anew(self.path, final):
+            if _link_or_rename(self.path, final):
                 try:
                     fsync(final.parent)
                 except BaseException:
@@ -97,10 +96,17 @@ class NewFile:
 
 def _remove_abandoned(directory: Path) -> None:
     """Remove what killed processes left: files without a name, and checksums without their snapshot."""
-    orphans = (path for path in directory.glob("*.snap.sha256") if _is_orphan(path))
+    orphans = filter(_is_orphan, directory.glob("*.snap.sha256"))
     for path in [*directory.glob(".attuned-????????????????.tmp"), *orphans]:
         with contextlib.suppress(OSError):  # it is being written, or gone by now
-            _remove_unlocked(path)
+            descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+            try:
+                lock_descriptor(descriptor)
+                # Still an orphan: its snapshot may have come before the lock went.
+                if path.suffix == ".tmp" or _is_orphan(path):
+                    path.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def _is_orphan(checksum: Path) -> bool:
@@ -108,18 +114,7 @@ def _is_orphan(checksum: Path) -> bool:
     return SNAPSHOT_NAME.fullmatch(snapshot.name) is not None and not os.path.lexists(snapshot)
 
 
-def _remove_unlocked(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
-    try:
-        lock_descriptor(descriptor)
-        # Still an orphan: its snapshot may have come before the lock went.
-        if path.suffix == ".tmp" or _is_orphan(path):
-            path.unlink()
-    finally:
-        os.close(descriptor)
-
-
-def _name_anew(path: Path, final: Path) -> bool:
+def _link_or_rename(path: Path, final: Path) -> bool:
     """Give a file a new name unless that is taken, which os.rename would overwrite."""
     try:
         os.link(path, final)
@@ -132,23 +127,26 @@ def _name_anew(path: Path, final: Path) -> bool:
     return True
 
 
-# Files of snapshots in a directory
-
 DEFAULT_SNAPSHOT_DIRECTORY = "./data/qdrant/snapshots"
-
-
 SNAPSHOT_NAME = re.compile(r"(\d{8}T\d{6}\.\d{3}Z)-(.+)\.(snap|attuned)")
+_KINDS: dict[str, SnapshotKind] = {suffix: kind for kind, suffix in SNAPSHOT_SUFFIXES.items()}
 
 
-def time_stamp(time_ms: int) -> str:
-    """A time as it stands in names: 20260117T120000.123Z."""
-    return iso_time(time_ms).replace("-", "").replace(":", "")
+def _time_in_name(path: Path) -> datetime | None:
+    """When a snapshot was taken, by the name of its file; None where that tells no time."""
+    named = SNAPSHOT_NAME.fullmatch(path.name)
+    try:
+        return named and datetime.fromisoformat(named[1])
+    except ValueError:  # the 99th of a month
+        return None
 
 
 def _snapshot_names(time_ms: int, collection: str, kind: SnapshotKind) -> Iterator[str]:
     """The name of a snapshot, and those of the milliseconds that follow, should it be taken."""
     named = urlquote(collection, safe="", errors="replace")  # a server's own may be anything
-    return (f"{time_stamp(moment)}-{named}{SNAPSHOT_SUFFIXES[kind]}" for moment in itertools.count(time_ms))
+    for moment in itertools.count(time_ms):
+        stamp = iso_time(moment).replace("-", "").replace(":", "")
+        yield f"{stamp}-{named}{SNAPSHOT_SUFFIXES[kind]}"
 
 
 def snapshot_directory(directory: str | os.PathLike[str] | None) -> Path:
@@ -168,14 +166,15 @@ def make_snapshot_directory(directory: str | os.PathLike[str] | None) -> Path:
 @contextlib.contextmanager
 def snapshot_errors(path: str | os.PathLike[str], failed: str) -> Generator[None]:
     """Turn an error of the file system into a SnapshotError, and say which file one is about."""
+    shown = printable(path)
     try:
         yield
     except OSError as error:
-        raise SnapshotError(f"{path}: {failed}: {error.strerror or error}") from error
+        raise SnapshotError(f"{shown}: {failed}: {error.strerror or error}") from error
     except SnapshotError as error:
-        if str(path) in str(error):
+        if shown in str(error):
             raise
-        raise SnapshotError(f"{path}: {error}") from error.__cause__
+        raise SnapshotError(f"{shown}: {error}") from error.__cause__
 
 
 class SnapshotRequestFields(TypedDict):
@@ -220,107 +219,47 @@ class SnapshotRequest:
         place = make_snapshot_directory(directory)
         return cls(**fields, kind=chosen, any_kind=kind == "auto", directory=place)
 
+    @property
+    def created_at(self) -> datetime:
+        """When the snapshot is taken, UTC."""
+        return UNIX_EPOCH + timedelta(milliseconds=self.created_ms)
+
     def completed(self, path: Path, **found: Any) -> SnapshotReport:
-        """The report of a snapshot that has its file."""
+        """The report of a snapshot that has its file; older ones are removed, if so many are to be kept."""
+        if self.keep is not None:
+            _remove_older(path, self.keep)
         report = SnapshotReport(
             status="completed",
             reason=self.reason,
             kind=self.kind,
             path=path,
             snapshot_name=path.name,
+            created_at=self.created_at,
             duration_ms=(time.perf_counter() - self.began) * 1000,
             **found,
         )
-        LOGGER.info("snapshot %s: %s, %s bytes, %.0f ms", path.name, path, report.bytes, report.duration_ms)
+        shown, taken_ms = printable(path), report.duration_ms
+        LOGGER.info("snapshot %s: %s, %s bytes, %.0f ms", path.name, shown, report.bytes, taken_ms)
         return report
 
 
-class SnapshotOrigin(NamedTuple):
-    """Which store a snapshot is of."""
+def _remove_older(newest: Path, keep: int) -> None:
+    """Remove the older snapshots of the same collection and kind, beyond so many.
 
-    target: str
-    engine: str
-    collection: str
-
-
-class SnapshotWriter:
-    """Takes a snapshot; as a context manager it leaves the finished file or none."""
-
-    def __init__(self, order: SnapshotRequest) -> None:
-        self._order = order
-        with self._errors():
-            self._new = NewFile(order.directory)
-
-    def _errors(self) -> contextlib.AbstractContextManager[None]:
-        return snapshot_errors(self._order.directory, "cannot be written")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._new.discard()
-
-
-class PortableSnapshotWriter(SnapshotWriter):
-    """Takes a portable snapshot."""
-
-    def __init__(self, order: SnapshotRequest, origin: SnapshotOrigin, axes: Sequence[str]) -> None:
-        super().__init__(order)
-        self._origin, self._axes = origin, axes
-        self._writer = ArchiveWriter(self._new.file, order.created_ms)
-
-    def add(self, snapshots: Sequence[StateSnapshot]) -> int:
-        """Take in snapshots, all of a user, oldest first; returns how many there are by now."""
-        with self._errors():
-            self._writer.add(snapshots)
-        return self._writer.counted.snapshots
-
-    def finish(self) -> SnapshotReport:
-        """Give the file its name; then remove older ones, if so many are to be kept."""
-        order, origin = self._order, self._origin
-        with self._errors():
-            sha256 = self._writer.finish(origin.engine, origin.collection, self._axes)
-            self._new.file.flush()
-            if order.keep is not None:
-                _check_written(self._new, sha256)
-            path = self._new.commit(_snapshot_names(order.created_ms, origin.collection, "portable"))
-        _remove_older(path, order.keep)
-        return order.completed(
-            path,
-            target=origin.target,
-            bytes=self._writer.bytes,
-            sha256=sha256,
-            points=self._writer.counted.snapshots,
-        )
-
-
-def _check_written(new: NewFile, sha256: str) -> None:
-    """Read a portable snapshot back before older ones are given up for it."""
-    new.file.seek(0)
-    reader = ArchiveReader(new.file)
-    for _ in reader.parts():
-        pass
-    if reader.sha256 != sha256:
-        raise _not_read_back()
-
-
-def _not_read_back() -> SnapshotError:
-    return SnapshotError("what was written is not what is read back; is the disk sound?")
-
-
-def _remove_older(newest: Path, keep: int | None) -> None:
-    """Remove the older snapshots of the same collection and kind, beyond so many."""
-    named = SNAPSHOT_NAME.fullmatch(newest.name)
-    if keep is None or named is None:
-        return
-    alike = newest.name[len(named[1]) :]
+    What is dated in the future, or not what its name says, does not count, and stays.
+    """
+    stamp_size = newest.name.index("-")
     try:
-        same = [path for path in snapshots_in(newest.parent) if path.name[len(named[1]) :] == alike]
-        for path in [path for path in same if path != newest][keep - 1 :]:
-            path.unlink(missing_ok=True)
-            checksum_file(path).unlink(missing_ok=True)
+        for path in snapshots_in(newest.parent):
+            if path.name[stamp_size:] == newest.name[stamp_size:] and path.name < newest.name:
+                report = describe_snapshot(path)
+                if report is not None and report.status == "completed" and _time_in_name(path):
+                    keep -= 1
+                    if keep < 1:
+                        path.unlink(missing_ok=True)
+                        checksum_file(path).unlink(missing_ok=True)
     except (OSError, SnapshotError) as error:  # the new one is there: one too many is no failure
-        LOGGER.warning("removing older snapshots than %s failed: %s", newest, error)
+        LOGGER.warning("removing older snapshots than %s failed: %s", printable(newest), error)
 
 
 def snapshots_in(directory: Path) -> list[Path]:
@@ -337,6 +276,83 @@ def checksum_file(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
+class SnapshotOrigin(NamedTuple):
+    """Which store a snapshot is of."""
+
+    target: str
+    engine: str
+    collection: str
+
+
+class SnapshotWriter:
+    """Takes a snapshot; as a context manager it leaves the finished file or none."""
+
+    def __init__(self, request: SnapshotRequest) -> None:
+        self._request = request
+        with self._errors():
+            self._new = NewFile(request.directory)
+
+    def _errors(self) -> contextlib.AbstractContextManager[None]:
+        return snapshot_errors(self._request.directory, "cannot be written")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._new.discard()
+
+    def _check_written(self, sha256: str) -> None:
+        """Read the file back before older ones are given up for it."""
+        if self._request.keep is not None:
+            self._new.file.flush()
+            self._new.file.seek(0)
+            if self._read_back(self._new.file) != sha256:
+                raise SnapshotError("what was written is not what is read back; is the disk sound?")
+
+    def _read_back(self, file: IO[bytes]) -> str:
+        """The SHA-256 of what was written, read to the end."""
+        return hashlib.file_digest(cast("Any", file), "sha256").hexdigest()
+
+
+class PortableSnapshotWriter(SnapshotWriter):
+    """Takes a portable snapshot."""
+
+    def __init__(self, request: SnapshotRequest, origin: SnapshotOrigin, axes: Sequence[str]) -> None:
+        super().__init__(request)
+        self._origin = origin
+        contents = ArchiveContents(origin.engine, request.created_at, origin.collection, tuple(axes))
+        self._archive = ArchiveWriter(self._new.file, contents)
+
+    def add(self, states: Sequence[StateSnapshot]) -> int:
+        """Take in states, all of a user, oldest first; returns how many there are by now."""
+        with self._errors():
+            self._archive.add(states)
+        return self._archive.counted.states
+
+    def finish(self) -> SnapshotReport:
+        """Give the file its name; then remove older ones, if so many are to be kept."""
+        request, archive = self._request, self._archive
+        with self._errors():
+            sha256 = archive.finish()
+            self._check_written(sha256)
+            path = self._new.commit(_snapshot_names(request.created_ms, self._origin.collection, "portable"))
+        return request.completed(
+            path,
+            target=self._origin.target,
+            bytes=archive.bytes,
+            sha256=sha256,
+            axes=archive.contents.axes,
+            users=archive.counted.users,
+            points=archive.counted.states,
+        )
+
+    def _read_back(self, file: IO[bytes]) -> str:
+        reader = ArchiveReader(GzipReader(file))
+        for _ in reader.states():
+            pass
+        return reader.sha256
+
+
 class RemoteSnapshot(NamedTuple):
     """A snapshot as a server describes it. The name is data: nothing is named after it here."""
 
@@ -348,8 +364,8 @@ class RemoteSnapshot(NamedTuple):
 class NativeSnapshotWriter(SnapshotWriter):
     """Takes in the snapshot of a server."""
 
-    def __init__(self, order: SnapshotRequest) -> None:
-        super().__init__(order)
+    def __init__(self, request: SnapshotRequest) -> None:
+        super().__init__(request)
         self.begin()
 
     def begin(self) -> None:
@@ -368,60 +384,43 @@ class NativeSnapshotWriter(SnapshotWriter):
 
     def finish(self, origin: SnapshotOrigin, offered: RemoteSnapshot, points: int) -> SnapshotReport:
         """Compare the file with what the server said of it, and give it its name."""
-        order, sha256 = self._order, self._digest.hexdigest()
+        sha256 = self._digest.hexdigest()
         if self._size == 0:
             raise SnapshotError(f"{origin.target}: the snapshot is empty")
-        if self._size != offered.size:
+        if self._size != offered.size or offered.sha256 not in (None, sha256):
             raise SnapshotError(
-                f"{origin.target}: the snapshot has {self._size} bytes, the server said {offered.size}"
-            )
-        if offered.sha256 not in (None, sha256):
-            raise SnapshotError(
-                f"{origin.target}: the snapshot has the SHA-256 {sha256}, the server said {offered.sha256}"
+                f"{origin.target}: the snapshot has {self._size} bytes and the SHA-256 {sha256}, "
+                f"the server said {offered.size} and {offered.sha256}"
             )
         with self._errors():
-            if order.keep is not None:
-                self._check_written(sha256)
+            self._check_written(sha256)
             path = self._commit(origin.collection, sha256)
-        _remove_older(path, order.keep)
-        return order.completed(path, target=origin.target, bytes=self._size, sha256=sha256, points=points)
-
-    def _check_written(self, sha256: str) -> None:
-        """Read the file back before older ones are given up for it."""
-        self._new.file.seek(0)
-        if hashlib.file_digest(cast("Any", self._new.file), "sha256").hexdigest() != sha256:
-            raise _not_read_back()
+        return self._request.completed(
+            path, target=origin.target, bytes=self._size, sha256=sha256, points=points
+        )
 
     def _commit(self, collection: str, sha256: str) -> Path:
         """Name the file, after its checksum file: it is never without."""
-        checksum = NewFile(self._order.directory)
+        checksum = NewFile(self._request.directory)
         try:
-            for name in _snapshot_names(self._order.created_ms, collection, "native"):
-                if path := self._commit_as(name, checksum, sha256):
-                    return path
+            for name in _snapshot_names(self._request.created_ms, collection, "native"):
+                final, beside = self._request.directory / name, None
+                if os.path.lexists(final):
+                    continue
+                checksum.file.seek(0)
+                checksum.file.write(f"{sha256}  {name}\n".encode())  # of one length under every name
+                try:
+                    beside = checksum.commit([checksum_file(final).name])
+                    return self._new.commit([name])
+                except BaseException as error:
+                    taken = isinstance(error, FileExistsError)
+                    if beside and (taken or not os.path.lexists(final)):  # else an interrupt came right after
+                        beside.unlink()
+                    if not taken:
+                        raise
         finally:
             checksum.discard()
         raise AssertionError("unreachable")  # pragma: no cover - the names do not end
-
-    def _commit_as(self, name: str, checksum: NewFile, sha256: str) -> Path | None:
-        """Give both files their names; None where one is taken."""
-        if os.path.lexists(self._order.directory / name):
-            return None
-        checksum.file.seek(0)
-        checksum.file.write(f"{sha256}  {name}\n".encode())  # of one length under every name
-        try:
-            beside = checksum.commit([checksum_file(Path(name)).name])
-        except FileExistsError:
-            return None
-        try:
-            return self._new.commit([name])
-        except FileExistsError:
-            beside.unlink()
-            return None
-        except BaseException:
-            if not os.path.lexists(self._order.directory / name):  # else an interrupt came right after
-                beside.unlink()
-            raise
 
 
 class SnapshotFile:
@@ -430,14 +429,13 @@ class SnapshotFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = absolute_path(path)
         self.kind: SnapshotKind = "portable"
-        self.contents: ArchiveContents | None = None
+        self.contents: ArchiveContents | None = None  # known once it was read to its end
         self.sha256 = ""
         self._began = time.perf_counter()
         with self._errors(), self._opened() as file:
             self.bytes = os.fstat(file.fileno()).st_size
-            kinds: dict[str, SnapshotKind] = {suffix: kind for kind, suffix in SNAPSHOT_SUFFIXES.items()}
             guessed: SnapshotKind = "portable" if file.read(2) == GZIP_MAGIC else "native"
-            self.kind = kinds.get(self.path.suffix) or guessed
+            self.kind = _KINDS.get(self.path.suffix) or guessed
 
     def _errors(self) -> contextlib.AbstractContextManager[None]:
         return snapshot_errors(self.path, "cannot be read")
@@ -447,121 +445,145 @@ class SnapshotFile:
             raise SnapshotError("is not a file")
         return self.path.open("rb")
 
-    def parts(self) -> Iterator[list[StateSnapshot]]:
-        """The states of a portable snapshot; what is read at the end may show that it is damaged."""
+    def header(self) -> ArchiveContents | None:
+        """What a portable snapshot says of itself in its header and footer; what is between is not read.
+
+        None for a native one and one of version 0.1. Raises SnapshotError where either is damaged.
+        """
         with self._errors(), self._opened() as file:
-            reader = ArchiveReader(file)
-            yield from reader.parts()
+            if self.kind == "native":
+                _member_size(file)
+                return None
+            unpacked = GzipReader(file)
+            if unpacked.starts_with(b"{"):
+                return read_summary(unpacked, file)
+            LegacyReader(unpacked).check_ends(file)
+            return None
+
+    def axes(self) -> tuple[str, ...] | None:
+        """The axes of a portable snapshot, by its header; one of version 0.1 is read to its end for them."""
+        contents = self.contents or self.header()
+        if contents is None and self.kind == "portable":
+            self.verify()
+            contents = self.contents
+        return contents and contents.axes
+
+    def states(self, axes: Sequence[str] | None = None) -> Iterator[list[StateSnapshot]]:
+        """The states of a portable snapshot, for a store with these axes.
+
+        What is read at the end may show that it is damaged.
+        """
+        with self._errors(), self._opened() as file:
+            unpacked = GzipReader(file)
+            reader = (ArchiveReader if unpacked.starts_with(b"{") else LegacyReader)(unpacked)
+            for states in itertools.chain(reader.states(), [[]]):  # version 0.1 names its axes at the end
+                strange = sorted(set(reader.axes).difference(reader.axes if axes is None else axes))
+                if strange:
+                    raise SnapshotError(
+                        f"has other axes than the store: {', '.join(strange[:10])}; "
+                        f"the store has {', '.join(axes or ())}"
+                    )
+                yield states
             if self.sha256 not in ("", reader.sha256):
                 raise SnapshotError("it was changed while it was read")
             self.contents, self.sha256 = reader.contents, reader.sha256
 
     def batches(self, size: int, axes: Sequence[str]) -> Iterator[list[StateSnapshot]]:
         """The states of a portable snapshot, so many at a time, for a store with these axes."""
-        for part in self.parts():
-            shapes = {snapshot.axes._shape for snapshot in part}
-            self._check_axes({name for shape in shapes for name in shape.names}, axes)
-            yield from (part[start : start + size] for start in range(0, len(part), size))
-        self._check_axes(self._known().axes, axes)
-
-    def _check_axes(self, found: Iterable[str], known: Sequence[str]) -> None:
-        strange = sorted(set(found).difference(known))
-        if strange:
-            raise SnapshotError(
-                f"{self.path}: has other axes than the store: {', '.join(strange[:10])}; "
-                f"the store has {', '.join(known)}"
-            )
+        for states in self.states(axes):
+            yield from (states[start : start + size] for start in range(0, len(states), size))
 
     @property
     def total(self) -> int | None:
         """How many states there are, once that is known."""
-        return None if self.contents is None else self.contents.snapshots
+        return self.contents and self.contents.states
 
     def check_mode(self, mode: str, *, native: bool) -> None:
         """Raise ValidationError or SnapshotError where a store cannot do with the file what was asked for."""
         check_choice("mode", mode, ("replace", "merge", "skip"))
         if self.kind == "native" and not native:
             raise SnapshotError(
-                f"{self.path}: is no portable snapshot; a native one is restored by a Qdrant server alone"
+                f"{printable(self.path)}: is no portable snapshot; a Qdrant server restores native ones"
             )
         if self.kind == "native" and mode != "replace":
             raise ValidationError(f'mode: a native snapshot can only "replace", not {mode}')
-
-    def _known(self) -> ArchiveContents:
-        if self.contents is None:
-            raise SnapshotError("has not been read to its end")
-        return self.contents
 
     def verify(self, axes: Sequence[str] | None = None, progress: Progress = ignore_progress) -> None:
         """Read all of it; raises SnapshotError where something is wrong."""
         if self.kind == "native":
             with self._errors(), self._opened() as file:
-                self.sha256 = _check_native(file, self.path)
+                self.sha256 = _check_native(file, checksum_file(self.path))
             return
         for done in self.verifying(axes):
             progress(done, None)
 
     def verifying(self, axes: Sequence[str] | None) -> Iterator[int]:
         """Read all of a portable one; gives the number of states read by and by."""
-        done = 0
-        for part in self.parts():
-            done += len(part)
-            yield done
-        if axes is not None:
-            self._check_axes(self._known().axes, axes)
+        return itertools.accumulate(len(states) for states in self.states(axes) if states)
 
-    def report(self, target: str) -> SnapshotReport:
-        """What became of it."""
+    def report(self, target: str, contents: ArchiveContents | None = None) -> SnapshotReport:
+        """What became of it; what it holds is what was read, unless it is given."""
+        contents = contents or self.contents
         return SnapshotReport(
             status="completed",
             target=target,
             kind=self.kind,
             path=self.path,
             snapshot_name=self.path.name,
+            created_at=contents.created_at if contents else _time_in_name(self.path),
+            axes=contents and contents.axes,
             bytes=self.bytes,
             sha256=self.sha256 or None,
-            points=self.total,
+            users=contents and contents.users,
+            points=contents and contents.states,
             duration_ms=(time.perf_counter() - self._began) * 1000,
         )
 
 
-class _Hashed:
-    """A file that is read forward, and its SHA-256 so far."""
+def describe_snapshot(path: Path) -> SnapshotReport | None:
+    """What header and footer of a file say, or why they say nothing; None where there is no file any more."""
+    try:
+        saved = SnapshotFile(path)
+        return saved.report(str(path), saved.header())
+    except SnapshotError as error:
+        if not os.path.lexists(path):
+            return None
+        return SnapshotReport(
+            status="failed",
+            target=str(path),
+            kind=_KINDS.get(path.suffix),
+            path=path,
+            snapshot_name=path.name,
+            created_at=_time_in_name(path),
+            message=str(error),
+        )
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
 
-    def read(self, size: int) -> bytes:
-        piece = self._file.read(size)
-        self.digest.update(piece)
-        return piece
-
-    def skip(self, size: int) -> None:
-        while size > 0:
-            piece = self.read(min(size, READ_BYTES))
-            if not piece:
-                raise SnapshotError("is cut short")
-            size -= len(piece)
-
-
-def _check_native(file: IO[bytes], path: Path) -> str:
+def _check_native(file: IO[bytes], checksum: Path) -> str:
     """Walk through the tar that a native snapshot is, and compare its SHA-256 with the one kept beside it."""
-    hashed = _Hashed(file)
-    while any(block := hashed.read(TAR_BLOCK)):
-        _skip_member(hashed, block)
-    if not block:
-        raise SnapshotError("is cut short")
-    while hashed.read(READ_BYTES):
-        pass
-    sha256 = hashed.digest.hexdigest()
-    _compare_checksum(sha256, path)
+    sha256 = hashlib.file_digest(cast("Any", file), "sha256").hexdigest()
+    total = file.tell()
+    file.seek(0)
+    while (size := _member_size(file)) is not None:
+        if not 0 <= size < total:
+            raise SnapshotError("is cut short, or damaged")
+        file.seek(size + -size % TAR_BLOCK, os.SEEK_CUR)
+    with contextlib.suppress(FileNotFoundError):
+        kept = checksum.read_text(encoding="utf-8", errors="replace").split(maxsplit=1)
+        if kept[:1] != [sha256]:
+            raise SnapshotError(f"is damaged: its SHA-256 is not that of {printable(checksum.name)}")
     return sha256
 
 
-def _skip_member(hashed: _Hashed, block: bytes) -> None:
+def _member_size(file: IO[bytes]) -> int | None:
+    """How much follows the next header in a tar; None at its end."""
     import tarfile
 
+    block = file.read(TAR_BLOCK)
+    if not block:
+        raise SnapshotError("is cut short")
+    if not any(block):
+        return None
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
@@ -570,12 +592,5 @@ def _skip_member(hashed: _Hashed, block: bytes) -> None:
         # Its map may go on in blocks, each of which says whether there is another.
         extended = block[482:483]
         while any(extended):
-            extended = hashed.read(TAR_BLOCK)[504:505]
-    hashed.skip(header.size + -header.size % TAR_BLOCK)
-
-
-def _compare_checksum(sha256: str, path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        kept = checksum_file(path).read_text(encoding="utf-8", errors="replace").split(maxsplit=1)
-        if kept[:1] != [sha256]:
-            raise SnapshotError(f"is damaged: its SHA-256 is not that of {checksum_file(path).name}")
+            extended = file.read(TAR_BLOCK)[504:505]
+    return header.size
