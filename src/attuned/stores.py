@@ -30,7 +30,6 @@ from attuned.base.config import (
     make_qdrant_config,
 )
 from attuned.base.errors import (
-    SLOW_LOGGER,
     BackendError,
     ConflictError,
     StoreClosedError,
@@ -52,7 +51,7 @@ from attuned.base.html import (
     plotted_axes,
     table_row,
 )
-from attuned.base.telemetry import id_for_logs, observe
+from attuned.base.telemetry import SPANS, observe, report_slow
 from attuned.base.values import (
     ANY,
     MAX_INTEGER,
@@ -151,9 +150,7 @@ def warn_if_slow(store: QdrantStore | AsyncQdrantStore, operation: str, began: f
         return
     limit_ms, took_ms = store.config.slow_operation_ms, (time.perf_counter() - began) * 1000
     if limit_ms and took_ms > limit_ms:
-        user_id = id_for_logs(about)
-        whose = "" if user_id is None else f", user {user_id!r}"
-        SLOW_LOGGER.warning("slow: %s took %.0f ms on %s%s", operation, took_ms, store._engine_name(), whose)
+        report_slow(store, operation, took_ms / 1000, about)
 
 
 def store_html(store: StateStore | AsyncStateStore, health: Health | None) -> str:
@@ -945,7 +942,7 @@ class MemoryStore(_InMemory, StateStore):
         self._similarity = VectorIndex(self._schema)
         self._closed = False
         if self._reports:
-            observe(self)
+            observe(self, backend="memory")
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -1173,7 +1170,10 @@ class AsyncMemoryStore(_InMemory, AsyncStateStore):
     def __init__(self, config: MemoryStoreConfig | None = None, **options: Unpack[MemoryOptions]) -> None:
         self._store = _InnerMemoryStore(config, **options)
         self.config = self._store.config
-        observe(self)
+        # What is done by one call of the store within is reported by that, for which nothing has to be awaited.
+        direct = {"upsert_latest", "get_latest", "delete"}
+        observe(self._store, direct, backend="memory")
+        observe(self, SPANS.keys() - direct, backend="memory")
 
     @property
     def axes(self) -> tuple[str, ...]:

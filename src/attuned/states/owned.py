@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from bisect import bisect_left
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -16,6 +17,7 @@ from cachetools import FIFOCache
 
 from attuned.base.codec import make_point_id
 from attuned.base.errors import MissingDependencyError, SchemaMismatchError, StoreError, T
+from attuned.base.telemetry import REPORTING
 from attuned.base.values import MAX_TIME_MS, StateSnapshot, time_of
 from attuned.connections.files import OPEN, Directory
 from attuned.connections.runtime import run_in_thread
@@ -386,7 +388,9 @@ def open_directory(config: QdrantStoreConfig) -> tuple[Directory, OwnedBackend]:
     """The opened directory and the core of a store; the directory is to be released."""
     path = os.path.realpath(absolute_path(cast("str", config.path)))
     kind = engine_class(Path(path), config)  # a missing library is found before anything is made
-    directory = OPEN.directory_at(path, config.durability, kind)
+    # Stores share a directory and its engine: whether its requests are reported is up to the first of them.
+    make_engine = partial(kind, reporter=REPORTING.reporter(wanted=config.telemetry))
+    directory = OPEN.directory_at(path, config.durability, make_engine)
     try:
         _agree(path, "durability", directory.durability, config.durability)
         with directory.opening:
