@@ -351,7 +351,7 @@ def forked_error(place: str) -> StoreError:
 
 
 # -----------------------------------------------------------------------------
-# base.metrics: Metrics of Prometheus: numbers that each thread adds up for itself, collected when they are asked for
+# base.metrics: Metrics of Prometheus: each thread adds up its own numbers, collected when asked for
 # -----------------------------------------------------------------------------
 
 SECONDS = (1e-6, 1e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
@@ -414,8 +414,8 @@ class Series:
         for thread in self.cells.copy():
             if thread not in running:
                 self._removed.append((thread, self.cells.pop(thread)))
-        # Looked at anew: a thread that was given such an id meanwhile may be about to add to a cell that it found
-        # before this was removed. A thread that adds is running, so the cells of the others are at rest.
+        # Looked at anew: a thread that was given such an id meanwhile may be about to add to a cell that it
+        # found before this was removed. A thread that adds is running: the cells of the others are at rest.
         running, removed, self._removed = set(sys._current_frames()), self._removed, []
         for thread, cell in removed:
             if thread in running:
@@ -2130,7 +2130,7 @@ def make_qdrant_config(config: QdrantStoreConfig | None, options: Mapping[str, A
 
 
 # -----------------------------------------------------------------------------
-# base.telemetry: What stores report to: spans of OpenTelemetry and metrics of Prometheus, where these are installed
+# base.telemetry: What stores report to, where it is installed: OpenTelemetry and prometheus_client
 # -----------------------------------------------------------------------------
 
 # A store that reports is of a subclass whose public methods do; without the libraries, or with
@@ -2361,22 +2361,29 @@ def id_for_logs(first: object) -> str | None:
     return short_id(user_id).encode(errors="replace").decode()  # it has not been checked
 
 
-def observe(store: _Observable, methods: Collection[str] = SPANS.keys(), *, backend: str = "") -> None:
-    """Let a store report these operations, if there is anything to report to.
+def observe(store: _Observable) -> None:
+    """Let a store report its operations, or not, as its configuration says."""
+    kind = reporting_class(type(store), wanted=store.config.telemetry)
+    if type(store) is not kind:
+        cast("Any", store).__class__ = kind
 
-    ``backend`` is what it reports as its engine where that never changes: this saves asking each time.
+
+def reporting_class(kind: type[Any], *, wanted: bool) -> type[Any]:
+    """The class that reports what a class of stores does, or that class itself where nothing is reported.
+
+    ``_reports`` names its methods, ``_backend`` the engine where that never changes, which saves asking each
+    time. A store is best made of it: one whose class is set later is slower at every attribute.
     """
-    telemetry, kind = REPORTING.reporter(wanted=store.config.telemetry), cast("Any", type(store))
-    if telemetry is None or hasattr(kind, "_observed_by"):  # as has one that is staged
-        return
+    kind = vars(kind).get("_reported_class", kind)
+    telemetry = REPORTING.reporter(wanted=wanted)
+    if telemetry is None:
+        return kind
     if kind not in telemetry.classes:  # otherwise it is the same class, by name too
-        members: dict[str, Any] = {
-            key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")
-        }
-        members |= {name: _reporting(getattr(kind, name), telemetry, backend) for name in methods}
-        members["_observed_by"] = telemetry
+        members = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
+        members |= {name: _reporting(getattr(kind, name), telemetry, kind._backend) for name in kind._reports}
+        members["_reported_class"] = kind
         telemetry.classes.setdefault(kind, type(kind)(kind.__name__, (kind,), members))
-    cast("Any", store).__class__ = telemetry.classes[kind]
+    return telemetry.classes[kind]
 
 
 # A method that reports is compiled for the signature of the method: to pass on *args and **kwargs would take
@@ -2401,7 +2408,7 @@ _COUNTING = """
         _count(self, "ok", _seconds)
     else:
         _cell[0] += _seconds
-        _cell[1 if _seconds <= {quickest} else 1 + _bisect(_bounds, _seconds)] += 1
+        _cell[1 if _seconds <= {quick} else 2 if _seconds <= {short} else 1 + _bisect(_bounds, _seconds)] += 1
     return _answer
 """
 
@@ -2439,7 +2446,8 @@ def _reporting(method: Callable[..., Any], telemetry: Telemetry, backend: str) -
         about=bare[1].name if name in _OF_A_USER else None,
         call=f"{'await ' if waits else ''}_method({given})",
         cells="_cells" if backend else "_cells[self._engine_name()]",
-        quickest=SECONDS[0],
+        quick=SECONDS[0],
+        short=SECONDS[1],
     )
     names: dict[str, Any] = {
         "_source": telemetry.source,
@@ -2454,9 +2462,9 @@ def _reporting(method: Callable[..., Any], telemetry: Telemetry, backend: str) -
         "_bounds": SECONDS,
     }
     exec(compile(code, f"<reporting {name}>", "exec"), names)  # noqa: S102 - of what stands above alone
-    made = functools.wraps(method)(names[name])
+    made: Any = functools.wraps(method)(names[name])
     made.__defaults__, made.__kwdefaults__ = method.__defaults__, method.__kwdefaults__
-    return made
+    return cast("Callable[..., Any]", made)
 
 
 # -----------------------------------------------------------------------------
@@ -6820,6 +6828,9 @@ def store_html(store: StateStore | AsyncStateStore, health: Health | None) -> st
 class StoreBase(ABC):
     """What both contracts say of a store without waiting for anything."""
 
+    _reports: Collection[str] = SPANS.keys()
+    _backend = ""  # the name of the engine, where all stores of a class have the same
+
     @property
     @abstractmethod
     def axes(self) -> tuple[str, ...]:
@@ -7553,6 +7564,14 @@ class AsyncStateStore(StoreBase):
 class _InMemory(StoreBase):
     """What both memory stores say of themselves."""
 
+    _backend = "memory"
+
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        """Make a store that reports from the beginning, if it seems to want that: see reporting_class."""
+        config = options.get("config", arguments[0] if arguments else None)
+        wanted = options.get("telemetry", getattr(config, "telemetry", True))
+        return cast("Self", object.__new__(reporting_class(cls, wanted=wanted is True)))
+
     def _target(self) -> str:
         return "memory://"
 
@@ -7575,8 +7594,6 @@ class MemoryStore(_InMemory, StateStore):
     (1, 1.0)
     """
 
-    _reports = True
-
     def __init__(self, config: MemoryStoreConfig | None = None, **options: Unpack[MemoryOptions]) -> None:
         self.config = make_config(MemoryStoreConfig, config, options)
         self._schema = Schema.of(self.config)
@@ -7587,8 +7604,7 @@ class MemoryStore(_InMemory, StateStore):
         self._lock = threading.Lock()
         self._similarity = VectorIndex(self._schema)
         self._closed = False
-        if self._reports:
-            observe(self, backend="memory")
+        observe(self)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -7802,9 +7818,9 @@ class MemoryStore(_InMemory, StateStore):
 
 
 class _InnerMemoryStore(MemoryStore):
-    """A store within an asynchronous one, which reports for it."""
+    """A store within an asynchronous one: it reports for that one what is a single call, awaited by nobody."""
 
-    _reports = False
+    _reports = frozenset({"upsert_latest", "get_latest", "delete"})
 
 
 class AsyncMemoryStore(_InMemory, AsyncStateStore):
@@ -7813,13 +7829,12 @@ class AsyncMemoryStore(_InMemory, AsyncStateStore):
     Single operations run at once and never suspend; long ones let other tasks run every few milliseconds.
     """
 
+    _reports = SPANS.keys() - _InnerMemoryStore._reports
+
     def __init__(self, config: MemoryStoreConfig | None = None, **options: Unpack[MemoryOptions]) -> None:
         self._store = _InnerMemoryStore(config, **options)
         self.config = self._store.config
-        # What is done by one call of the store within is reported by that, for which nothing has to be awaited.
-        direct = {"upsert_latest", "get_latest", "delete"}
-        observe(self._store, direct, backend="memory")
-        observe(self, SPANS.keys() - direct, backend="memory")
+        observe(self)
 
     @property
     def axes(self) -> tuple[str, ...]:

@@ -51,7 +51,7 @@ from attuned.base.html import (
     plotted_axes,
     table_row,
 )
-from attuned.base.telemetry import SPANS, observe, report_slow
+from attuned.base.telemetry import SPANS, observe, report_slow, reporting_class
 from attuned.base.values import (
     ANY,
     MAX_INTEGER,
@@ -126,6 +126,7 @@ if TYPE_CHECKING:
         AsyncIterator,
         Awaitable,
         Callable,
+        Collection,
         Coroutine,
         Generator,
         Iterable,
@@ -173,6 +174,9 @@ def store_html(store: StateStore | AsyncStateStore, health: Health | None) -> st
 
 class StoreBase(ABC):
     """What both contracts say of a store without waiting for anything."""
+
+    _reports: Collection[str] = SPANS.keys()
+    _backend = ""  # the name of the engine, where all stores of a class have the same
 
     @property
     @abstractmethod
@@ -907,6 +911,14 @@ class AsyncStateStore(StoreBase):
 class _InMemory(StoreBase):
     """What both memory stores say of themselves."""
 
+    _backend = "memory"
+
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        """Make a store that reports from the beginning, if it seems to want that: see reporting_class."""
+        config = options.get("config", arguments[0] if arguments else None)
+        wanted = options.get("telemetry", getattr(config, "telemetry", True))
+        return cast("Self", object.__new__(reporting_class(cls, wanted=wanted is True)))
+
     def _target(self) -> str:
         return "memory://"
 
@@ -929,8 +941,6 @@ class MemoryStore(_InMemory, StateStore):
     (1, 1.0)
     """
 
-    _reports = True
-
     def __init__(self, config: MemoryStoreConfig | None = None, **options: Unpack[MemoryOptions]) -> None:
         self.config = make_config(MemoryStoreConfig, config, options)
         self._schema = Schema.of(self.config)
@@ -941,8 +951,7 @@ class MemoryStore(_InMemory, StateStore):
         self._lock = threading.Lock()
         self._similarity = VectorIndex(self._schema)
         self._closed = False
-        if self._reports:
-            observe(self, backend="memory")
+        observe(self)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -1156,9 +1165,9 @@ class MemoryStore(_InMemory, StateStore):
 
 
 class _InnerMemoryStore(MemoryStore):
-    """A store within an asynchronous one, which reports for it."""
+    """A store within an asynchronous one: it reports for that one what is a single call, awaited by nobody."""
 
-    _reports = False
+    _reports = frozenset({"upsert_latest", "get_latest", "delete"})
 
 
 class AsyncMemoryStore(_InMemory, AsyncStateStore):
@@ -1167,13 +1176,12 @@ class AsyncMemoryStore(_InMemory, AsyncStateStore):
     Single operations run at once and never suspend; long ones let other tasks run every few milliseconds.
     """
 
+    _reports = SPANS.keys() - _InnerMemoryStore._reports
+
     def __init__(self, config: MemoryStoreConfig | None = None, **options: Unpack[MemoryOptions]) -> None:
         self._store = _InnerMemoryStore(config, **options)
         self.config = self._store.config
-        # What is done by one call of the store within is reported by that, for which nothing has to be awaited.
-        direct = {"upsert_latest", "get_latest", "delete"}
-        observe(self._store, direct, backend="memory")
-        observe(self, SPANS.keys() - direct, backend="memory")
+        observe(self)
 
     @property
     def axes(self) -> tuple[str, ...]:

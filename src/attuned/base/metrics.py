@@ -1,4 +1,4 @@
-"""Metrics of Prometheus: numbers that each thread adds up for itself, collected when they are asked for."""
+"""Metrics of Prometheus: each thread adds up its own numbers, collected when asked for."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ class Series:
         for thread in self.cells.copy():
             if thread not in running:
                 self._removed.append((thread, self.cells.pop(thread)))
-        # Looked at anew: a thread that was given such an id meanwhile may be about to add to a cell that it found
-        # before this was removed. A thread that adds is running, so the cells of the others are at rest.
+        # Looked at anew: a thread that was given such an id meanwhile may be about to add to a cell that it
+        # found before this was removed. A thread that adds is running: the cells of the others are at rest.
         running, removed, self._removed = set(sys._current_frames()), self._removed, []
         for thread, cell in removed:
             if thread in running:

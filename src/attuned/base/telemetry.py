@@ -1,4 +1,4 @@
-"""What stores report to: spans of OpenTelemetry and metrics of Prometheus, where these are installed."""
+"""What stores report to, where it is installed: OpenTelemetry and prometheus_client."""
 
 from __future__ import annotations
 
@@ -248,22 +248,29 @@ def id_for_logs(first: object) -> str | None:
     return short_id(user_id).encode(errors="replace").decode()  # it has not been checked
 
 
-def observe(store: _Observable, methods: Collection[str] = SPANS.keys(), *, backend: str = "") -> None:
-    """Let a store report these operations, if there is anything to report to.
+def observe(store: _Observable) -> None:
+    """Let a store report its operations, or not, as its configuration says."""
+    kind = reporting_class(type(store), wanted=store.config.telemetry)
+    if type(store) is not kind:
+        cast("Any", store).__class__ = kind
 
-    ``backend`` is what it reports as its engine where that never changes: this saves asking each time.
+
+def reporting_class(kind: type[Any], *, wanted: bool) -> type[Any]:
+    """The class that reports what a class of stores does, or that class itself where nothing is reported.
+
+    ``_reports`` names its methods, ``_backend`` the engine where that never changes, which saves asking each
+    time. A store is best made of it: one whose class is set later is slower at every attribute.
     """
-    telemetry, kind = REPORTING.reporter(wanted=store.config.telemetry), cast("Any", type(store))
-    if telemetry is None or hasattr(kind, "_observed_by"):  # as has one that is staged
-        return
+    kind = vars(kind).get("_reported_class", kind)
+    telemetry = REPORTING.reporter(wanted=wanted)
+    if telemetry is None:
+        return kind
     if kind not in telemetry.classes:  # otherwise it is the same class, by name too
-        members: dict[str, Any] = {
-            key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")
-        }
-        members |= {name: _reporting(getattr(kind, name), telemetry, backend) for name in methods}
-        members["_observed_by"] = telemetry
+        members = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
+        members |= {name: _reporting(getattr(kind, name), telemetry, kind._backend) for name in kind._reports}
+        members["_reported_class"] = kind
         telemetry.classes.setdefault(kind, type(kind)(kind.__name__, (kind,), members))
-    cast("Any", store).__class__ = telemetry.classes[kind]
+    return telemetry.classes[kind]
 
 
 # A method that reports is compiled for the signature of the method: to pass on *args and **kwargs would take
@@ -288,7 +295,7 @@ _COUNTING = """
         _count(self, "ok", _seconds)
     else:
         _cell[0] += _seconds
-        _cell[1 if _seconds <= {quickest} else 1 + _bisect(_bounds, _seconds)] += 1
+        _cell[1 if _seconds <= {quick} else 2 if _seconds <= {short} else 1 + _bisect(_bounds, _seconds)] += 1
     return _answer
 """
 
@@ -326,7 +333,8 @@ def _reporting(method: Callable[..., Any], telemetry: Telemetry, backend: str) -
         about=bare[1].name if name in _OF_A_USER else None,
         call=f"{'await ' if waits else ''}_method({given})",
         cells="_cells" if backend else "_cells[self._engine_name()]",
-        quickest=SECONDS[0],
+        quick=SECONDS[0],
+        short=SECONDS[1],
     )
     names: dict[str, Any] = {
         "_source": telemetry.source,
@@ -341,6 +349,6 @@ def _reporting(method: Callable[..., Any], telemetry: Telemetry, backend: str) -
         "_bounds": SECONDS,
     }
     exec(compile(code, f"<reporting {name}>", "exec"), names)  # noqa: S102 - of what stands above alone
-    made = functools.wraps(method)(names[name])
+    made: Any = functools.wraps(method)(names[name])
     made.__defaults__, made.__kwdefaults__ = method.__defaults__, method.__kwdefaults__
-    return made
+    return cast("Callable[..., Any]", made)
