@@ -1165,7 +1165,7 @@ class MemoryStore(_InMemory, StateStore):
 
 
 class _InnerMemoryStore(MemoryStore):
-    """A store within an asynchronous one: it reports for that one what is a single call, awaited by nobody."""
+    """A store within an asynchronous one: it reports for that what is a single call, without awaiting."""
 
     _reports = frozenset({"upsert_latest", "get_latest", "delete"})
 

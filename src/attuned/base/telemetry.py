@@ -316,7 +316,11 @@ def _reporting(method: Callable[..., Any], telemetry: Telemetry, backend: str) -
     if metrics is not None and backend:
         cells = metrics.operations(backend, operation, "ok").cells
     kinds, empty = inspect.Parameter, inspect.Parameter.empty
-    forms = {kinds.KEYWORD_ONLY: "{0}={0}", kinds.VAR_POSITIONAL: "*{0}", kinds.VAR_KEYWORD: "**{0}"}
+    forms: dict[Any, str] = {
+        kinds.KEYWORD_ONLY: "{0}={0}",
+        kinds.VAR_POSITIONAL: "*{0}",
+        kinds.VAR_KEYWORD: "**{0}",
+    }
     signature = inspect.signature(method)
     bare = [
         each.replace(annotation=empty, default=empty if each.default is empty else None)
