@@ -391,15 +391,15 @@ class Series:
         cell = self.cells.get(thread)
         if cell is None:
             cell = self.cells[thread] = [0] * (len(self.bounds) + 2)
-            # Without waiting: it may be this thread that is folding, where a finalizer counts.
-            if len(self.cells) > self._fold_at and self._lock.acquire(blocking=False):
-                try:
-                    self._fold()
-                    self._fold_at = 2 * len(self.cells) + 64
-                finally:
-                    self._lock.release()
         cell[0] += seconds
         cell[1 + bisect_left(self.bounds, seconds)] += 1
+        # Without waiting: it may be this thread that is folding, where a finalizer counts.
+        if len(self.cells) > self._fold_at and self._lock.acquire(blocking=False):
+            try:
+                self._fold()
+                self._fold_at = 2 * len(self.cells) + 64
+            finally:
+                self._lock.release()
 
     def total(self) -> list[float]:
         """The sums over all threads, of which none ever becomes less."""
@@ -2382,7 +2382,8 @@ def reporting_class(kind: type[Any], *, wanted: bool) -> type[Any]:
         members = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
         members |= {name: _reporting(getattr(kind, name), telemetry, kind._backend) for name in kind._reports}
         members["_reported_class"] = kind
-        telemetry.classes.setdefault(kind, type(kind)(kind.__name__, (kind,), members))
+        make = cast("Any", type(kind))  # the metaclass
+        telemetry.classes.setdefault(kind, make(kind.__name__, (kind,), members))
     return telemetry.classes[kind]
 
 

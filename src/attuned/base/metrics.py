@@ -50,15 +50,15 @@ class Series:
         cell = self.cells.get(thread)
         if cell is None:
             cell = self.cells[thread] = [0] * (len(self.bounds) + 2)
-            # Without waiting: it may be this thread that is folding, where a finalizer counts.
-            if len(self.cells) > self._fold_at and self._lock.acquire(blocking=False):
-                try:
-                    self._fold()
-                    self._fold_at = 2 * len(self.cells) + 64
-                finally:
-                    self._lock.release()
         cell[0] += seconds
         cell[1 + bisect_left(self.bounds, seconds)] += 1
+        # Without waiting: it may be this thread that is folding, where a finalizer counts.
+        if len(self.cells) > self._fold_at and self._lock.acquire(blocking=False):
+            try:
+                self._fold()
+                self._fold_at = 2 * len(self.cells) + 64
+            finally:
+                self._lock.release()
 
     def total(self) -> list[float]:
         """The sums over all threads, of which none ever becomes less."""

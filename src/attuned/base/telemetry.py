@@ -269,7 +269,8 @@ def reporting_class(kind: type[Any], *, wanted: bool) -> type[Any]:
         members = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
         members |= {name: _reporting(getattr(kind, name), telemetry, kind._backend) for name in kind._reports}
         members["_reported_class"] = kind
-        telemetry.classes.setdefault(kind, type(kind)(kind.__name__, (kind,), members))
+        make = cast("Any", type(kind))  # the metaclass
+        telemetry.classes.setdefault(kind, make(kind.__name__, (kind,), members))
     return telemetry.classes[kind]
 
 
