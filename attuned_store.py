@@ -359,7 +359,9 @@ _SNAPSHOT_SECONDS = (0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600)
 _CIRCUIT_STATES = {"closed": 0, "half-open": 1, "open": 2}
 
 _OPERATIONS = "attuned_store_operation_duration_seconds"  # with the status, which its own labels leave out
-_METRICS = {  # counters, and histograms of seconds by their bounds
+_METRICS: dict[
+    str, tuple[str, list[str], tuple[float, ...]]
+] = {  # counters, and histograms of seconds by their bounds
     _OPERATIONS: ("Of stores.", ["backend", "operation"], SECONDS),
     "attuned_store_slow_operations_total": ("Steps slower than allowed.", ["backend", "operation"], ()),
     "attuned_qdrant_request_duration_seconds": ("Each try of its own.", ["operation"], SECONDS),

@@ -253,7 +253,7 @@ class OursInMemory(_Ours):
     name = "attuned memory"
 
     def open(self) -> None:
-        both = AsyncMemoryStore(axes=AXES)
+        both = AsyncMemoryStore(axes=AXES, telemetry=False)  # bench_telemetry.py shows what that costs
         self.use(both._store, both)
 
 
@@ -385,7 +385,7 @@ class _OursOnDisk(_OnDisk, _OursOpened):
     engine: ClassVar[Any]
 
     def open(self) -> None:
-        options: Any = {"path": self.path, "engine": self.engine, "axes": AXES}
+        options: Any = {"path": self.path, "engine": self.engine, "axes": AXES, "telemetry": False}
         self.use(QdrantStore(**options), AsyncQdrantStore(**options))
 
     @property
@@ -792,7 +792,7 @@ class OursOnServer(_OursOpened):
     module, library = "qdrant_client", "qdrant-client"
 
     def open(self) -> None:
-        options: Any = {"url": self.place.url, "axes": AXES}
+        options: Any = {"url": self.place.url, "axes": AXES, "telemetry": False}
         self.use(QdrantStore(**options), AsyncQdrantStore(**options))
 
 
