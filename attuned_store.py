@@ -63,6 +63,7 @@ from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import (
     IO,
     TYPE_CHECKING,
@@ -88,7 +89,7 @@ except ImportError as error:
     raise ImportError("attuned_store needs attrs and cachetools: pip install attrs cachetools") from error
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator
+    from collections.abc import AsyncGenerator, AsyncIterator, Collection, Coroutine, Generator
     from types import TracebackType
 
     from starlette.applications import Starlette
@@ -482,6 +483,146 @@ class LockFile:
 
 def open_private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.base.metrics
+# Metrics of Prometheus: each thread adds up its own numbers, collected when asked for.
+# ------------------------------------------------------------------------------------------------------------
+
+
+SECONDS = (1e-6, 1e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
+_SNAPSHOT_SECONDS = (0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600)
+_CIRCUIT_STATES = {"closed": 0, "half-open": 1, "open": 2}
+
+_OPERATIONS = "attuned_store_operation_duration_seconds"  # with the status, which its own labels leave out
+_METRICS: dict[
+    str, tuple[str, list[str], tuple[float, ...]]
+] = {  # counters, and histograms of seconds by their bounds
+    _OPERATIONS: ("Of stores.", ["backend", "operation"], SECONDS),
+    "attuned_store_slow_operations_total": ("Steps slower than allowed.", ["backend", "operation"], ()),
+    "attuned_qdrant_request_duration_seconds": ("Each try of its own.", ["operation"], SECONDS),
+    "attuned_qdrant_errors_total": ("Requests that failed.", ["operation", "kind"], ()),
+    "attuned_qdrant_retries_total": ("Requests sent again.", [], ()),
+    "attuned_snapshot_duration_seconds": ("Of snapshots taken and restored.", [], _SNAPSHOT_SECONDS),
+}
+
+
+class Series:
+    """A counter, or a histogram where there are bounds: for each thread a cell, to which it alone adds.
+
+    A cell holds the sum of the seconds, how many were within the first bound, in each later bucket and beyond
+    the last. Cells of threads that have ended are folded into one. The id of such a thread is given to a new
+    one, which goes on with its cell where it finds it: there is no other left to do so.
+    """
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.cells: dict[int, list[float]] = {}  # by the id of the thread
+        self._removed: list[tuple[int, list[float]]] = []  # from the cells, and not folded yet
+        self._folded: list[float] = [0] * (len(bounds) + 2)
+        self._fold_at = 64  # cells: they must not pile up where nobody collects
+        self._lock = threading.Lock()  # of what is folded
+
+    def count(self, seconds: float = 0.0) -> None:
+        """Count one that took so long."""
+        thread = threading.get_ident()
+        cell = self.cells.get(thread)
+        if cell is None:
+            cell = self.cells[thread] = [0] * (len(self.bounds) + 2)
+        cell[0] += seconds
+        cell[1 + bisect_left(self.bounds, seconds)] += 1
+        # Without waiting: it may be this thread that is folding, where a finalizer counts.
+        if len(self.cells) > self._fold_at and self._lock.acquire(blocking=False):
+            try:
+                self._fold()
+                self._fold_at = 2 * len(self.cells) + 64
+            finally:
+                self._lock.release()
+
+    def total(self) -> list[float]:
+        """The sums over all threads, of which none ever becomes less."""
+        with self._lock:
+            self._fold()
+            removed = (cell for _, cell in self._removed)
+            cells = [self._folded, *removed, *self.cells.copy().values()]
+            return [sum(each) for each in zip(*(cell.copy() for cell in cells), strict=True)]
+
+    def _fold(self) -> None:
+        running = set(sys._current_frames())
+        for thread in self.cells.copy():
+            if thread not in running:
+                self._removed.append((thread, self.cells.pop(thread)))
+        # Looked at anew: a thread that was given such an id meanwhile may be about to add to a cell that it
+        # found before this was removed. A thread that adds is running: the cells of the others are at rest.
+        running, removed, self._removed = set(sys._current_frames()), self._removed, []
+        for thread, cell in removed:
+            if thread in running:
+                self._removed.append((thread, cell))
+            else:
+                self._folded = list(map(operator.add, self._folded, cell))
+
+
+class Metrics:
+    """The metrics of this process, which a registry of prometheus_client collects."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()  # reentrant: a store may be collected while it is held
+        self.breakers: weakref.WeakSet[Any] = (
+            weakref.WeakSet()
+        )  # of the open stores; their class stands below
+        self.snapshot_bytes = 0
+        self._series: dict[tuple[str, ...], Series] = {}  # by the metric and the values of its labels
+        self.series("attuned_qdrant_retries_total")
+        self.series("attuned_snapshot_duration_seconds")
+
+    def series(self, metric: str, *labels: str) -> Series:
+        """What counts for a metric under these values of its labels."""
+        found = self._series.get((metric, *labels))
+        return found or self._series.setdefault((metric, *labels), Series(_METRICS[metric][2]))
+
+    def operations(self, backend: str, operation: str, status: str) -> Series:
+        """What counts and times the operations of stores."""
+        return self.series(_OPERATIONS, backend, operation, status)
+
+    def collect(self) -> Iterator[Any]:
+        """Everything that has been counted, as prometheus_client wants it."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+        families: dict[str, Any] = {
+            metric: (HistogramMetricFamily if bounds else CounterMetricFamily)(metric, meaning, labels=labels)
+            for metric, (meaning, labels, bounds) in _METRICS.items()
+        }
+        counted = CounterMetricFamily(
+            "attuned_store_operations_total", "Of stores.", labels=["backend", "operation", "status"]
+        )
+        sums: dict[tuple[str, ...], list[float]] = {}
+        for (metric, *labels), series in self._series.copy().items():
+            total = series.total()
+            if metric == _OPERATIONS:
+                number = sum(total[1:])
+                if not number:
+                    continue  # made for what has not been called so far
+                counted.add_metric(labels, number)
+                labels = labels[:-1]  # noqa: PLW2901 - the histogram sums over the status
+            known = sums.get((metric, *labels))
+            sums[metric, *labels] = list(map(operator.add, known, total)) if known else total
+        for (metric, *labels), (seconds, *counts) in sums.items():
+            if bounds := _METRICS[metric][2]:
+                names = [*(repr(float(bound)) for bound in bounds), "+Inf"]
+                buckets = list(zip(names, itertools.accumulate(counts), strict=True))
+                families[metric].add_metric(labels, buckets, seconds)
+            else:
+                families[metric].add_metric(labels, *counts)
+        with self.lock:
+            breakers = tuple(self.breakers)
+        worst = max((_CIRCUIT_STATES[breaker.state] for breaker in breakers), default=0)
+        meaning = "0 closed, 1 half-open, 2 open; the worst of all stores."
+        yield from (counted, *families.values())
+        yield GaugeMetricFamily("attuned_qdrant_circuit_state", meaning, worst)
+        yield GaugeMetricFamily(
+            "attuned_snapshot_bytes", "Size of the last snapshot file.", self.snapshot_bytes
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1285,6 +1426,7 @@ class MemoryOptions(TypedDict, total=False):
     enable_history: bool
     max_history_per_user: int
     history_retention_days: float | None
+    telemetry: bool
 
 
 @attrs.frozen(kw_only=True)
@@ -1356,7 +1498,8 @@ class MemoryStoreConfig:
 
     ``axes`` names the schema (None: the canonical ones); ``vector_size`` the dimensions of its vectors (None:
     one per axis, and a spare one with the canonical axes). History keeps the newest ``max_history_per_user``
-    of each user, and shows none older than ``history_retention_days``. Raises ValidationError.
+    of each user, and shows none older than ``history_retention_days``. Without ``telemetry`` the store
+    reports nothing, neither spans nor metrics. Raises ValidationError.
     """
 
     axes: tuple[str, ...] | None = attrs.field(default=None, converter=check_axis_names)
@@ -1364,12 +1507,14 @@ class MemoryStoreConfig:
     enable_history: bool = True
     max_history_per_user: int = 100
     history_retention_days: float | None = None
+    telemetry: bool = True
 
     def __attrs_post_init__(self) -> None:
         least = len(self.axes or ()) or 1
         if self.vector_size is not None:
             check_integer("vector_size", self.vector_size, least, MAX_VECTOR_SIZE)
         check_flag("enable_history", self.enable_history)
+        check_flag("telemetry", self.telemetry)
         check_integer("max_history_per_user", self.max_history_per_user, 0, MAX_INTEGER)
         if self.history_retention_days is not None:
             check_positive("history_retention_days", self.history_retention_days)
@@ -1740,204 +1885,26 @@ def _plot_axis(plot: Any, row: int, times: Sequence[datetime], values: Sequence[
 
 # ------------------------------------------------------------------------------------------------------------
 # attuned.base.telemetry
-# Spans of OpenTelemetry and metrics of Prometheus, where these are installed.
+# What stores report to, where it is installed: OpenTelemetry and prometheus_client.
 # ------------------------------------------------------------------------------------------------------------
 
 
-# Spans where opentelemetry is installed, metrics where prometheus_client is. A store finds out when it is
-# made, and is then of a subclass that reports what it does; without them nothing is in the way.
-
-BREAKERS: weakref.WeakSet[Any] = weakref.WeakSet()  # of this process's open stores; the class stands below
-
-
-breakers_lock = threading.RLock()  # reentrant: a store may be collected while it is held
-
-
-_CIRCUIT_STATES = {"closed": 0, "half-open": 1, "open": 2}
-
-
-_SECONDS = (1e-6, 1e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
-
-
-_SNAPSHOT_SECONDS = (0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600)
-
-
-_REQUESTS = {"retrieve": "get", "write": "upsert"}  # by other names than the engines'
-
-
-def _circuit_state() -> int:
-    """The worst state of all circuit breakers: 0 closed, 1 half-open, 2 open."""
-    with breakers_lock:
-        breakers = tuple(BREAKERS)
-    return max((_CIRCUIT_STATES[breaker.state] for breaker in breakers), default=0)
-
+# A store that reports is of a subclass whose public methods do; without the libraries, or with
+# telemetry=False, it stays of its own class and nothing is in the way.
 
 UNREPORTED = contextlib.nullcontext()
 
-
-class _Metrics:
-    """The metrics of this process, in the default registry of prometheus_client."""
-
-    def __init__(self) -> None:
-        import prometheus_client as prometheus
-
-        by_operation = ["backend", "operation"]
-        self.operations = prometheus.Counter(
-            "attuned_store_operations_total", "Operations of stores.", [*by_operation, "status"]
-        )
-        self.operation_seconds = prometheus.Histogram(
-            "attuned_store_operation_duration_seconds", "Of stores.", by_operation, buckets=_SECONDS
-        )
-        self.request_seconds = prometheus.Histogram(
-            "attuned_qdrant_request_duration_seconds", "Each try of its own.", ["operation"], buckets=_SECONDS
-        )
-        self.errors = prometheus.Counter(
-            "attuned_qdrant_errors_total", "Requests that failed.", ["operation", "kind"]
-        )
-        self.retries = prometheus.Counter("attuned_qdrant_retries_total", "Requests sent again.")
-        self.circuit = prometheus.Gauge(
-            "attuned_qdrant_circuit_state", "0 closed, 1 half-open, 2 open; the worst of all stores."
-        )
-        self.circuit.set_function(_circuit_state)
-        self.snapshot_seconds = prometheus.Histogram(
-            "attuned_snapshot_duration_seconds", "Of snapshots taken and restored.", buckets=_SNAPSHOT_SECONDS
-        )
-        self.snapshot_bytes = prometheus.Gauge("attuned_snapshot_bytes", "Size of the last snapshot file.")
-        self.of = functools.cache(self._of)  # labels() takes as long as a read from memory
-
-    def _of(self, backend: str, operation: str, status: str) -> tuple[Any, Any]:
-        """The counter and the histogram of an operation."""
-        counter = self.operations.labels(backend, operation, status)
-        return counter, self.operation_seconds.labels(backend, operation)
-
-
-def _reported_kind(error: BaseException, *, in_request: bool) -> type[BaseException]:
-    """What an error is called; what an engine itself raises is on its way to be a BackendError."""
-    own = isinstance(error, StoreError) or not isinstance(error, Exception)
-    return BackendError if in_request and not own else type(error)
-
-
-class Telemetry:
-    """What reports go to: a tracer and metrics, either of which may be None."""
-
-    def __init__(self, trace: Any, metrics: _Metrics | None) -> None:
-        self._trace = trace
-        self._tracer = trace and trace.get_tracer("attuned_store", __version__)
-        self._metrics = metrics
-
-    def _span(
-        self, name: str, attributes: Mapping[str, Any], *, in_request: bool = False
-    ) -> contextlib.AbstractContextManager[Any]:
-        """A span, or None where there is no tracer, or the application has set no provider for it so far."""
-        trace = self._trace
-        if self._tracer is None or (
-            isinstance(self._tracer, trace.ProxyTracer)
-            and isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
-        ):
-            return UNREPORTED
-        return self._recorded(name, attributes, in_request=in_request)
-
-    @contextlib.contextmanager
-    def _recorded(self, name: str, attributes: Mapping[str, Any], *, in_request: bool) -> Generator[Any]:
-        given = {f"attuned.{key}": value for key, value in attributes.items() if value is not None}
-        with self._tracer.start_as_current_span(
-            name, attributes=given, record_exception=False, set_status_on_exception=False
-        ) as span:
-            try:
-                yield span
-            except BaseException as error:
-                kind = _reported_kind(error, in_request=in_request)
-                span.set_attribute("error.type", kind.__name__)
-                # Not the message: a server's answer, or a value that was refused, may hold a user id.
-                meaning = (kind.__doc__ or "").partition("\n")[0] if issubclass(kind, StoreError) else ""
-                span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, meaning or kind.__name__))
-                raise
-
-    @contextlib.contextmanager
-    def operation(self, name: str, store: _Observable, user_id: str | None) -> Generator[None]:
-        """Report an operation of a store."""
-        began, status, operation = time.perf_counter(), "error", name.rpartition(".")[2]
-        known = {"backend": store.engine, "operation": operation, "user": user_id}
-        try:
-            with self._span(name, known) as span:
-                try:
-                    yield
-                finally:
-                    if span is not None:  # an asynchronous store may have been opened only now
-                        span.set_attribute("attuned.backend", store.engine)
-            status = "ok"
-        finally:
-            if self._metrics is not None:
-                counter, histogram = self._metrics.of(store.engine, operation, status)
-                counter.inc()
-                histogram.observe(time.perf_counter() - began)
-
-    @contextlib.contextmanager
-    def request(self, backend: str, operation: str, attempt: int = 1) -> Generator[None]:
-        """Report one try of a request to a backend."""
-        began, name = time.perf_counter(), _REQUESTS.get(operation, operation.partition(" ")[0])
-        metrics = self._metrics
-        if metrics is not None and attempt > 1:
-            metrics.retries.inc()
-        try:
-            attributes = {"backend": backend, "operation": name, "attempt": attempt}
-            with self._span(f"attuned.qdrant.{name}", attributes, in_request=True):
-                yield
-        except BaseException as error:
-            if metrics is not None:
-                metrics.errors.labels(name, _reported_kind(error, in_request=True).__name__).inc()
-            raise
-        finally:
-            if metrics is not None:
-                metrics.request_seconds.labels(name).observe(time.perf_counter() - began)
-
-    def noted(self, answer: T) -> T:
-        """Give back what an operation answered; where it is a report of a snapshot, count that."""
-        if isinstance(answer, SnapshotReport) and self._metrics is not None:
-            self._metrics.snapshot_seconds.observe(answer.duration_ms / 1000)
-            self._metrics.snapshot_bytes.set(answer.bytes or 0)
-        return answer
-
-
-@functools.cache
-def find_telemetry() -> Telemetry | None:
-    trace: Any = None
-    metrics: _Metrics | None = None
-    with contextlib.suppress(ImportError):
-        from opentelemetry import trace
-    with contextlib.suppress(ImportError, ValueError):  # another copy of this file may have the names
-        metrics = _Metrics()
-    return Telemetry(trace, metrics) if trace or metrics else None
-
-
-class Reporting:
-    """What the stores of this process report to; None until the first is made, and without either library."""
-
-    def __init__(self) -> None:
-        self.telemetry: Telemetry | None = None
-        self.lock = threading.Lock()
-
-
-REPORTING = Reporting()
-
-
-def report_request(backend: str, operation: str, attempt: int = 1) -> contextlib.AbstractContextManager[None]:
-    """Report a request to a server, if there is anything to report to."""
-    telemetry = REPORTING.telemetry
-    return UNREPORTED if telemetry is None else telemetry.request(backend, operation, attempt)
-
-
-_OF_A_USER = {  # the first parameter of what is about one user: it tells who that is
-    "upsert_latest": "snapshot",
-    "patch": "user_id",
-    "update": "user_id",
-    "get_latest": "user_id",
-    "get_history": "user_id",
-    "search_similar": "query",
-    "delete": "user_id",
+_REQUESTS = {"retrieve": "get", "write": "upsert"}  # by other names than the engines'
+_SYSTEMS = dict.fromkeys(("edge", "local", "server"), "qdrant")  # the others are called as their backend
+_OF_A_USER = {  # whose first parameter tells whom it is about
+    "upsert_latest",
+    "patch",
+    "update",
+    "get_latest",
+    "get_history",
+    "search_similar",
+    "delete",
 }
-
-
 SPANS = {
     "upsert_latest": "attuned.store.upsert",
     "upsert_many": "attuned.store.upsert_many",
@@ -1956,52 +1923,190 @@ SPANS = {
 
 
 class _Observable(Protocol):
+    config: Any
+    _operations: Any
+
     @property
     def engine(self) -> str: ...
 
 
-ObservableStore = TypeVar("ObservableStore", bound=_Observable)
+class _PublicProvider:
+    """The tracer provider by the public interface of opentelemetry, which takes longer."""
+
+    def __init__(self, trace: Any) -> None:
+        self._trace = trace
+
+    @property
+    def _TRACER_PROVIDER(self) -> Any:  # noqa: N802 - stands in for that of opentelemetry
+        provider = self._trace.get_tracer_provider()
+        return None if isinstance(provider, self._trace.ProxyTracerProvider) else provider
 
 
-def observe(store: _Observable) -> None:
-    """Let a store report its operations, if there is anything to report to."""
-    with REPORTING.lock:
-        telemetry = REPORTING.telemetry = find_telemetry()
-    if telemetry is not None and not hasattr(store, "_observed_by"):  # as is one that is staged
-        cast("Any", store).__class__ = _observed_class(type(store), telemetry)
+def provider_source(trace: Any) -> Any:
+    """What has the application's tracer provider as ``_TRACER_PROVIDER``, None where it has set none so far.
+
+    All that is relied on beyond the public interface of opentelemetry: that opentelemetry.trace has it so.
+    """
+    if trace is None:
+        return SimpleNamespace(_TRACER_PROVIDER=None)
+    trace.get_tracer_provider()  # makes the one that OTEL_PYTHON_TRACER_PROVIDER names
+    return trace if hasattr(trace, "_TRACER_PROVIDER") else _PublicProvider(trace)
 
 
-@functools.cache
-def _observed_class(kind: type[ObservableStore], telemetry: Telemetry) -> type[ObservableStore]:
-    """The class that reports what a class of stores does; otherwise it is the same, by name too."""
-    members: dict[str, Any] = {name: _observed(getattr(kind, name), name, telemetry) for name in SPANS}
-    members["_observed_by"] = telemetry
-    named = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
-    make = cast("Any", type(kind))  # the metaclass
-    return cast("type[ObservableStore]", make(kind.__name__, (kind,), {**named, **members}))
+class Telemetry:
+    """Spans and metrics, either of which may be absent."""
+
+    def __init__(self, trace: Any, metrics: Metrics | None) -> None:
+        self.metrics = metrics
+        self.source = provider_source(trace)
+        self.classes: dict[type, type] = {}  # those that report here, by those that do not
+        self._trace = trace
+        self._tracer: tuple[Any, Any] = (None, None)  # the provider that it is from, and the tracer
+
+    @contextlib.contextmanager
+    def _span(self, name: str, attributes: Mapping[str, Any], *, request: bool = False) -> Generator[Any]:
+        """A span, or None where the application has set no provider so far."""
+        trace, provider = self._trace, self.source._TRACER_PROVIDER
+        if provider is None:
+            yield None
+            return
+        known, tracer = self._tracer
+        if known is not provider:
+            tracer = provider.get_tracer("attuned_store", __version__)
+            self._tracer = provider, tracer
+        backend = attributes["backend"]
+        given = {f"attuned.{key}": value for key, value in attributes.items() if "." not in key}
+        given |= {key: value for key, value in attributes.items() if "." in key}
+        given |= {
+            "db.system.name": _SYSTEMS.get(backend, backend),
+            "db.operation.name": attributes["operation"],
+        }
+        with tracer.start_as_current_span(
+            name,
+            kind=trace.SpanKind.CLIENT if request and backend == "server" else trace.SpanKind.INTERNAL,
+            attributes={key: value for key, value in given.items() if value is not None},
+            record_exception=False,
+            set_status_on_exception=False,
+        ) as span:
+            try:
+                yield span
+            except BaseException as error:
+                kind = _reported_kind(error, request=request)
+                span.set_attribute("error.type", kind.__name__)
+                # Not the message: a server's answer, or a value that was refused, may hold a user id.
+                meaning = (kind.__doc__ or "").partition("\n")[0] if issubclass(kind, StoreError) else ""
+                span.set_status(trace.Status(trace.StatusCode.ERROR, meaning or kind.__name__))
+                raise
+
+    @contextlib.contextmanager
+    def operation(self, name: str, store: _Observable, about: object) -> Generator[None]:
+        """Report an operation of a store, about a user or nobody."""
+        began, status, operation = time.perf_counter(), "error", name.rpartition(".")[2]
+        known = {"backend": store.engine, "operation": operation, "user": id_for_logs(about)}
+        try:
+            with self._span(name, {**known, "db.collection.name": store._operations.collection}) as span:
+                try:
+                    yield
+                finally:
+                    if span is not None:  # an asynchronous store may have been opened only now
+                        span.set_attribute("attuned.backend", store.engine)
+            status = "ok"
+        finally:
+            if self.metrics is not None:
+                series = self.metrics.operations(store.engine, operation, status)
+                series.count(time.perf_counter() - began)
+
+    @contextlib.contextmanager
+    def request(self, backend: str, operation: str, attempt: int = 1) -> Generator[None]:
+        """Report one try of a request to a backend."""
+        began, name = time.perf_counter(), _REQUESTS.get(operation, operation.partition(" ")[0])
+        metrics = self.metrics
+        if metrics is not None and attempt > 1:
+            metrics.series("attuned_qdrant_retries_total").count()
+        try:
+            attributes = {"backend": backend, "operation": name, "attempt": attempt}
+            with self._span(f"attuned.qdrant.{name}", attributes, request=True):
+                yield
+        except BaseException as error:
+            if metrics is not None:
+                kind = _reported_kind(error, request=True).__name__
+                metrics.series("attuned_qdrant_errors_total", name, kind).count()
+            raise
+        finally:
+            if metrics is not None:
+                series = metrics.series("attuned_qdrant_request_duration_seconds", name)
+                series.count(time.perf_counter() - began)
+
+    def noted(self, answer: T) -> T:
+        """Give back what an operation answered; where it is a report of a snapshot, count that."""
+        if isinstance(answer, SnapshotReport) and self.metrics is not None:
+            self.metrics.series("attuned_snapshot_duration_seconds").count(answer.duration_ms / 1000)
+            self.metrics.snapshot_bytes = answer.bytes or 0
+        return answer
 
 
-def _observed(method: Callable[..., Any], name: str, telemetry: Telemetry) -> Callable[..., Any]:
-    span = SPANS[name]
-    first = _OF_A_USER.get(name, "")
+def _reported_kind(error: BaseException, *, request: bool) -> type[BaseException]:
+    """What an error is called; what an engine itself raises is on its way to be a BackendError."""
+    own = isinstance(error, StoreError) or not isinstance(error, Exception)
+    return BackendError if request and not own else type(error)
 
-    def observation(
-        store: _Observable, arguments: tuple[Any, ...], options: Mapping[str, Any]
-    ) -> contextlib.AbstractContextManager[None]:
-        about = (arguments[0] if arguments else options.get(first)) if first else None
-        return telemetry.operation(span, store, id_for_logs(about))
 
-    @functools.wraps(method)
-    async def awaited(store: _Observable, *arguments: Any, **options: Any) -> Any:
-        with observation(store, arguments, options):
-            return telemetry.noted(await method(store, *arguments, **options))
+def find_telemetry() -> Telemetry | None:
+    """What the libraries that are installed offer to report to."""
+    trace: Any = None
+    metrics: Metrics | None = None
+    with contextlib.suppress(ImportError):
+        from opentelemetry import trace
+    with contextlib.suppress(ImportError, ValueError):  # another copy of this library may have the names
+        from prometheus_client import REGISTRY
 
-    @functools.wraps(method)
-    def called(store: _Observable, *arguments: Any, **options: Any) -> Any:
-        with observation(store, arguments, options):
-            return telemetry.noted(method(store, *arguments, **options))
+        if {"PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"} & os.environ.keys():
+            LOGGER.warning(
+                "no metrics: they are counted by process, and prometheus_client is in multiprocess mode"
+            )
+        else:
+            REGISTRY.register(found := Metrics())
+            metrics = found
+    return Telemetry(trace, metrics) if trace or metrics else None
 
-    return awaited if inspect.iscoroutinefunction(method) else called
+
+class Reporting:
+    """What the stores of this process report to: found when the first asks; None without either library."""
+
+    def __init__(self) -> None:
+        self.telemetry: Telemetry | None = None
+        self._found = False
+        self._lock = threading.RLock()
+
+    def reporter(self, *, wanted: bool) -> Telemetry | None:
+        """What to report to, for those who want to."""
+        if not wanted:
+            return None
+        with self._lock:
+            if not self._found:
+                self.telemetry, self._found = find_telemetry(), True
+        return self.telemetry
+
+
+REPORTING = Reporting()
+
+
+def report_request(
+    reporter: Telemetry | None, backend: str, operation: str, attempt: int = 1
+) -> contextlib.AbstractContextManager[None]:
+    """Report a request to a backend, if there is anything to report to."""
+    return UNREPORTED if reporter is None else reporter.request(backend, operation, attempt)
+
+
+def report_slow(
+    reporter: Telemetry | None, backend: str, operation: str, seconds: float, about: object
+) -> None:
+    """Log a step of an operation that took too long, and count it where there is anything to report to."""
+    user_id = id_for_logs(about)
+    whose = "" if user_id is None else f", user {user_id!r}"
+    SLOW_LOGGER.warning("slow: %s took %.0f ms on %s%s", operation, seconds * 1000, backend, whose)
+    if reporter is not None and reporter.metrics is not None:
+        reporter.metrics.series("attuned_store_slow_operations_total", backend, operation).count()
 
 
 def id_for_logs(first: object) -> str | None:
@@ -2010,6 +2115,119 @@ def id_for_logs(first: object) -> str | None:
     if not isinstance(user_id, str):
         return None
     return short_id(user_id).encode(errors="replace").decode()  # it has not been checked
+
+
+def observe(store: _Observable) -> None:
+    """Let a store report its operations, or not, as its configuration says."""
+    kind = reporting_class(type(store), wanted=store.config.telemetry)
+    if type(store) is not kind:
+        cast("Any", store).__class__ = kind
+
+
+def reporting_class(kind: type[Any], *, wanted: bool) -> type[Any]:
+    """The class that reports what a class of stores does, or that class itself where nothing is reported.
+
+    ``_reports`` names its methods, ``_always_on`` the engine where that never changes, which saves asking each
+    time. A store is best made of it: one whose class is set later is slower at every attribute.
+    """
+    kind = vars(kind).get("_reported_class", kind)
+    telemetry = REPORTING.reporter(wanted=wanted)
+    if telemetry is None:
+        return kind
+    if kind not in telemetry.classes:  # otherwise it is the same class, by name too
+        members = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
+        members |= {
+            name: _reporting(getattr(kind, name), telemetry, kind._always_on) for name in kind._reports
+        }
+        members["_reported_class"] = kind
+        make = cast("Any", type(kind))  # the metaclass
+        telemetry.classes.setdefault(kind, make(kind.__name__, (kind,), members))
+    return telemetry.classes[kind]
+
+
+# A method that reports is compiled for the signature of the method: to pass on *args and **kwargs would take
+# 0.2 us, twice what a read from memory does. For the same reason it does itself what Series.count does.
+_REPORTING = """
+{define} {name}{signature}:
+    if {always}_source._TRACER_PROVIDER is not None:
+        with _operation({span!r}, self, {about}):
+            return _noted({call})
+"""
+_COUNTING = """
+    _began = _clock()
+    try:
+        _answer = {call}
+    except BaseException:
+        _count(self, "error", _clock() - _began)
+        raise
+    _seconds = _clock() - _began
+    try:
+        _cell = {cells}[_thread()]
+    except KeyError:
+        _count(self, "ok", _seconds)
+    else:
+        _cell[0] += _seconds
+        _cell[1 if _seconds <= {quick} else 2 if _seconds <= {short} else 1 + _bisect(_bounds, _seconds)] += 1
+    return _answer
+"""
+
+
+def _reporting(method: Callable[..., Any], telemetry: Telemetry, backend: str) -> Callable[..., Any]:
+    """A method that reports: in full where there is a tracer provider, else in numbers, at little cost."""
+    name, metrics = method.__name__, telemetry.metrics
+    operation = SPANS[name].rpartition(".")[2]
+    cells: dict[Any, Any] = {}  # of what succeeds: by thread, or by backend and thread
+
+    def count(store: _Observable, status: str, seconds: float) -> None:
+        engine = store.engine
+        series = cast("Metrics", metrics).operations(engine, operation, status)
+        series.count(seconds)
+        if status == "ok" and not backend:
+            cells[engine] = series.cells
+
+    if metrics is not None and backend:
+        cells = metrics.operations(backend, operation, "ok").cells
+    kinds, empty = inspect.Parameter, inspect.Parameter.empty
+    forms: dict[Any, str] = {
+        kinds.KEYWORD_ONLY: "{0}={0}",
+        kinds.VAR_POSITIONAL: "*{0}",
+        kinds.VAR_KEYWORD: "**{0}",
+    }
+    signature = inspect.signature(method)
+    bare = [
+        each.replace(annotation=empty, default=empty if each.default is empty else None)
+        for each in signature.parameters.values()
+    ]
+    given = ", ".join(forms.get(each.kind, "{0}").format(each.name) for each in bare)
+    waits = inspect.iscoroutinefunction(method)
+    code = (_REPORTING + (_COUNTING if metrics else "    return {call}")).format(
+        define="async def" if waits else "def",
+        name=name,
+        signature=inspect.Signature(bare),
+        always="True or " if SPANS[name].startswith("attuned.snapshot.") else "",
+        span=SPANS[name],
+        about=bare[1].name if name in _OF_A_USER else None,
+        call=f"{'await ' if waits else ''}_method({given})",
+        cells="_cells" if backend else "_cells[self.engine]",
+        quick=SECONDS[0],
+        short=SECONDS[1],
+    )
+    names: dict[str, Any] = {
+        "_source": telemetry.source,
+        "_operation": telemetry.operation,
+        "_noted": telemetry.noted,
+        "_method": method,
+        "_clock": time.perf_counter,
+        "_count": count,
+        "_cells": cells,
+        "_thread": threading.get_ident,
+        "_bisect": bisect_left,
+        "_bounds": SECONDS,
+    }
+    exec(compile(code, f"<reporting {name}>", "exec"), names)  # noqa: S102 - of what stands above alone
+    made: Any = functools.wraps(method)(names[name])
+    made.__defaults__, made.__kwdefaults__ = method.__defaults__, method.__kwdefaults__
+    return cast("Callable[..., Any]", made)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3301,13 +3519,6 @@ class CircuitBreaker:
         self._failures = 0
         self._opened_at: float | None = None
         self._probing = False
-        with breakers_lock:
-            BREAKERS.add(self)
-
-    def retire(self) -> None:
-        """Count no longer in the state of all breakers: the store is closed."""
-        with breakers_lock:
-            BREAKERS.discard(self)
 
     @property
     def state(self) -> Literal["closed", "open", "half-open"]:
@@ -3377,9 +3588,20 @@ class Resilience:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.breaker = CircuitBreaker(config.breaker, clock)
+        self._reporter = REPORTING.reporter(wanted=config.telemetry)
+        self._metrics = None if self._reporter is None else self._reporter.metrics
+        if self._metrics is not None:
+            with self._metrics.lock:
+                self._metrics.breakers.add(self.breaker)
         self._policy = config.retry
         self._sleep = sleep
         self._clock = clock
+
+    def close(self) -> None:
+        """Let the breaker count no longer in the state of all breakers."""
+        if self._metrics is not None:
+            with self._metrics.lock:
+                self._metrics.breakers.discard(self.breaker)
 
     async def send(self, operation: str, request: Callable[[], Awaitable[T]]) -> T:
         """Send a request until it succeeds, or there is no sense in going on."""
@@ -3387,7 +3609,7 @@ class Resilience:
         for attempt in itertools.count():
             probe = self.breaker.enter("server", operation)
             try:
-                with report_request("server", operation, attempt + 1):
+                with report_request(self._reporter, "server", operation, attempt + 1):
                     answer = await request()
             except BackendError as error:
                 self.breaker.leave(failed=_is_failure(error), probe=probe)
@@ -4005,13 +4227,14 @@ class Engine(Protocol):
     ``indexed``: filters and orders are answered from indexes, not by looking at every point.
     ``runs``: how an asynchronous store calls it. "in place": calls are short and hold the interpreter, so
     that a thread would gain nothing; "in thread": they block; "on loop": its coroutines suspend.
-    ``compact``: nested payload values cost more than strings.
+    ``compact``: nested payload values cost more than strings. ``reporter``: where its requests are reported.
     """
 
     name: str
     indexed: bool
     runs: ExecutionMode
     compact: bool
+    reporter: Telemetry | None
 
     async def open_collection(self, collection: CollectionSpec) -> Mapping[str, Any]:
         """Open a collection, creating it where absent; returns the metadata that it was created with."""
@@ -4142,20 +4365,16 @@ class SharedEngine(Engine, Protocol):
 
 
 @contextlib.contextmanager
-def backend_errors(backend: str, operation: str) -> Generator[None]:
-    """Turn what a library raises into a BackendError, and report the request to what there is."""
+def backend_errors(engine: Engine, operation: str) -> Generator[None]:
+    """Turn what a library raises into a BackendError, and report the request."""
     try:
-        telemetry = REPORTING.telemetry
-        if telemetry is None:  # all that reporting costs where there is nothing to report to
+        with report_request(engine.reporter, engine.name, operation):
             yield
-        else:
-            with telemetry.request(backend, operation):
-                yield
     except StoreError:
         raise
     except Exception as error:
-        message = f"{backend}: {operation} failed: {error or type(error).__name__}"
-        raise BackendError(message, backend=backend, operation=operation) from error
+        message = f"{engine.name}: {operation} failed: {error or type(error).__name__}"
+        raise BackendError(message, backend=engine.name, operation=operation) from error
 
 
 def check_dimensions(points: Sequence[Point], vector_size: int) -> None:
@@ -4248,7 +4467,8 @@ class EdgeEngine(CountsEach):
     # about 6 us a point: done once for so many changes that it does not matter.
     _REBUILD_EVERY = 200_000
 
-    def __init__(self, path: Path, durability: str) -> None:
+    def __init__(self, path: Path, durability: str, reporter: Telemetry | None = None) -> None:
+        self.reporter = reporter
         self._api = import_qdrant_edge()
         self._path = path / "collections"
         self._power = durability == "power"
@@ -4262,7 +4482,7 @@ class EdgeEngine(CountsEach):
 
     async def open_collection(self, collection: CollectionSpec) -> Mapping[str, Any]:
         manifest = self._manifest(collection.name)
-        with backend_errors(self.name, "open"):
+        with backend_errors(self, "open"):
             if not self._generations(collection.name):
                 self._check_never_replaced(manifest)
                 self._create(collection, self._path / collection.name, manifest)
@@ -4351,7 +4571,7 @@ class EdgeEngine(CountsEach):
 
     async def write(self, collection: str, points: Sequence[Point], deleted: Sequence[str] = ()) -> None:
         api, shard, changes = self._api, self._shards[collection], len(points) + len(deleted)
-        with backend_errors(self.name, "write"):
+        with backend_errors(self, "write"):
             check_dimensions(points, self._sizes[collection])
             try:
                 if points:
@@ -4370,7 +4590,7 @@ class EdgeEngine(CountsEach):
 
     def flush(self) -> None:
         """See EmbeddedEngine.flush; a shard that has not been written to since the last one needs none."""
-        with backend_errors(self.name, "flush"):
+        with backend_errors(self, "flush"):
             for name, shard in list(self._shards.items()):
                 done = self._done[name]
                 if done == self._flushed[name]:
@@ -4383,7 +4603,7 @@ class EdgeEngine(CountsEach):
                 self._flushed[name] = done
 
     async def drop(self, collection: str) -> None:
-        with backend_errors(self.name, "drop"):
+        with backend_errors(self, "drop"):
             if shard := self._shards.pop(collection, None):
                 del self._directories[collection]
                 shard.close()
@@ -4398,7 +4618,7 @@ class EdgeEngine(CountsEach):
         metadata = read_manifest(manifest)
         metadata["generation"] = metadata.get("generation", 0) + 1
         directory = self._directory(collection, metadata)
-        with backend_errors(self.name, "replace"):
+        with backend_errors(self, "replace"):
             shard = self._move(by, directory)
             try:
                 fsync(*directory.rglob("*"), directory, self._path)
@@ -4448,7 +4668,7 @@ class EdgeEngine(CountsEach):
             self._changes[collection] = 0
 
     async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[Record]:
-        with backend_errors(self.name, "retrieve"):
+        with backend_errors(self, "retrieve"):
             found = self._shards[collection].retrieve(list(ids), with_payload=payload, with_vector=False)
         return [Record(record.id, record.payload or {}) for record in found]
 
@@ -4464,7 +4684,7 @@ class EdgeEngine(CountsEach):
     ) -> Page:
         api = self._api
         order = None if newest_by is None else api.OrderBy(newest_by, api.Direction.Desc)
-        with backend_errors(self.name, "page"):
+        with backend_errors(self, "page"):
             records, following = self._shards[collection].scroll(
                 api.ScrollRequest(
                     offset=cursor,
@@ -4483,17 +4703,17 @@ class EdgeEngine(CountsEach):
         request = api.QueryRequest(
             limit=limit, query=api.Query.Nearest(vector), filter=self._filter(where), with_payload=True
         )
-        with backend_errors(self.name, "search"):
+        with backend_errors(self, "search"):
             found = self._shards[collection].query(request)
         return [Record(record.id, record.payload or {}, record.score) for record in found]
 
     async def count(self, collection: str, where: Filter) -> int:
-        with backend_errors(self.name, "count"):
+        with backend_errors(self, "count"):
             request = self._api.CountRequest(exact=True, filter=self._filter(where))
             return cast("int", self._shards[collection].count(request))
 
     async def close(self) -> None:
-        with backend_errors(self.name, "close"):
+        with backend_errors(self, "close"):
             for shard in self._shards.values():
                 shard.flush()
                 shard.close()
@@ -4593,7 +4813,8 @@ class LocalEngine(CountsEach):
 
     _REBUILD_EVERY = 20_000  # deleted points stay in memory until the collection is loaded again
 
-    def __init__(self, path: Path, durability: str) -> None:
+    def __init__(self, path: Path, durability: str, reporter: Telemetry | None = None) -> None:
+        self.reporter = reporter
         self._models, self._make_client = import_qdrant_local()
         self._path = path
         self._power = durability == "power"
@@ -4611,7 +4832,7 @@ class LocalEngine(CountsEach):
         return self._connected
 
     def _connect(self) -> None:
-        with backend_errors(self.name, f"open {self._path}"):
+        with backend_errors(self, f"open {self._path}"):
             self._mend_list()
             try:
                 client = self._make_client(str(self._path))
@@ -4632,7 +4853,7 @@ class LocalEngine(CountsEach):
 
     async def open_collection(self, collection: CollectionSpec) -> Mapping[str, Any]:
         models, client = self._models, self._client
-        with backend_errors(self.name, f"open {self._path}"):
+        with backend_errors(self, f"open {self._path}"):
             if not client.collection_exists(collection.name):
                 # No payload indexes: local mode has none and warns.
                 vectors = models.VectorParams(size=collection.vector_size, distance=models.Distance.COSINE)
@@ -4677,7 +4898,7 @@ class LocalEngine(CountsEach):
         held = self._client.collections[collection]
         persistence, make = held.storage, self._models.PointStruct.model_construct
         structs = [make(id=point.id, vector=point.vector, payload=point.payload) for point in points]
-        with backend_errors(self.name, "write"):
+        with backend_errors(self, "write"):
             check_dimensions(points, self._sizes[collection])
             try:
                 with persistence.storage.group():
@@ -4700,7 +4921,7 @@ class LocalEngine(CountsEach):
         What has been committed is in SQLite's log, until SQLite has brought it into the file and synced that.
         No lock of SQLite's is on the log, so that it may be opened and closed here.
         """
-        with backend_errors(self.name, "flush"):
+        with backend_errors(self, "flush"):
             for name in list(self._sizes):
                 with contextlib.suppress(FileNotFoundError):
                     fsync(self._file_of(name).with_name("storage.sqlite-wal"))
@@ -4717,7 +4938,7 @@ class LocalEngine(CountsEach):
             held.storage = persistence
 
     async def drop(self, collection: str) -> None:
-        with backend_errors(self.name, "drop"):
+        with backend_errors(self, "drop"):
             self._sizes.pop(collection, None)
             held = self._client.collections.get(collection)
             if held is not None:
@@ -4729,7 +4950,7 @@ class LocalEngine(CountsEach):
     async def replace(self, collection: str, by: str) -> None:
         """Renaming the file of points is the moment."""
         files = [Path(self._client.collections[name].storage.location) for name in (by, collection)]
-        with backend_errors(self.name, "replace"):
+        with backend_errors(self, "replace"):
             self._disconnect()  # which brings the write-ahead logs into the files, and removes them
             for log in (file.with_name(file.name + "-wal") for file in files):
                 if log.exists():
@@ -4754,7 +4975,7 @@ class LocalEngine(CountsEach):
             client.close()
 
     async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[Record]:
-        with backend_errors(self.name, "retrieve"):
+        with backend_errors(self, "retrieve"):
             found = self._client.retrieve(collection, list(ids), with_payload=payload, with_vectors=False)
         return [Record(str(record.id), record.payload or {}) for record in found]
 
@@ -4772,7 +4993,7 @@ class LocalEngine(CountsEach):
             return self._slice(collection, cursor or 0, limit, payload=payload)
         models = self._models
         order = newest_by and models.OrderBy(key=newest_by, direction=models.Direction.DESC)
-        with backend_errors(self.name, "page"):
+        with backend_errors(self, "page"):
             records, following = self._client.scroll(
                 collection,
                 scroll_filter=client_filter(self._models, where),
@@ -4792,7 +5013,7 @@ class LocalEngine(CountsEach):
         return Page(records, stop if stop < len(held.ids_inv) else None)
 
     async def search(self, collection: str, vector: list[float], where: Filter, limit: int) -> list[Record]:
-        with backend_errors(self.name, "search"):
+        with backend_errors(self, "search"):
             found = self._client.query_points(
                 collection, query=vector, query_filter=client_filter(self._models, where), limit=limit
             )
@@ -4802,13 +5023,13 @@ class LocalEngine(CountsEach):
         if where == Filter():
             held = self._client.collections[collection]
             return len(held.ids) - int(held.deleted.sum())
-        with backend_errors(self.name, "count"):
+        with backend_errors(self, "count"):
             return cast(
                 "int", self._client.count(collection, count_filter=client_filter(self._models, where)).count
             )
 
     async def close(self) -> None:
-        with backend_errors(self.name, "close"):
+        with backend_errors(self, "close"):
             self._disconnect()
 
     def abandon(self) -> None:
@@ -4952,6 +5173,7 @@ class ServerEngine:
         clients = self._make_clients()  # the first take 0.1 s, for which no event loop is to be held up
         self._prepared = [clients]
         self._clients_of: dict[object, _Clients] = {None: clients} if self._blocking else {}
+        self.reporter = REPORTING.reporter(wanted=config.telemetry)
         self.resilience = Resilience(config, waits.sleep)
 
     def _make_clients(self) -> _Clients:
@@ -5231,7 +5453,7 @@ class ServerEngine:
 
     async def status(self, collection: str, seconds: float) -> Mapping[str, Any]:
         """Asked without retry and breaker."""
-        with report_request("server", "health"):
+        with report_request(self.reporter, "server", "health"):
             return await self._status(collection, time.monotonic() + seconds)
 
     async def _status(self, collection: str, deadline: float) -> Mapping[str, Any]:
@@ -5337,8 +5559,8 @@ class ServerEngine:
             raise status_error(status, body, asked, ErrorOrigin(backend="server", operation=operation))
 
     async def close(self) -> None:
-        self.resilience.breaker.retire()
-        with backend_errors(self.name, "close"):
+        self.resilience.close()
+        with backend_errors(self, "close"):
             clients = self._clients_of.get(None if self._blocking else _event_loop())
             if clients is not None and clients.ending is not None:
                 await clients.ending.aclose()
@@ -6075,6 +6297,7 @@ class Operations:
         self.waits = waits
         self.collection = collection
         self._failed_close: StoreError | None = None  # which every further close tells again
+        self.reporter: Telemetry | None = None  # of what is slow
         self.slow_ms: float | None = None  # a piece that takes longer is logged
 
     # The life of a store
@@ -6143,11 +6366,9 @@ class Operations:
         try:
             return await self.place.drive(self.backend.begin(operation), long=long)
         finally:
-            took_ms = (time.perf_counter() - began) * 1000
-            if name and self.slow_ms and took_ms > self.slow_ms:
-                user_id = id_for_logs(about)
-                whose = "" if user_id is None else f", user {user_id!r}"
-                SLOW_LOGGER.warning("slow: %s took %.0f ms on %s%s", name, took_ms, self.place.engine, whose)
+            seconds = time.perf_counter() - began
+            if name and self.slow_ms and seconds * 1000 > self.slow_ms:
+                report_slow(self.reporter, self.place.engine, name, seconds, about)
 
     # Single states
 
@@ -7761,7 +7982,9 @@ def open_directory(config: QdrantStoreConfig) -> tuple[Directory, OwnedBackend]:
     """The opened directory and the backend of a store; the directory is to be released."""
     path = os.path.realpath(absolute_path(cast("str", config.path)))
     kind = engine_class(Path(path), config)  # a missing library is found before anything is made
-    directory = OPEN.directory_at(path, config.durability, kind)
+    # Stores share a directory and its engine: whether its requests are reported is up to the first of them.
+    make_engine = functools.partial(kind, reporter=REPORTING.reporter(wanted=config.telemetry))
+    directory = OPEN.directory_at(path, config.durability, make_engine)
     try:
         _agree(path, "durability", directory.durability, config.durability)
         with directory.opening:
@@ -7905,6 +8128,8 @@ class StoreBase(ABC):
 
     config: MemoryStoreConfig
     _operations: Operations
+    _reports: Collection[str] = SPANS.keys()  # the methods that are reported
+    _always_on = ""  # the name of the engine, where all stores of a class have the same
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -8355,7 +8580,19 @@ class AsyncStateStore(StoreBase):
         await self.aclose()
 
 
-class MemoryStore(StateStore):
+class _InMemory(StoreBase):
+    """What is special of reporting what stores in memory do."""
+
+    _always_on = "memory"
+
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        """Make a store that reports from the beginning, if it seems to want that: see reporting_class."""
+        config = options.get("config", arguments[0] if arguments else None)
+        wanted = options.get("telemetry", getattr(config, "telemetry", True))
+        return cast("Self", object.__new__(reporting_class(cls, wanted=wanted is True)))
+
+
+class MemoryStore(_InMemory, StateStore):
     """A store in this process's memory: nothing survives it, and nothing is faster.
 
     Reads take no lock, unless on a free-threaded Python a write comes between. Options are the fields of
@@ -8389,7 +8626,7 @@ class MemoryStore(StateStore):
             return self._backend.get_latest(user_id)
 
 
-class AsyncMemoryStore(AsyncStateStore):
+class AsyncMemoryStore(_InMemory, AsyncStateStore):
     """MemoryStore for asyncio and trio (which needs anyio).
 
     Single operations run at once and never suspend; long ones let other tasks run every few milliseconds.
@@ -8469,6 +8706,7 @@ def _on_qdrant(config: QdrantStoreConfig, waits: Waits) -> Operations:
         backend = place.connection.backend
     operations = Operations(backend, place, waits, collection=config.collection_name)
     operations.slow_ms = config.slow_operation_ms
+    operations.reporter = REPORTING.reporter(wanted=config.telemetry)
     return operations
 
 

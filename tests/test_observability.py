@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import itertools
 import json
 import logging
 import sys
+import threading
+import time
 import weakref
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from conformance import Case, needs, run_python, state
@@ -15,12 +20,14 @@ from test_import import BLOCK
 
 import attuned_store
 from attuned_store import (
+    AsyncMemoryStore,
     AsyncStateStore,
     BackendError,
     BreakerPolicy,
     CircuitOpenError,
     ConflictError,
     MemoryStore,
+    MemoryStoreConfig,
     QdrantStore,
     RetryPolicy,
     StoreError,
@@ -83,16 +90,24 @@ def attributes(span: ReadableSpan) -> dict[str, Any]:
 
 @pytest.fixture
 def spans(monkeypatch: pytest.MonkeyPatch) -> Spans:
-    """What is traced in this test, by a provider of its own: a process has one for good."""
+    """What is traced in this test, by a provider of its own: a process is given one for good."""
     spans = Spans()
-    found = attuned_store.find_telemetry()
-    assert found is not None
-    with monkeypatch.context() as patch:
-        patch.setattr(trace, "get_tracer", spans.provider.get_tracer)
-        telemetry = attuned_store.Telemetry(trace, found._metrics)
-    monkeypatch.setattr(attuned_store, "find_telemetry", lambda: telemetry)
-    monkeypatch.setattr(attuned_store.REPORTING, "telemetry", telemetry)
+    monkeypatch.setattr(trace, "_TRACER_PROVIDER", spans.provider)
     return spans
+
+
+@pytest.fixture
+def telemetry() -> attuned_store.Telemetry:
+    """What the stores of this process report to."""
+    found = attuned_store.REPORTING.reporter(wanted=True)
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def metrics(telemetry: attuned_store.Telemetry) -> attuned_store.Metrics:
+    assert telemetry.metrics is not None
+    return telemetry.metrics
 
 
 def scraped() -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -348,12 +363,13 @@ class TestServerRequests:
         self,
         connect: Callable[..., AsyncStateStore],
         server: QdrantServer,
+        metrics: attuned_store.Metrics,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """The state of the breakers is 0 closed, 1 half-open, 2 open; a closed store counts no more."""
         from qdrant_server import reply
 
-        monkeypatch.setattr(attuned_store, "BREAKERS", weakref.WeakSet())
+        monkeypatch.setattr(metrics, "breakers", weakref.WeakSet())
         once = RetryPolicy(attempts=1)
         opening = connect(retry=once, breaker=BreakerPolicy(failures=1, open_s=1000.0))
         probing = connect(retry=once, breaker=BreakerPolicy(failures=1, open_s=0.0))
@@ -396,10 +412,11 @@ class TestOpening:
 
 
 def test_what_an_engine_raises_is_reported_as_what_the_caller_gets(
-    spans: Spans, counted: Callable[..., float]
+    spans: Spans, counted: Callable[..., float], telemetry: attuned_store.Telemetry
 ) -> None:
     """A request that an engine fails is reported under the error that the caller gets."""
-    with pytest.raises(BackendError), attuned_store.backend_errors("edge", "retrieve"):
+    engine: Any = SimpleNamespace(name="edge", reporter=telemetry)
+    with pytest.raises(BackendError), attuned_store.backend_errors(engine, "retrieve"):
         raise OSError(LONG_ID)
 
     [span] = spans.all
@@ -421,11 +438,11 @@ def test_what_a_function_of_the_caller_raises_keeps_its_name(spans: Spans) -> No
     assert TOO_MUCH not in "".join(span.to_json() for span in spans.all)
 
 
-def test_metrics_have_the_names_and_labels_that_are_documented() -> None:
+def test_metrics_have_the_names_and_labels_that_are_documented(telemetry: attuned_store.Telemetry) -> None:
     """A scrape returns the documented metrics with the documented labels."""
-    MemoryStore().upsert_latest(state("ann"))
-    telemetry = attuned_store.find_telemetry()
-    assert telemetry
+    store = MemoryStore()
+    store.upsert_latest(state("ann"))
+    attuned_store.report_slow(store, "upsert", 1.0)
     with pytest.raises(ZeroDivisionError), telemetry.request("edge", "retrieve", 2):
         raise ZeroDivisionError
     labels: dict[str, set[str]] = {}
@@ -443,6 +460,7 @@ def test_metrics_have_the_names_and_labels_that_are_documented() -> None:
             f"attuned_qdrant_request_duration_seconds_{part}": {"operation", *bucket}
             for part, bucket in (("bucket", ("le",)), ("count", ()), ("sum", ()))
         },
+        "attuned_store_slow_operations_total": {"backend", "operation"},
         "attuned_qdrant_errors_total": {"operation", "kind"},
         "attuned_qdrant_retries_total": set(),
         "attuned_qdrant_circuit_state": set(),
@@ -492,13 +510,13 @@ with tempfile.TemporaryDirectory() as folder, a.QdrantStore(path=folder) as stor
     assert type(store) is a.QdrantStore
     store.patch("ann", {"warmth": 0.5})
 assert a.REPORTING.telemetry is None
-assert a.report_request("server", "get") is a._reported("server", "upsert") is a.UNREPORTED
+assert a.report_request(None, "server", "get") is a.report_request(None, "server", "upsert") is a.UNREPORTED
 print(sorted({name.partition(".")[0] for name in sys.modules} & {"opentelemetry", "prometheus_client"}))
 """
 
 
 def test_without_the_libraries_nothing_is_in_the_way() -> None:
-    """Without the libraries a store is of the plain class, and a request asks whether one global is None."""
+    """Without the libraries a store is of the plain class, and a request asks for one attribute."""
     answer = run_python(BLOCK + USE_NEITHER, "opentelemetry,prometheus_client")
 
     assert answer.returncode == 0, answer.stderr
@@ -512,12 +530,285 @@ def test_either_library_will_do(blocked: str) -> None:
         "import attuned_store as a\n"
         "store = a.MemoryStore()\nstore.patch('ann', {'warmth': 0.5})\n"
         "try:\n    store['bob']\nexcept a.UserNotFoundError:\n    pass\n"
-        "print(len(store), a.REPORTING.telemetry._tracer is not None, a.REPORTING.telemetry._metrics is not None)"
+        "found = a.REPORTING.telemetry\n"
+        "print(len(store), found._trace is not None, found.metrics is not None)"
     )
     answer = run_python(BLOCK + code, blocked)
 
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout == f"1 {blocked != 'opentelemetry'} {blocked != 'prometheus_client'}\n"
+
+
+MULTIPROCESS = """
+import attuned_store, prometheus_client
+for _ in range(3):
+    store = attuned_store.MemoryStore()
+    store.patch("ann", {"warmth": 0.5})
+print(len(store), "attuned" in prometheus_client.generate_latest().decode())
+"""
+
+
+@pytest.mark.parametrize("variable", ["PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"])
+def test_there_are_no_metrics_in_multiprocess_mode(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In prometheus_client's multiprocess mode stores work and have no metrics, which is logged once."""
+    monkeypatch.setenv(variable, str(tmp_path))
+    answer = run_python(MULTIPROCESS)
+
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout == "1 False\n"
+    assert answer.stderr.count("multiprocess mode") == 1
+
+
+def test_opentelemetry_keeps_its_provider_where_it_is_looked_for() -> None:
+    """The one thing beyond its public interface: opentelemetry.trace has the provider as _TRACER_PROVIDER."""
+    set_and_look = (
+        "from opentelemetry import trace\nfrom opentelemetry.sdk.trace import TracerProvider\n"
+        "print(trace._TRACER_PROVIDER)\n"
+        "trace.set_tracer_provider(provider := TracerProvider())\n"
+        "print(trace._TRACER_PROVIDER is provider is trace.get_tracer_provider())\n"
+        "import attuned_store\nprint(attuned_store.provider_source(trace) is trace)"
+    )
+    answer = run_python(set_and_look)
+
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout == "None\nTrue\nTrue\n"
+
+
+def test_without_that_attribute_the_provider_is_asked_for(spans: Spans) -> None:
+    """Where opentelemetry has no _TRACER_PROVIDER, its public functions tell whether there is a provider."""
+    public = SimpleNamespace(**{name: getattr(trace, name) for name in trace.__all__})
+    public.ProxyTracerProvider = trace.ProxyTracerProvider
+    telemetry = attuned_store.Telemetry(public, None)
+
+    with telemetry.request("edge", "retrieve"):
+        pass
+    public.get_tracer_provider = trace.ProxyTracerProvider
+    with telemetry.request("edge", "retrieve"):
+        pass
+
+    assert telemetry.source is not public
+    assert [span.name for span in spans.all] == ["attuned.qdrant.get"]
+
+
+def test_spans_follow_the_conventions_for_databases(
+    spans: Spans, tmp_path: Path, telemetry: attuned_store.Telemetry
+) -> None:
+    """Spans tell system, operation and collection as OpenTelemetry's conventions for databases have it."""
+    MemoryStore().upsert_latest(state("ann"))
+    with QdrantStore(path=tmp_path, collection_name="moods") as store:
+        store.upsert_latest(state("ann"))
+    with pytest.raises(BackendError), telemetry.request("server", "retrieve"):
+        raise BackendError("", backend="server", operation="retrieve")
+
+    conventions = ("db.system.name", "db.operation.name", "db.collection.name", "error.type")
+    told = {tuple((span.attributes or {}).get(name) for name in conventions) for span in spans.all}
+    assert told >= {
+        ("memory", "upsert", "attuned_state", None),
+        ("qdrant", "upsert", "moods", None),
+        ("qdrant", "upsert", None, None),
+        ("qdrant", "get", None, "BackendError"),
+    }
+    assert {span.name for span in spans.all if span.kind is trace.SpanKind.CLIENT} == {"attuned.qdrant.get"}
+
+
+class TestTelemetryOff:
+    async def test_nothing_is_reported(
+        self,
+        case: Case,
+        open_store: Open,
+        spans: Spans,
+        metrics: attuned_store.Metrics,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+    ) -> None:
+        """A store with telemetry=False reports no operation, request, snapshot, slow step or breaker."""
+        monkeypatch.setattr(metrics, "breakers", weakref.WeakSet())
+        before = scraped()
+        options = {"slow_operation_ms": 1e-6} if case.backend in QDRANT else {}
+        store = await open_store(telemetry=False, **options)
+        await store.upsert_latest(state("ann"))
+        await store.patch("ann", {"warmth": 0.5})
+        await attempt(store.upsert_latest(state("ann", 1), expected=None), ConflictError)
+        await store.search_similar("ann")
+        report = await store.create_snapshot(tmp_path, kind="portable")
+        await store.restore_snapshot(report.path)
+
+        assert spans.all == []
+        assert scraped() == before
+        assert not metrics.breakers
+
+    def test_a_subclass_may_decide_it_itself(self, counted: Callable[..., float], spans: Spans) -> None:
+        """What the configuration of a store says counts, wherever it comes from."""
+
+        class Quiet(MemoryStore):
+            def __init__(self) -> None:
+                super().__init__(telemetry=False)
+
+        class Loud(MemoryStore):
+            def __init__(self, telemetry: bool) -> None:
+                super().__init__()
+
+        Quiet().upsert_latest(state("ann"))
+        assert spans.all == []
+        Loud(telemetry=False).upsert_latest(state("ann"))
+        assert [span.name for span in spans.all] == ["attuned.store.upsert"]
+
+    def test_it_is_an_option_like_others(self) -> None:
+        """Telemetry is True, False, or what ATTUNED_STORE_TELEMETRY says."""
+        assert MemoryStoreConfig().telemetry is True
+        assert MemoryStoreConfig.from_env({"ATTUNED_STORE_TELEMETRY": "off"}).telemetry is False
+        with pytest.raises(ValidationError, match="telemetry"):
+            MemoryStore(telemetry=cast("Any", "off"))
+
+
+class TestCounting:
+    def test_no_count_is_lost_though_threads_come_and_go(self, counted: Callable[..., float]) -> None:
+        """Counts are exact while 8 threads at a time begin, count and end, and metrics are collected."""
+        store = MemoryStore()
+        labels = {"backend": "memory", "operation": "get"}
+        generations, reads, seen = 60, 50, [0.0]
+
+        def read() -> None:
+            for _ in range(reads):
+                store.get_latest("ann")
+
+        def collect() -> None:
+            while not done.is_set():
+                seen.append(counted("attuned_store_operations_total", status="ok", **labels))
+
+        def generation() -> None:
+            for _ in range(generations):
+                thread = threading.Thread(target=read)  # with the id of one that has ended, as a rule
+                thread.start()
+                thread.join()
+
+        done = threading.Event()
+        collector = threading.Thread(target=collect)
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            collector.start()
+            starters = [threading.Thread(target=generation) for _ in range(8)]
+            for starter in starters:
+                starter.start()
+            for starter in starters:
+                starter.join()
+        finally:
+            sys.setswitchinterval(interval)
+            done.set()
+            collector.join()
+
+        total = 8 * generations * reads
+        assert seen == sorted(seen)
+        assert counted("attuned_store_operations_total", status="ok", **labels) == total
+        assert counted("attuned_store_operation_duration_seconds_count", **labels) == total
+        assert counted("attuned_store_operation_duration_seconds_bucket", le="+Inf", **labels) == total
+
+    def test_a_thread_with_a_used_id_is_counted_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A thread that found the cell of one that had ended, just before that is folded, loses nothing."""
+        series = attuned_store.Series(())
+        real = sys._current_frames
+        ended = threading.Thread(target=series.count)
+        ended.start()
+        ended.join()
+        [(thread, cell)] = series.cells.items()
+        running = [real(), {**real(), thread: sys._getframe()}]  # it begins between the two looks
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "_current_frames", lambda: running.pop(0))
+            assert series.total() == [0, 1]
+        assert series.cells == {}
+        cell[1] += 1  # what it does with the cell that it had found
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "_current_frames", lambda: {**real(), thread: sys._getframe()})
+            assert series.total() == [0, 2]
+        assert series.total() == [0, 2]
+        assert series.total() == [0, 2]
+        assert series._removed == []
+
+    def test_cells_do_not_pile_up_where_nobody_collects(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The cells of threads that have ended are folded also where metrics are never collected."""
+        series = attuned_store.Series(())
+        ids = iter(range(1, 1_001))  # never given anew, as on Windows
+
+        for _ in range(1_000):
+            with monkeypatch.context() as patch:
+                patch.setattr(threading, "get_ident", lambda: next(ids))
+                series.count()
+
+        assert len(series.cells) < 200
+        assert series.total() == [0, 1_000]
+
+    def test_a_finalizer_may_count_while_cells_are_folded(self) -> None:
+        """Counting never waits for who folds: a finalizer may do so in that very thread."""
+        series = attuned_store.Series(())
+        series._fold_at = 0
+
+        with series._lock:
+            series.count()
+
+        assert series.total() == [0, 1]
+
+    @pytest.mark.parametrize("took", [0.0, 5e-7, 1e-6, 2e-6, 1e-5, 2e-5, 3e-4, 0.3, 10.0, 11.0])
+    def test_buckets_are_those_of_prometheus(
+        self, took: float, monkeypatch: pytest.MonkeyPatch, metrics: attuned_store.Metrics
+    ) -> None:
+        """What takes so long is in the buckets where a histogram of prometheus_client has it."""
+        registry = prometheus.CollectorRegistry()
+        theirs = prometheus.Histogram("theirs", "", buckets=attuned_store.SECONDS, registry=registry)
+        theirs.observe(took)
+        ours = attuned_store.Metrics()
+        ours.operations("memory", "get", "ok").count(took)
+
+        class Timed(MemoryStore):
+            pass
+
+        ticks = itertools.cycle([0.0, took])
+        monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+        telemetry = attuned_store.Telemetry(None, inline := attuned_store.Metrics())
+        monkeypatch.setattr(attuned_store.REPORTING, "telemetry", telemetry)
+        store = Timed()
+        for _ in range(2):  # the first makes the cell, the second finds it
+            store.get_latest("ann")
+
+        def buckets(collector: Any, name: str) -> dict[str, float]:
+            found = [sample for family in collector.collect() for sample in family.samples]
+            return {each.labels["le"]: each.value for each in found if each.name == f"{name}_bucket"}
+
+        expected = buckets(registry, "theirs")
+        name = "attuned_store_operation_duration_seconds"
+        assert list(buckets(ours, name).items()) == list(expected.items())
+        assert buckets(inline, name) == {le: 2 * number for le, number in expected.items()}
+
+    def test_every_way_to_call_is_counted(self, counted: Callable[..., float]) -> None:
+        """Positional, by name and with defaults: each call is passed on as it is, and counted."""
+        stores: tuple[Any, ...] = (MemoryStore(), AsyncMemoryStore())
+        for store in stores:
+            answers: list[Any] = [
+                store.upsert_latest(state("ann"), expected=None),
+                store.get_latest(user_id="ann"),
+                store.get_history("ann", 1),
+                store.get_history(limit=1, user_id="ann", since=0),
+                store.patch("ann", {"warmth": 0.25}, confidence=0.5),
+                store.count(),
+                store.count(history=True),
+            ]
+            if isinstance(store, AsyncMemoryStore):
+                answers = [attuned_store.run_blocking(each) for each in answers]
+            assert answers[1] == state("ann")
+            assert [len(each) for each in answers[2:4]] == [1, 1]
+            assert answers[4].confidence == 0.5
+            assert answers[5:] == [1, 2]
+            with pytest.raises(TypeError):
+                store.get_latest(nobody="ann")
+
+        labels = {"backend": "memory", "status": "ok"}
+        found = [
+            counted("attuned_store_operations_total", operation=each, **labels) for each in ("get", "count")
+        ]
+        assert found == [4, 4]
 
 
 def test_a_second_copy_of_the_file_works_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -527,17 +818,16 @@ def test_a_second_copy_of_the_file_works_too(monkeypatch: pytest.MonkeyPatch) ->
     assert spec.loader
     copy = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "attuned_copy", copy)
-    attuned_store.find_telemetry()
+    MemoryStore()
     spec.loader.exec_module(copy)
 
     with copy.MemoryStore() as store:
         assert store.patch("ann", {"warmth": 0.5}).axis("warmth") == 0.5
+    assert copy.REPORTING.telemetry.metrics is None
 
 
 def test_an_observed_store_looks_like_any_other() -> None:
     """A store that reports has the name, the documentation and the signatures of its class."""
-    import inspect
-
     store = MemoryStore()
 
     assert isinstance(store, MemoryStore)
@@ -553,9 +843,13 @@ class TestSlow:
     backends = QDRANT
 
     async def test_a_slow_step_is_logged(
-        self, case: Case, open_store: Open, caplog: pytest.LogCaptureFixture
+        self,
+        case: Case,
+        open_store: Open,
+        caplog: pytest.LogCaptureFixture,
+        counted: Callable[..., float],
     ) -> None:
-        """What takes longer than slow_operation_ms is a warning, unless it is known to take long."""
+        """What takes longer than slow_operation_ms is a warning and counted, unless known to take long."""
         store = await open_store(slow_operation_ms=1e-6)
         caplog.clear()
 
@@ -574,6 +868,8 @@ class TestSlow:
             f"{case.backend}, user 'zaph…'",
             f"{case.backend}, user 'zaph…'",
         ]
+        labels = {"backend": case.backend, "operation": "upsert"}
+        assert counted("attuned_store_slow_operations_total", **labels) == 2
 
     @pytest.mark.parametrize("limit", [0, None, 3_600_000.0])
     async def test_nothing_else_is_logged(

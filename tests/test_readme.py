@@ -54,6 +54,7 @@ VALUES: dict[str, tuple[str, object]] = {
     "enable_history": ("off", False),
     "max_history_per_user": ("5", 5),
     "history_retention_days": ("1.5", 1.5),
+    "telemetry": ("off", False),
     "path": ("somewhere", "somewhere"),
     "url": ("https://host:6333", "https://host:6333"),
     "api_key": ("secret", "secret"),
@@ -417,8 +418,11 @@ def test_every_span_and_metric_is_listed() -> None:
     }
     assert set(attuned_store.SPANS.values()) <= spans
     attuned_store.MemoryStore()
-    ours = [each for each in prometheus.REGISTRY._collector_to_names if hasattr(each, "_labelnames")]
-    found = {each._name: set(each._labelnames) for each in ours if each._name.startswith("attuned_")}
+    ours = [
+        each for each in prometheus.REGISTRY._collector_to_names if isinstance(each, attuned_store.Metrics)
+    ]
+    families = [family for each in ours for family in each.collect()]
+    found = {each.name: set(getattr(each, "_labelnames", ())) for each in families}
     named = {
         cells[0].strip("`").removesuffix("_total"): set(re.findall(r"\w+", cells[1])) for cells in listed[3:]
     }

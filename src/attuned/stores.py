@@ -16,7 +16,7 @@ from attuned.base.config import (
 )
 from attuned.base.errors import ValidationError
 from attuned.base.html import MAX_PLOTTED, plot_states, store_html
-from attuned.base.telemetry import observe
+from attuned.base.telemetry import REPORTING, SPANS, observe, reporting_class
 from attuned.base.values import ANY, Expected, Health, Match, SnapshotFields, Source, StateSnapshot
 from attuned.connections.runtime import BLOCKING, Suspending, Waits, run
 from attuned.states.contract import UNOPENED, check_expected, check_state
@@ -26,7 +26,7 @@ from attuned.states.places import DirectoryPlace, ServerPlace, blocking_twin
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping
     from datetime import datetime
     from types import TracebackType
 
@@ -39,6 +39,8 @@ class StoreBase(ABC):
 
     config: MemoryStoreConfig
     _operations: Operations
+    _reports: Collection[str] = SPANS.keys()  # the methods that are reported
+    _always_on = ""  # the name of the engine, where all stores of a class have the same
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -489,7 +491,19 @@ class AsyncStateStore(StoreBase):
         await self.aclose()
 
 
-class MemoryStore(StateStore):
+class _InMemory(StoreBase):
+    """What is special of reporting what stores in memory do."""
+
+    _always_on = "memory"
+
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        """Make a store that reports from the beginning, if it seems to want that: see reporting_class."""
+        config = options.get("config", arguments[0] if arguments else None)
+        wanted = options.get("telemetry", getattr(config, "telemetry", True))
+        return cast("Self", object.__new__(reporting_class(cls, wanted=wanted is True)))
+
+
+class MemoryStore(_InMemory, StateStore):
     """A store in this process's memory: nothing survives it, and nothing is faster.
 
     Reads take no lock, unless on a free-threaded Python a write comes between. Options are the fields of
@@ -523,7 +537,7 @@ class MemoryStore(StateStore):
             return self._backend.get_latest(user_id)
 
 
-class AsyncMemoryStore(AsyncStateStore):
+class AsyncMemoryStore(_InMemory, AsyncStateStore):
     """MemoryStore for asyncio and trio (which needs anyio).
 
     Single operations run at once and never suspend; long ones let other tasks run every few milliseconds.
@@ -603,4 +617,5 @@ def _on_qdrant(config: QdrantStoreConfig, waits: Waits) -> Operations:
         backend = place.connection.backend
     operations = Operations(backend, place, waits, collection=config.collection_name)
     operations.slow_ms = config.slow_operation_ms
+    operations.reporter = REPORTING.reporter(wanted=config.telemetry)
     return operations

@@ -133,6 +133,7 @@ class MemoryOptions(TypedDict, total=False):
     enable_history: bool
     max_history_per_user: int
     history_retention_days: float | None
+    telemetry: bool
 
 
 @attrs.frozen(kw_only=True)
@@ -204,7 +205,8 @@ class MemoryStoreConfig:
 
     ``axes`` names the schema (None: the canonical ones); ``vector_size`` the dimensions of its vectors (None:
     one per axis, and a spare one with the canonical axes). History keeps the newest ``max_history_per_user``
-    of each user, and shows none older than ``history_retention_days``. Raises ValidationError.
+    of each user, and shows none older than ``history_retention_days``. Without ``telemetry`` the store
+    reports nothing, neither spans nor metrics. Raises ValidationError.
     """
 
     axes: tuple[str, ...] | None = attrs.field(default=None, converter=check_axis_names)
@@ -212,12 +214,14 @@ class MemoryStoreConfig:
     enable_history: bool = True
     max_history_per_user: int = 100
     history_retention_days: float | None = None
+    telemetry: bool = True
 
     def __attrs_post_init__(self) -> None:
         least = len(self.axes or ()) or 1
         if self.vector_size is not None:
             check_integer("vector_size", self.vector_size, least, MAX_VECTOR_SIZE)
         check_flag("enable_history", self.enable_history)
+        check_flag("telemetry", self.telemetry)
         check_integer("max_history_per_user", self.max_history_per_user, 0, MAX_INTEGER)
         if self.history_retention_days is not None:
             check_positive("history_retention_days", self.history_retention_days)

@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Literal, cast
 
 from attuned.base.errors import BackendError, CircuitOpenError, RateLimitedError, T
-from attuned.base.telemetry import BREAKERS, breakers_lock, report_request
+from attuned.base.telemetry import REPORTING, report_request
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -27,13 +27,6 @@ class CircuitBreaker:
         self._failures = 0
         self._opened_at: float | None = None
         self._probing = False
-        with breakers_lock:
-            BREAKERS.add(self)
-
-    def retire(self) -> None:
-        """Count no longer in the state of all breakers: the store is closed."""
-        with breakers_lock:
-            BREAKERS.discard(self)
 
     @property
     def state(self) -> Literal["closed", "open", "half-open"]:
@@ -103,9 +96,20 @@ class Resilience:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.breaker = CircuitBreaker(config.breaker, clock)
+        self._reporter = REPORTING.reporter(wanted=config.telemetry)
+        self._metrics = None if self._reporter is None else self._reporter.metrics
+        if self._metrics is not None:
+            with self._metrics.lock:
+                self._metrics.breakers.add(self.breaker)
         self._policy = config.retry
         self._sleep = sleep
         self._clock = clock
+
+    def close(self) -> None:
+        """Let the breaker count no longer in the state of all breakers."""
+        if self._metrics is not None:
+            with self._metrics.lock:
+                self._metrics.breakers.discard(self.breaker)
 
     async def send(self, operation: str, request: Callable[[], Awaitable[T]]) -> T:
         """Send a request until it succeeds, or there is no sense in going on."""
@@ -113,7 +117,7 @@ class Resilience:
         for attempt in itertools.count():
             probe = self.breaker.enter("server", operation)
             try:
-                with report_request("server", operation, attempt + 1):
+                with report_request(self._reporter, "server", operation, attempt + 1):
                     answer = await request()
             except BackendError as error:
                 self.breaker.leave(failed=_is_failure(error), probe=probe)

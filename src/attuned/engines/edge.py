@@ -33,6 +33,8 @@ from attuned.engines.waist import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from attuned.base.telemetry import Telemetry
+
 
 def import_qdrant_edge() -> Any:
     try:
@@ -60,7 +62,8 @@ class EdgeEngine(CountsEach):
     # about 6 us a point: done once for so many changes that it does not matter.
     _REBUILD_EVERY = 200_000
 
-    def __init__(self, path: Path, durability: str) -> None:
+    def __init__(self, path: Path, durability: str, reporter: Telemetry | None = None) -> None:
+        self.reporter = reporter
         self._api = import_qdrant_edge()
         self._path = path / "collections"
         self._power = durability == "power"
@@ -74,7 +77,7 @@ class EdgeEngine(CountsEach):
 
     async def open_collection(self, collection: CollectionSpec) -> Mapping[str, Any]:
         manifest = self._manifest(collection.name)
-        with backend_errors(self.name, "open"):
+        with backend_errors(self, "open"):
             if not self._generations(collection.name):
                 self._check_never_replaced(manifest)
                 self._create(collection, self._path / collection.name, manifest)
@@ -163,7 +166,7 @@ class EdgeEngine(CountsEach):
 
     async def write(self, collection: str, points: Sequence[Point], deleted: Sequence[str] = ()) -> None:
         api, shard, changes = self._api, self._shards[collection], len(points) + len(deleted)
-        with backend_errors(self.name, "write"):
+        with backend_errors(self, "write"):
             check_dimensions(points, self._sizes[collection])
             try:
                 if points:
@@ -182,7 +185,7 @@ class EdgeEngine(CountsEach):
 
     def flush(self) -> None:
         """See EmbeddedEngine.flush; a shard that has not been written to since the last one needs none."""
-        with backend_errors(self.name, "flush"):
+        with backend_errors(self, "flush"):
             for name, shard in list(self._shards.items()):
                 done = self._done[name]
                 if done == self._flushed[name]:
@@ -195,7 +198,7 @@ class EdgeEngine(CountsEach):
                 self._flushed[name] = done
 
     async def drop(self, collection: str) -> None:
-        with backend_errors(self.name, "drop"):
+        with backend_errors(self, "drop"):
             if shard := self._shards.pop(collection, None):
                 del self._directories[collection]
                 shard.close()
@@ -210,7 +213,7 @@ class EdgeEngine(CountsEach):
         metadata = read_manifest(manifest)
         metadata["generation"] = metadata.get("generation", 0) + 1
         directory = self._directory(collection, metadata)
-        with backend_errors(self.name, "replace"):
+        with backend_errors(self, "replace"):
             shard = self._move(by, directory)
             try:
                 fsync(*directory.rglob("*"), directory, self._path)
@@ -260,7 +263,7 @@ class EdgeEngine(CountsEach):
             self._changes[collection] = 0
 
     async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[Record]:
-        with backend_errors(self.name, "retrieve"):
+        with backend_errors(self, "retrieve"):
             found = self._shards[collection].retrieve(list(ids), with_payload=payload, with_vector=False)
         return [Record(record.id, record.payload or {}) for record in found]
 
@@ -276,7 +279,7 @@ class EdgeEngine(CountsEach):
     ) -> Page:
         api = self._api
         order = None if newest_by is None else api.OrderBy(newest_by, api.Direction.Desc)
-        with backend_errors(self.name, "page"):
+        with backend_errors(self, "page"):
             records, following = self._shards[collection].scroll(
                 api.ScrollRequest(
                     offset=cursor,
@@ -295,17 +298,17 @@ class EdgeEngine(CountsEach):
         request = api.QueryRequest(
             limit=limit, query=api.Query.Nearest(vector), filter=self._filter(where), with_payload=True
         )
-        with backend_errors(self.name, "search"):
+        with backend_errors(self, "search"):
             found = self._shards[collection].query(request)
         return [Record(record.id, record.payload or {}, record.score) for record in found]
 
     async def count(self, collection: str, where: Filter) -> int:
-        with backend_errors(self.name, "count"):
+        with backend_errors(self, "count"):
             request = self._api.CountRequest(exact=True, filter=self._filter(where))
             return cast("int", self._shards[collection].count(request))
 
     async def close(self) -> None:
-        with backend_errors(self.name, "close"):
+        with backend_errors(self, "close"):
             for shard in self._shards.values():
                 shard.flush()
                 shard.close()

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
     from types import TracebackType
 
+    from attuned.base.telemetry import Telemetry
+
 
 def import_qdrant_local() -> tuple[Any, Callable[[str], Any]]:
     """The models of qdrant-client and a maker of local clients that do not warn of many points."""
@@ -83,7 +85,8 @@ class LocalEngine(CountsEach):
 
     _REBUILD_EVERY = 20_000  # deleted points stay in memory until the collection is loaded again
 
-    def __init__(self, path: Path, durability: str) -> None:
+    def __init__(self, path: Path, durability: str, reporter: Telemetry | None = None) -> None:
+        self.reporter = reporter
         self._models, self._make_client = import_qdrant_local()
         self._path = path
         self._power = durability == "power"
@@ -101,7 +104,7 @@ class LocalEngine(CountsEach):
         return self._connected
 
     def _connect(self) -> None:
-        with backend_errors(self.name, f"open {self._path}"):
+        with backend_errors(self, f"open {self._path}"):
             self._mend_list()
             try:
                 client = self._make_client(str(self._path))
@@ -122,7 +125,7 @@ class LocalEngine(CountsEach):
 
     async def open_collection(self, collection: CollectionSpec) -> Mapping[str, Any]:
         models, client = self._models, self._client
-        with backend_errors(self.name, f"open {self._path}"):
+        with backend_errors(self, f"open {self._path}"):
             if not client.collection_exists(collection.name):
                 # No payload indexes: local mode has none and warns.
                 vectors = models.VectorParams(size=collection.vector_size, distance=models.Distance.COSINE)
@@ -167,7 +170,7 @@ class LocalEngine(CountsEach):
         held = self._client.collections[collection]
         persistence, make = held.storage, self._models.PointStruct.model_construct
         structs = [make(id=point.id, vector=point.vector, payload=point.payload) for point in points]
-        with backend_errors(self.name, "write"):
+        with backend_errors(self, "write"):
             check_dimensions(points, self._sizes[collection])
             try:
                 with persistence.storage.group():
@@ -190,7 +193,7 @@ class LocalEngine(CountsEach):
         What has been committed is in SQLite's log, until SQLite has brought it into the file and synced that.
         No lock of SQLite's is on the log, so that it may be opened and closed here.
         """
-        with backend_errors(self.name, "flush"):
+        with backend_errors(self, "flush"):
             for name in list(self._sizes):
                 with contextlib.suppress(FileNotFoundError):
                     fsync(self._file_of(name).with_name("storage.sqlite-wal"))
@@ -207,7 +210,7 @@ class LocalEngine(CountsEach):
             held.storage = persistence
 
     async def drop(self, collection: str) -> None:
-        with backend_errors(self.name, "drop"):
+        with backend_errors(self, "drop"):
             self._sizes.pop(collection, None)
             held = self._client.collections.get(collection)
             if held is not None:
@@ -219,7 +222,7 @@ class LocalEngine(CountsEach):
     async def replace(self, collection: str, by: str) -> None:
         """Renaming the file of points is the moment."""
         files = [Path(self._client.collections[name].storage.location) for name in (by, collection)]
-        with backend_errors(self.name, "replace"):
+        with backend_errors(self, "replace"):
             self._disconnect()  # which brings the write-ahead logs into the files, and removes them
             for log in (file.with_name(file.name + "-wal") for file in files):
                 if log.exists():
@@ -244,7 +247,7 @@ class LocalEngine(CountsEach):
             client.close()
 
     async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[Record]:
-        with backend_errors(self.name, "retrieve"):
+        with backend_errors(self, "retrieve"):
             found = self._client.retrieve(collection, list(ids), with_payload=payload, with_vectors=False)
         return [Record(str(record.id), record.payload or {}) for record in found]
 
@@ -262,7 +265,7 @@ class LocalEngine(CountsEach):
             return self._slice(collection, cursor or 0, limit, payload=payload)
         models = self._models
         order = newest_by and models.OrderBy(key=newest_by, direction=models.Direction.DESC)
-        with backend_errors(self.name, "page"):
+        with backend_errors(self, "page"):
             records, following = self._client.scroll(
                 collection,
                 scroll_filter=client_filter(self._models, where),
@@ -282,7 +285,7 @@ class LocalEngine(CountsEach):
         return Page(records, stop if stop < len(held.ids_inv) else None)
 
     async def search(self, collection: str, vector: list[float], where: Filter, limit: int) -> list[Record]:
-        with backend_errors(self.name, "search"):
+        with backend_errors(self, "search"):
             found = self._client.query_points(
                 collection, query=vector, query_filter=client_filter(self._models, where), limit=limit
             )
@@ -292,13 +295,13 @@ class LocalEngine(CountsEach):
         if where == Filter():
             held = self._client.collections[collection]
             return len(held.ids) - int(held.deleted.sum())
-        with backend_errors(self.name, "count"):
+        with backend_errors(self, "count"):
             return cast(
                 "int", self._client.count(collection, count_filter=client_filter(self._models, where)).count
             )
 
     async def close(self) -> None:
-        with backend_errors(self.name, "close"):
+        with backend_errors(self, "close"):
             self._disconnect()
 
     def abandon(self) -> None:

@@ -22,7 +22,7 @@ from attuned.base.errors import (
     UnsupportedServerError,
     brief,
 )
-from attuned.base.telemetry import report_request
+from attuned.base.telemetry import REPORTING, report_request
 from attuned.connections.http import (
     MIN_SERVER_VERSION,
     BlockingClient,
@@ -131,6 +131,7 @@ class ServerEngine:
         clients = self._make_clients()  # the first take 0.1 s, for which no event loop is to be held up
         self._prepared = [clients]
         self._clients_of: dict[object, _Clients] = {None: clients} if self._blocking else {}
+        self.reporter = REPORTING.reporter(wanted=config.telemetry)
         self.resilience = Resilience(config, waits.sleep)
 
     def _make_clients(self) -> _Clients:
@@ -410,7 +411,7 @@ class ServerEngine:
 
     async def status(self, collection: str, seconds: float) -> Mapping[str, Any]:
         """Asked without retry and breaker."""
-        with report_request("server", "health"):
+        with report_request(self.reporter, "server", "health"):
             return await self._status(collection, time.monotonic() + seconds)
 
     async def _status(self, collection: str, deadline: float) -> Mapping[str, Any]:
@@ -516,8 +517,8 @@ class ServerEngine:
             raise status_error(status, body, asked, ErrorOrigin(backend="server", operation=operation))
 
     async def close(self) -> None:
-        self.resilience.breaker.retire()
-        with backend_errors(self.name, "close"):
+        self.resilience.close()
+        with backend_errors(self, "close"):
             clients = self._clients_of.get(None if self._blocking else _event_loop())
             if clients is not None and clients.ending is not None:
                 await clients.ending.aclose()

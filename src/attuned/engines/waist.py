@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import attrs
 
 from attuned.base.errors import BackendError, StoreError, T
-from attuned.base.telemetry import REPORTING
+from attuned.base.telemetry import Telemetry, report_request
 
 # The narrow waist. An engine knows collections, points and neutral filters; it knows nothing of users and
 # states. Its methods are coroutines; those of an embedded engine never suspend.
@@ -106,13 +106,14 @@ class Engine(Protocol):
     ``indexed``: filters and orders are answered from indexes, not by looking at every point.
     ``runs``: how an asynchronous store calls it. "in place": calls are short and hold the interpreter, so
     that a thread would gain nothing; "in thread": they block; "on loop": its coroutines suspend.
-    ``compact``: nested payload values cost more than strings.
+    ``compact``: nested payload values cost more than strings. ``reporter``: where its requests are reported.
     """
 
     name: str
     indexed: bool
     runs: ExecutionMode
     compact: bool
+    reporter: Telemetry | None
 
     async def open_collection(self, collection: CollectionSpec) -> Mapping[str, Any]:
         """Open a collection, creating it where absent; returns the metadata that it was created with."""
@@ -243,20 +244,16 @@ class SharedEngine(Engine, Protocol):
 
 
 @contextlib.contextmanager
-def backend_errors(backend: str, operation: str) -> Generator[None]:
-    """Turn what a library raises into a BackendError, and report the request to what there is."""
+def backend_errors(engine: Engine, operation: str) -> Generator[None]:
+    """Turn what a library raises into a BackendError, and report the request."""
     try:
-        telemetry = REPORTING.telemetry
-        if telemetry is None:  # all that reporting costs where there is nothing to report to
+        with report_request(engine.reporter, engine.name, operation):
             yield
-        else:
-            with telemetry.request(backend, operation):
-                yield
     except StoreError:
         raise
     except Exception as error:
-        message = f"{backend}: {operation} failed: {error or type(error).__name__}"
-        raise BackendError(message, backend=backend, operation=operation) from error
+        message = f"{engine.name}: {operation} failed: {error or type(error).__name__}"
+        raise BackendError(message, backend=engine.name, operation=operation) from error
 
 
 def check_dimensions(points: Sequence[Point], vector_size: int) -> None:

@@ -13,7 +13,6 @@ import attrs
 
 from attuned.base.config import check_callable, check_flag, check_positive
 from attuned.base.errors import (
-    SLOW_LOGGER,
     BackendError,
     ConflictError,
     ReenteredError,
@@ -27,7 +26,7 @@ from attuned.base.errors import (
     unknown_user_error,
 )
 from attuned.base.html import History
-from attuned.base.telemetry import id_for_logs
+from attuned.base.telemetry import Telemetry, report_slow
 from attuned.base.values import (
     ANY,
     MAX_INTEGER,
@@ -80,6 +79,7 @@ class Operations:
         self.waits = waits
         self.collection = collection
         self._failed_close: StoreError | None = None  # which every further close tells again
+        self.reporter: Telemetry | None = None  # of what is slow
         self.slow_ms: float | None = None  # a piece that takes longer is logged
 
     # The life of a store
@@ -148,11 +148,9 @@ class Operations:
         try:
             return await self.place.drive(self.backend.begin(operation), long=long)
         finally:
-            took_ms = (time.perf_counter() - began) * 1000
-            if name and self.slow_ms and took_ms > self.slow_ms:
-                user_id = id_for_logs(about)
-                whose = "" if user_id is None else f", user {user_id!r}"
-                SLOW_LOGGER.warning("slow: %s took %.0f ms on %s%s", name, took_ms, self.place.engine, whose)
+            seconds = time.perf_counter() - began
+            if name and self.slow_ms and seconds * 1000 > self.slow_ms:
+                report_slow(self.reporter, self.place.engine, name, seconds, about)
 
     # Single states
 

@@ -31,6 +31,7 @@ from attuned.base.errors import (
     brief,
     forked_error,
 )
+from attuned.base.telemetry import REPORTING
 from attuned.connections.files import OPEN, Directory
 from attuned.connections.runtime import BLOCKING, Waits, require_anyio, run
 from attuned.engines.embedded import engine_class
@@ -153,7 +154,9 @@ def open_directory(config: QdrantStoreConfig) -> tuple[Directory, OwnedBackend]:
     """The opened directory and the backend of a store; the directory is to be released."""
     path = os.path.realpath(absolute_path(cast("str", config.path)))
     kind = engine_class(Path(path), config)  # a missing library is found before anything is made
-    directory = OPEN.directory_at(path, config.durability, kind)
+    # Stores share a directory and its engine: whether its requests are reported is up to the first of them.
+    make_engine = functools.partial(kind, reporter=REPORTING.reporter(wanted=config.telemetry))
+    directory = OPEN.directory_at(path, config.durability, make_engine)
     try:
         _agree(path, "durability", directory.durability, config.durability)
         with directory.opening:
