@@ -8131,6 +8131,9 @@ class StoreBase(ABC):
     _reports: Collection[str] = SPANS.keys()  # the methods that are reported
     _always_on = ""  # the name of the engine, where all stores of a class have the same
 
+    @abstractmethod
+    def __init__(self, config: Any = None, **options: Any) -> None: ...
+
     @property
     def axes(self) -> tuple[str, ...]:
         """The names of the axes that this store keeps, in the order of its vectors.
@@ -8877,7 +8880,7 @@ def restore(
     """Bring back what a snapshot file holds into a store, which is made where there is none.
 
     ``target`` is a store, or a path or url as open_store takes it; a new store gets the axes of the file, which is
-    verified before. Otherwise as restore_snapshot. Raises SnapshotError, ValidationError.
+    verified before. ``mode`` and ``progress`` are as in restore_snapshot. Raises SnapshotError, ValidationError.
     """
     return run(_restore(SYNCHRONOUS, path, target, mode, progress))
 

@@ -111,7 +111,7 @@ def restore(
     """Bring back what a snapshot file holds into a store, which is made where there is none.
 
     ``target`` is a store, or a path or url as open_store takes it; a new store gets the axes of the file, which is
-    verified before. Otherwise as restore_snapshot. Raises SnapshotError, ValidationError.
+    verified before. ``mode`` and ``progress`` are as in restore_snapshot. Raises SnapshotError, ValidationError.
     """
     return run(_restore(SYNCHRONOUS, path, target, mode, progress))
 

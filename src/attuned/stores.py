@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, cast
 
 from attuned.base.config import (
@@ -41,6 +41,9 @@ class StoreBase(ABC):
     _operations: Operations
     _reports: Collection[str] = SPANS.keys()  # the methods that are reported
     _always_on = ""  # the name of the engine, where all stores of a class have the same
+
+    @abstractmethod
+    def __init__(self, config: Any = None, **options: Any) -> None: ...
 
     @property
     def axes(self) -> tuple[str, ...]:
