@@ -156,6 +156,12 @@ __all__ = [
 
 
 # ------------------------------------------------------------------------------------------------------------
+# attuned.base
+# The bottom: errors, values, configuration, and what shows and reports them.
+# ------------------------------------------------------------------------------------------------------------
+
+
+# ------------------------------------------------------------------------------------------------------------
 # attuned.base.errors
 # The errors that stores raise, and how their messages show values.
 # ------------------------------------------------------------------------------------------------------------
@@ -211,6 +217,7 @@ def short_id(user_id: str) -> str:
 
 
 def plural(count: int, noun: str) -> str:
+    """A number of things, in words."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
@@ -302,8 +309,8 @@ class BackendError(StoreError):
     """The engine beneath the store failed; ``from`` keeps its own error.
 
     ``backend`` and ``operation`` say where, ``retryable`` whether the same call may succeed later. With
-    ``ambiguous`` what was asked for may have been done, as where a reply was lost, or where a flush failed after the
-    write; without it, it has not been done.
+    ``ambiguous`` what was asked for may have been done, as where a reply was lost, or where a flush failed
+    after the write; without it, it has not been done.
     """
 
     def __init__(
@@ -351,14 +358,17 @@ class CircuitOpenError(WaitError):
 
 
 def closed_error() -> StoreClosedError:
+    """What a closed store raises."""
     return StoreClosedError("the store is closed; open it again")
 
 
 def unknown_user_error(user_id: str) -> UserNotFoundError:
+    """What is raised for a user of whom there is nothing."""
     return UserNotFoundError(f"no user {short_id(user_id)!r} in the store")
 
 
 def locked_error(path: str | Path) -> StoreLockedError:
+    """What is raised for a directory that another process has open."""
     return StoreLockedError(
         f"{path}: another process has this directory open; close it there, wait for it with "
         "lock_timeout (ATTUNED_STORE_LOCK_TIMEOUT) in seconds, or let both use a Qdrant server"
@@ -366,6 +376,7 @@ def locked_error(path: str | Path) -> StoreLockedError:
 
 
 def forked_error(place: str) -> StoreError:
+    """What is raised in a forked child for what the parent has open."""
     return StoreError(f"{place}: the store was opened before the fork; open it after the fork")
 
 
@@ -374,8 +385,8 @@ class ReenteredError(StoreError):
 
     def __init__(self, place: str) -> None:
         super().__init__(
-            f"{place}: called in the middle of another call of this thread, as by a signal handler or a __del__; "
-            "nothing was done: let the handler note what is to be done, and do it afterwards"
+            f"{place}: called in the middle of another call of this thread, as by a signal handler or "
+            "a __del__; nothing was done: let the handler note what is to be done, and do it afterwards"
         )
 
 
@@ -402,6 +413,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def temporary_name(path: Path) -> Path:
+    """The name under which a file is written before it gets its own."""
     return path.with_name(path.name + ".tmp")
 
 
@@ -418,6 +430,7 @@ def fsync(*paths: Path) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
+    """What a manifest, a file with one JSON object, holds."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -430,6 +443,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 if sys.platform == "win32":
 
     def lock_descriptor(descriptor: int) -> None:
+        """Take the operating system's lock on an open file, or raise OSError at once."""
         import msvcrt
 
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
@@ -442,6 +456,7 @@ if sys.platform == "win32":
 else:
 
     def lock_descriptor(descriptor: int) -> None:
+        """Take the operating system's lock on an open file, or raise OSError at once."""
         import fcntl
 
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -482,6 +497,7 @@ class LockFile:
 
 
 def open_private(path: str, flags: int) -> int:
+    """Open a file that its owner alone can read; an opener for open()."""
     return os.open(path, flags, 0o600)
 
 
@@ -745,8 +761,8 @@ class Shape:
 class Shapes(dict[str, Shape]):
     """The shapes in use, by their names, joined by commas, which no name holds.
 
-    What a subclass of str says of itself, as its hash, does not count so. An application has a handful of shapes;
-    the bound is for generated names.
+    What a subclass of str says of itself, as its hash, does not count so. An application has a handful of
+    shapes; the bound is for generated names.
     """
 
     maximum = 1024
@@ -979,10 +995,10 @@ class StateSnapshot:
     """The state of one user at one time; immutable, validated at construction, equal by value.
 
     ``user_id`` is 1 to 256 bytes of UTF-8 without control characters; ``axes`` maps axis names to real
-    numbers in [0, 1]; ``updated_at_unix_ms`` is milliseconds since 1970, UTC, or an aware datetime (now unless
-    given, and at least 1 ms after the last such state of the user); ``source``
-    is a ``Source`` or its value; ``confidence`` is in [0, 1]; ``schema_version`` is at least 1. A
-    violation raises ValidationError, which names the field, the rule and the value.
+    numbers in [0, 1]; ``updated_at_unix_ms`` is milliseconds since 1970, UTC, or an aware datetime (now
+    unless given, and at least 1 ms after the last such state of the user); ``source`` is a ``Source`` or its
+    value; ``confidence`` is in [0, 1]; ``schema_version`` is at least 1. A violation raises ValidationError,
+    which names the field, the rule and the value.
 
     >>> StateSnapshot("ada", {"warmth": 0.8}, updated_at_unix_ms=0).axis("formality")
     0.5
@@ -1175,7 +1191,7 @@ def iso_time(moment: int | datetime) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def stored_snapshot(
+def stored_snapshot(  # noqa: PLR0917 - the fields of a snapshot
     user_id: str,
     axes: Axes | Mapping[str, float],
     updated_at_unix_ms: object,
@@ -1194,10 +1210,12 @@ def stored_snapshot(
 
 
 def distinct_users(snapshots: Iterable[StateSnapshot]) -> list[str]:
+    """The users of snapshots, each once, in their order."""
     return list(dict.fromkeys(snapshot.user_id for snapshot in snapshots))
 
 
 def time_of(snapshot: StateSnapshot) -> int:
+    """The time of a snapshot, to sort by."""
     return snapshot.updated_at_unix_ms
 
 
@@ -1338,6 +1356,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_axis_names(value: Iterable[str] | None) -> tuple[str, ...] | None:
+    """Names of axes as a tuple of plain strings; None for those of the store."""
     if value is None:
         return None
     if isinstance(value, str) or not isinstance(value, Iterable):
@@ -1354,6 +1373,7 @@ def check_axis_names(value: Iterable[str] | None) -> tuple[str, ...] | None:
 
 
 def check_path(value: str | os.PathLike[str]) -> str:
+    """A path as a string, or ValidationError."""
     try:
         path = os.fspath(value)
         encoded = os.fsencode(path)
@@ -1395,22 +1415,26 @@ def _check_url(url: object) -> None:
 
 
 def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValidationError unless a value is one of some."""
     if value not in choices:
         raise ValidationError(f"{field}: one of {', '.join(choices)} is needed, got {brief(value)}")
 
 
 def check_flag(field: str, value: object) -> bool:
+    """True or False, or ValidationError."""
     if isinstance(value, bool):
         return value
     raise ValidationError(f"{field}: True or False is needed, got {brief(value)}")
 
 
 def check_callable(field: str, value: object) -> None:
+    """Raise ValidationError unless a value can be called."""
     if not callable(value):
         raise ValidationError(f"{field}: a function is needed, got {type_name(value)}")
 
 
 def check_positive(field: str, value: object, *, zero: bool = False) -> None:
+    """Raise ValidationError unless a value is a finite number above 0, or from 0."""
     number = check_number(field, value)
     if not (0 <= number < math.inf) or (number == 0 and not zero):
         raise ValidationError(
@@ -1672,6 +1696,7 @@ def make_config(kind: type[_Config], config: _Config | None, options: Mapping[st
 
 
 def make_qdrant_config(config: QdrantStoreConfig | None, options: Mapping[str, Any]) -> QdrantStoreConfig:
+    """The configuration of a Qdrant store, which has a path or a url."""
     if options.get("path") is not None:
         options = {"url": None, **options}  # what is asked for here counts, whatever the configuration says
     elif options.get("url") is not None:
@@ -1731,6 +1756,7 @@ def element(tag: str, style: str, *contents: str, title: str = "") -> str:
 
 
 def table_row(*cells: str) -> str:
+    """A row of an HTML table."""
     return element("tr", _ROW, *(element("td", _CELL, cell) for cell in cells))
 
 
@@ -2127,8 +2153,8 @@ def observe(store: _Observable) -> None:
 def reporting_class(kind: type[Any], *, wanted: bool) -> type[Any]:
     """The class that reports what a class of stores does, or that class itself where nothing is reported.
 
-    ``_reports`` names its methods, ``_always_on`` the engine where that never changes, which saves asking each
-    time. A store is best made of it: one whose class is set later is slower at every attribute.
+    ``_reports`` names its methods, ``_always_on`` the engine where that never changes, which saves asking
+    each time. A store is best made of it: one whose class is set later is slower at every attribute.
     """
     kind = vars(kind).get("_reported_class", kind)
     telemetry = REPORTING.reporter(wanted=wanted)
@@ -2231,18 +2257,24 @@ def _reporting(method: Callable[..., Any], telemetry: Telemetry, backend: str) -
 
 
 # ------------------------------------------------------------------------------------------------------------
+# attuned.snapshots
+# Snapshots, which are backups: their format, and files in a directory.
+# ------------------------------------------------------------------------------------------------------------
+
+
+# ------------------------------------------------------------------------------------------------------------
 # attuned.snapshots.archive
 # The format of portable snapshots: write, read, verify.
 #
-# A portable snapshot is gzipped JSON lines, which ``zcat FILE | jq`` reads: a header, then one state a line, then
-# a footer. Each is one line; here they are broken.
+# A portable snapshot is gzipped JSON lines, which ``zcat FILE | jq`` reads: a header, then one state a line,
+# then a footer. Each is one line; here they are broken.
 #
 #     {"header":{"format":"attuned_store","version":2,"engine":"edge","created_at":"2026-01-17T12:00:00.123Z",
-#         "collections":[{"name":"attuned_state","kind":"states","axes":["warmth","formality"]}]}}
+#     "collections":[{"name":"attuned_state","kind":"states","axes":["warmth","formality"]}]}}
 #     {"user_id":"ada","axes":{"warmth":0.8},"updated_at_unix_ms":1768651200123,"source":"self_report",
-#         "confidence":1.0,"schema_version":1}
-#     {"footer":{"collections":[{"name":"attuned_state","users":1,"states":1}],
-#         "sha256":"<of all lines before>","gzip_sha256":"<of all bytes of the file before this gzip member>"}}
+#     "confidence":1.0,"schema_version":1}
+#     {"footer":{"collections":[{"name":"attuned_state","users":1,"states":1}], "sha256":"<of all lines
+#     before>","gzip_sha256":"<of all bytes of the file before this gzip member>"}}
 #
 # The states of a user stand together, each newer than the one before. What else a header or a footer has is
 # ignored; another "kind" of collection, or a higher "version", is for a newer library. A line ends with a
@@ -2251,8 +2283,9 @@ def _reporting(method: Callable[..., Any], telemetry: Telemetry, backend: str) -
 # The file is two members of gzip. The first holds the header and the states. The second holds the footer and
 # is one certain sequence of bytes: a header without a time, and one stored block. So the footer is found from
 # the end of the file without reading the rest (the last four bytes are the size of its line), and no byte of
-# the file can change unnoticed: those before it are in its digest, and its own are compared. gzip's own checks
-# alone would miss some: of the header, between blocks, and where another encoding gives the same contents.
+# the file can change unnoticed: those before it are in its digest, and its own are compared. gzip's own
+# checks alone would miss some: of the header, between blocks, and where another encoding gives the same
+# contents.
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -2643,9 +2676,9 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
 # attuned.snapshots.legacy
 # Archives of version 0.1, which are read: a gzipped tar of JSON lines.
 #
-# Members snapshots-00000.jsonl, snapshots-00001.jsonl and so on, of about 256 KiB each, then manifest.json with the
-# counts; behind the gzip member an empty one, whose extra field (RFC 1952, 2.3.1.1) holds the SHA-256 of the first:
-# so no byte is altered, whatever is not looked at here.
+# Members snapshots-00000.jsonl, snapshots-00001.jsonl and so on, of about 256 KiB each, then manifest.json
+# with the counts; behind the gzip member an empty one, whose extra field (RFC 1952, 2.3.1.1) holds the
+# SHA-256 of the first: so no byte is altered, whatever is not looked at here.
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -2853,12 +2886,6 @@ def snapshot_errors(path: str | os.PathLike[str], failed: str) -> Generator[None
         raise SnapshotError(f"{shown}: {error}") from error.__cause__
 
 
-class SnapshotRequestFields(TypedDict):
-    reason: SnapshotReason
-    keep: int | None
-    keep_remote: bool
-
-
 @attrs.frozen(kw_only=True)
 class SnapshotRequest:
     """A snapshot to be taken."""
@@ -2877,8 +2904,10 @@ class SnapshotRequest:
         cls,
         directory: str | os.PathLike[str] | None,
         kind: Literal["auto", "native", "portable"],
-        fields: SnapshotRequestFields,
         *,
+        reason: SnapshotReason,
+        keep: int | None,
+        keep_remote: bool,
         native: bool,
     ) -> SnapshotRequest:
         """Check what was asked of a store, which can take native ones or not; then make the directory."""
@@ -2887,13 +2916,18 @@ class SnapshotRequest:
             raise ValidationError(
                 'kind: native snapshots are made by a Qdrant server; take a "portable" one here'
             )
-        check_choice("reason", fields["reason"], ("startup", "api", "manual"))
-        if fields["keep"] is not None:
-            check_integer("keep", fields["keep"], 1, MAX_INTEGER)
-        check_flag("keep_remote", fields["keep_remote"])
-        chosen: SnapshotKind = kind if kind != "auto" else "native" if native else "portable"
-        place = make_snapshot_directory(directory)
-        return cls(**fields, kind=chosen, any_kind=kind == "auto", directory=place)
+        check_choice("reason", reason, ("startup", "api", "manual"))
+        if keep is not None:
+            check_integer("keep", keep, 1, MAX_INTEGER)
+        check_flag("keep_remote", keep_remote)
+        return cls(
+            directory=make_snapshot_directory(directory),
+            kind=kind if kind != "auto" else "native" if native else "portable",
+            any_kind=kind == "auto",
+            reason=reason,
+            keep=keep,
+            keep_remote=keep_remote,
+        )
 
     @property
     def created_at(self) -> datetime:
@@ -3273,6 +3307,12 @@ def _member_size(file: IO[bytes]) -> int | None:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# attuned.connections
+# How a store reaches its data: files of this process, requests, and how both forms wait.
+# ------------------------------------------------------------------------------------------------------------
+
+
+# ------------------------------------------------------------------------------------------------------------
 # attuned.connections.http
 # HTTP requests to a server: blocking or awaited, within a deadline.
 # ------------------------------------------------------------------------------------------------------------
@@ -3487,18 +3527,22 @@ class ConnectionPools:
                 self._busy[place] -= 1
 
     def handle_request(self, request: Any) -> Any:
+        """Send a request over one of the pools."""
         with self._least_busy() as pool:
             return pool.handle_request(request)
 
     async def handle_async_request(self, request: Any) -> Any:
+        """As handle_request, to be awaited."""
         with self._least_busy() as pool:
             return await pool.handle_async_request(request)
 
     def close(self) -> None:
+        """Close all connections."""
         for pool in self._pools:
             pool.close()
 
     async def aclose(self) -> None:
+        """As close, to be awaited."""
         for pool in self._pools:
             await pool.aclose()
 
@@ -3639,9 +3683,10 @@ class Resilience:
 # attuned.connections.runtime
 # How one body serves both forms: a synchronous store runs it, an asynchronous one awaits it.
 #
-# The operations of stores are coroutines over awaitable primitives. Where a store is synchronous, those block and
-# never suspend, so that one ``send(None)`` runs a body to its end; where it is asynchronous, the body is awaited.
-# What must differ is one object, ``Waits``: bodies await it, the backend and themselves, never an event loop.
+# The operations of stores are coroutines over awaitable primitives. Where a store is synchronous, those block
+# and never suspend, so that one ``send(None)`` runs a body to its end; where it is asynchronous, the body is
+# awaited. What must differ is one object, ``Waits``: bodies await it, the backend and themselves, never an
+# event loop.
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -3827,8 +3872,7 @@ class Suspending:
         except ImportError:
             return await last
         with anyio.CancelScope(shield=True):
-            answer = await last
-        return answer
+            return await last
 
 
 BLOCKING = Blocking()
@@ -3837,8 +3881,8 @@ BLOCKING = Blocking()
 class Pager(Generic[T]):
     """What one page after another holds, for bodies: each begins where the one before ended.
 
-    Not an asynchronous generator: an event loop that is running in the thread would adopt one that a synchronous
-    store iterates, and would close it.
+    Not an asynchronous generator: an event loop that is running in the thread would adopt one that a
+    synchronous store iterates, and would close it.
     """
 
     def __init__(self, fetch: Callable[[Any], Awaitable[tuple[T, Any]]], waits: Waits) -> None:
@@ -4038,11 +4082,11 @@ class Directory:
             body.close()
 
     def check_there(self) -> None:
-        """Raise BackendError where somebody has removed the directory, into which what is written goes nowhere."""
+        """Raise BackendError where somebody has removed the directory: what is written goes nowhere."""
         if not self._lock_file.is_there():
             raise BackendError(
-                f"{self.path}: the directory was removed or replaced while it was open: what is written to it is lost; "
-                "close the store and open it again",
+                f"{self.path}: the directory was removed or replaced while it was open: what is written to it "
+                "is lost; close the store and open it again",
                 backend=self.engine.name,
                 operation="write",
             )
@@ -4135,6 +4179,12 @@ OPEN = OpenPlaces()
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=OPEN.after_fork_in_child)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.engines
+# Databases of points, behind one protocol: they know no users and no states.
+# ------------------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -5570,12 +5620,18 @@ class ServerEngine:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# attuned.states
+# States of users: what a database does for them, and the operations of stores.
+# ------------------------------------------------------------------------------------------------------------
+
+
+# ------------------------------------------------------------------------------------------------------------
 # attuned.states.contract
 # The upper waist: what a database does for the states of users, and what it is asked.
 #
-# ``Backend`` is what a new database implements, natively and best: the operations in states/operations.py and the
-# stores over them need no more. ``Place`` is where a backend is, and how an operation gets there: through the lock
-# of a directory, over a connection, or not at all. To write a backend, begin with MemoryBackend.
+# ``Backend`` is what a new database implements, natively and best: the operations in states/operations.py and
+# the stores over them need no more. ``Place`` is where a backend is, and how an operation gets there: through
+# the lock of a directory, over a connection, or not at all. To write a backend, begin with MemoryBackend.
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -5688,9 +5744,10 @@ class SearchRequest:
 class Backend(Protocol):
     """A database of users and their states.
 
-    ``name`` is that of the engine; ``batch_size`` how many snapshots or users one step of a long operation takes;
-    ``schema`` the axes, known once it ``is_open``. ``native_snapshots``: it takes snapshots of its own, and is changed
-    in place by a restore. A method that a user's id or a snapshot is given gets it checked.
+    ``name`` is that of the engine; ``batch_size`` how many snapshots or users one step of a long operation
+    takes; ``schema`` the axes, known once it ``is_open``. ``native_snapshots``: it takes snapshots of its
+    own, and is changed in place by a restore. A method that a user's id or a snapshot is given gets it
+    checked.
     """
 
     name: str
@@ -5790,8 +5847,8 @@ class NativeBackend(Backend, Protocol):
 class Place(Protocol):
     """Where the backend of a store is, and how its operations get there.
 
-    ``location`` is what open_store opens it with; ``engine`` the name of the engine, "qdrant" before it is known.
-    ``is_shown``: it can be asked how it is without awaiting, as a notebook does.
+    ``location`` is what open_store opens it with; ``engine`` the name of the engine, "qdrant" before it is
+    known. ``is_shown``: it can be asked how it is without awaiting, as a notebook does.
     """
 
     location: str
@@ -5891,9 +5948,13 @@ def page_of_ids(remaining: Any, size: int) -> tuple[list[str], Any]:
 class Vectors(Protocol):
     """Unit vectors in numbered rows."""
 
-    def put(self, row: int, direction: Sequence[float]) -> None: ...
+    def put(self, row: int, direction: Sequence[float]) -> None:
+        """Write a row, which is there or the next one."""
+        ...
 
-    def scores(self, direction: Sequence[float], rows: int) -> Any: ...
+    def scores(self, direction: Sequence[float], rows: int) -> Any:
+        """The cosines of the first so many rows with a direction."""
+        ...
 
     def best(self, scores: Any, number: int) -> Iterable[int]:
         """The rows of the best scores, best first, at least ``number`` of them or all."""
@@ -5943,6 +6004,7 @@ class _NumpyVectors:
 
 
 def make_vectors(vector_size: int) -> Vectors:
+    """Vectors with numpy, or without where it is absent."""
     try:
         return _NumpyVectors(vector_size)
     except ImportError:
@@ -6095,7 +6157,7 @@ class MemoryBackend:
         return removable
 
     def _moment(self, user_id: str, *, keep_latest: bool) -> list[StateSnapshot]:
-        """What history shows of a user, oldest first, as it is at one moment; the latest in any case, if asked."""
+        """What history shows of a user, oldest first, as it is at one moment, or at least the latest."""
         timeline = self.timelines.get(user_id)
         if timeline is None:
             return []
@@ -6242,7 +6304,7 @@ class MemoryBackend:
         return Health("healthy", self.name, 0.0, len(timelines), points)
 
     def abandon(self) -> None:
-        """Go on in a forked child, whatever the parent's threads held at the fork: it has a copy of its own."""
+        """Go on in a forked child, which has a copy of its own, whatever other threads held at the fork."""
         self._lock, self._held = threading.RLock(), False
 
     def close(self) -> None:
@@ -6282,7 +6344,7 @@ class MemoryPlace:
 
 # ------------------------------------------------------------------------------------------------------------
 # attuned.states.operations
-# The operations of a store, written once: a synchronous store runs them, an asynchronous one awaits them.
+# The operations of a store, written once: synchronous stores run them, asynchronous ones await them.
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -6357,8 +6419,8 @@ class Operations:
     ) -> T:
         """Run a piece of an operation, which may run while no other one does, and look how long it takes.
 
-        Pieces of bulk operations, which hold as much as fits, are not looked at: whoever calls these expects to
-        wait. They have no name.
+        Pieces of bulk operations, which hold as much as fits, are not looked at: whoever calls these expects
+        to wait. They have no name.
         """
         if self.backend is UNOPENED:
             await self.open()
@@ -6626,14 +6688,12 @@ class Operations:
         return SnapshotOrigin(self.place.location, self.place.engine, self.collection)
 
     async def create_snapshot(
-        self, progress: Progress | None, *, directory: Any, kind: Any, **fields: Any
+        self, progress: Progress | None, *, directory: Any, kind: Any, **options: Any
     ) -> SnapshotReport:
         """See StateStore.create_snapshot."""
         self.check_open()
         progress = check_progress(progress)
-        request = SnapshotRequest.of(
-            directory, kind, cast("Any", fields), native=self.backend.native_snapshots
-        )
+        request = SnapshotRequest.of(directory, kind, **options, native=self.backend.native_snapshots)
         await self.open()
         if request.kind == "native":
             backend = cast("NativeBackend", self.backend)
@@ -6711,7 +6771,7 @@ class Operations:
 
 
 class MemoryOperations(Operations):
-    """Operations over a backend in memory, which needs no lock of a place, and no look at how long it takes."""
+    """Operations over a backend in memory: there is no lock to take, nor anything that could be slow."""
 
     backend: MemoryBackend
 
@@ -8119,7 +8179,7 @@ def blocking_twin(place: DirectoryPlace) -> DirectoryPlace:
 
 # ------------------------------------------------------------------------------------------------------------
 # attuned.stores
-# The stores that callers use, synchronous and asynchronous: one line a method over states/operations.py.
+# The stores that callers use: each method is one line over states/operations.py.
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -8251,9 +8311,9 @@ class StateStore(StoreBase):
     ) -> list[StateSnapshot]:
         """At most ``limit`` snapshots of a user, newest first; [] for an unknown user.
 
-        ``since`` and ``until`` are aware datetimes or milliseconds since 1970, UTC, inclusive. The bounds of the store come
-        first: its newest ``max_history_per_user``, of these what is younger than ``history_retention_days``.
-        Raises ValidationError, BackendError.
+        ``since`` and ``until`` are aware datetimes or milliseconds since 1970, UTC, inclusive. The bounds of
+        the store come first: its newest ``max_history_per_user``, of these what is younger than
+        ``history_retention_days``. Raises ValidationError, BackendError.
         """
         return run(self._operations.get_history(user_id, limit, since, until))
 
@@ -8286,9 +8346,9 @@ class StateStore(StoreBase):
         unless ``exclude_user_id=""``. The score is the cosine of the axes around neutral, from -1 to 1; a
         neutral state scores 0. At most ``limit``, which is 1 or more, with a score of ``score_threshold`` or
         more. The filters: one ``user_id``, a ``source``, at least ``min_confidence`` from 0 to 1, taken
-        between ``since`` and ``until``, both inclusive, aware datetimes or milliseconds since 1970, UTC. ``history=True``
-        searches all snapshots in history instead of the latest ones. Raises UserNotFoundError where the query
-        is an unknown user, ValidationError, BackendError.
+        between ``since`` and ``until``, both inclusive, aware datetimes or milliseconds since 1970, UTC.
+        ``history=True`` searches all snapshots in history instead of the latest ones. Raises
+        UserNotFoundError where the query is an unknown user, ValidationError, BackendError.
         """
         return run(
             self._operations.search(
@@ -8824,9 +8884,7 @@ class Form(Generic[Kind]):
 
 
 SYNCHRONOUS = Form(StateStore, open_store, "a synchronous store (open_store)", lambda: BLOCKING)
-ASYNCHRONOUS = Form(
-    AsyncStateStore, open_async_store, "an asynchronous store (open_async_store)", lambda: Suspending()
-)
+ASYNCHRONOUS = Form(AsyncStateStore, open_async_store, "an asynchronous store (open_async_store)", Suspending)
 
 
 # Files
@@ -8879,8 +8937,9 @@ def restore(
 ) -> SnapshotReport:
     """Bring back what a snapshot file holds into a store, which is made where there is none.
 
-    ``target`` is a store, or a path or url as open_store takes it; a new store gets the axes of the file, which is
-    verified before. ``mode`` and ``progress`` are as in restore_snapshot. Raises SnapshotError, ValidationError.
+    ``target`` is a store, or a path or url as open_store takes it; a new store gets the axes of the file,
+    which is verified before. ``mode`` and ``progress`` are as in restore_snapshot. Raises SnapshotError,
+    ValidationError.
     """
     return run(_restore(SYNCHRONOUS, path, target, mode, progress))
 
@@ -9044,7 +9103,7 @@ async def _copy_states(
         users = await end.count(history=False)
         if users and not replace:
             raise ValidationError(
-                f"replace: {end.place.location} holds {users} users; replace=True (or --replace) replaces them"
+                f"replace: {end.place.location} holds {users} users; replace=True replaces them"
             )
 
         async def fill(staged: Operations) -> None:

@@ -26,6 +26,7 @@ from attuned_store import (
     AsyncMemoryStore,
     AsyncQdrantStore,
     Axes,
+    MemoryStore,
     QdrantStore,
     StateSnapshot,
 )

@@ -122,7 +122,7 @@ print(sum(outcomes.values()) >= 200)
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="signals are sent to a thread of POSIX")
 @pytest.mark.parametrize("kind", ["memory", pytest.param("edge", marks=needs("qdrant_edge"))])
 def test_a_signal_handler_may_write(kind: str, tmp_path: Path) -> None:
-    """A handler that writes at any moment of another write ends: it has written, or is told that it cannot."""
+    """A handler that writes at any moment of another write ends: it has written, or is told why not."""
     target = "memory://" if kind == "memory" else str(tmp_path / "store")
     answer = subprocess.run(
         [sys.executable, "-c", SIGNALLED, target], capture_output=True, text=True, timeout=LONG, check=False

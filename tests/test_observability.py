@@ -164,7 +164,7 @@ class TestEveryStore:
         assert users == ["zaph…", "zaph…", "zaph…", "zaph…", None, "zaph…"]
 
     async def test_a_patch_is_one_operation(self, open_store: Open, spans: Spans) -> None:
-        """A patch is one operation, whatever it reads and writes; a conflict would be seen in its requests."""
+        """A patch is one operation, whatever it reads and writes."""
         store = await open_store()
         spans.clear()
 

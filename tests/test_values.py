@@ -178,7 +178,7 @@ def test_names_that_are_none_are_refused(names: tuple[Any, ...]) -> None:
     """What is no name is refused, also where it would be one once it were joined with others."""
     Axes({"a": 0.1, "b": 0.2})
     Axes({"a": 0.1, "b": 0.2, "c": 0.3})
-    with pytest.raises(ValidationError, match="^axes: a name is 1 to 64"):
+    with pytest.raises(ValidationError, match=r"^axes: a name is 1 to 64"):
         Axes(dict.fromkeys(names, 0.5))
 
 

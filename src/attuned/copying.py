@@ -55,9 +55,7 @@ class Form(Generic[Kind]):
 
 
 SYNCHRONOUS = Form(StateStore, open_store, "a synchronous store (open_store)", lambda: BLOCKING)
-ASYNCHRONOUS = Form(
-    AsyncStateStore, open_async_store, "an asynchronous store (open_async_store)", lambda: Suspending()
-)
+ASYNCHRONOUS = Form(AsyncStateStore, open_async_store, "an asynchronous store (open_async_store)", Suspending)
 
 
 # Files
@@ -110,8 +108,9 @@ def restore(
 ) -> SnapshotReport:
     """Bring back what a snapshot file holds into a store, which is made where there is none.
 
-    ``target`` is a store, or a path or url as open_store takes it; a new store gets the axes of the file, which is
-    verified before. ``mode`` and ``progress`` are as in restore_snapshot. Raises SnapshotError, ValidationError.
+    ``target`` is a store, or a path or url as open_store takes it; a new store gets the axes of the file,
+    which is verified before. ``mode`` and ``progress`` are as in restore_snapshot. Raises SnapshotError,
+    ValidationError.
     """
     return run(_restore(SYNCHRONOUS, path, target, mode, progress))
 
@@ -275,7 +274,7 @@ async def _copy_states(
         users = await end.count(history=False)
         if users and not replace:
             raise ValidationError(
-                f"replace: {end.place.location} holds {users} users; replace=True (or --replace) replaces them"
+                f"replace: {end.place.location} holds {users} users; replace=True replaces them"
             )
 
         async def fill(staged: Operations) -> None:

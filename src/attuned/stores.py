@@ -1,4 +1,4 @@
-"""The stores that callers use, synchronous and asynchronous: one line a method over states/operations.py."""
+"""The stores that callers use: each method is one line over states/operations.py."""
 
 from __future__ import annotations
 
@@ -162,9 +162,9 @@ class StateStore(StoreBase):
     ) -> list[StateSnapshot]:
         """At most ``limit`` snapshots of a user, newest first; [] for an unknown user.
 
-        ``since`` and ``until`` are aware datetimes or milliseconds since 1970, UTC, inclusive. The bounds of the store come
-        first: its newest ``max_history_per_user``, of these what is younger than ``history_retention_days``.
-        Raises ValidationError, BackendError.
+        ``since`` and ``until`` are aware datetimes or milliseconds since 1970, UTC, inclusive. The bounds of
+        the store come first: its newest ``max_history_per_user``, of these what is younger than
+        ``history_retention_days``. Raises ValidationError, BackendError.
         """
         return run(self._operations.get_history(user_id, limit, since, until))
 
@@ -197,9 +197,9 @@ class StateStore(StoreBase):
         unless ``exclude_user_id=""``. The score is the cosine of the axes around neutral, from -1 to 1; a
         neutral state scores 0. At most ``limit``, which is 1 or more, with a score of ``score_threshold`` or
         more. The filters: one ``user_id``, a ``source``, at least ``min_confidence`` from 0 to 1, taken
-        between ``since`` and ``until``, both inclusive, aware datetimes or milliseconds since 1970, UTC. ``history=True``
-        searches all snapshots in history instead of the latest ones. Raises UserNotFoundError where the query
-        is an unknown user, ValidationError, BackendError.
+        between ``since`` and ``until``, both inclusive, aware datetimes or milliseconds since 1970, UTC.
+        ``history=True`` searches all snapshots in history instead of the latest ones. Raises
+        UserNotFoundError where the query is an unknown user, ValidationError, BackendError.
         """
         return run(
             self._operations.search(

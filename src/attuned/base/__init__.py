@@ -1,0 +1,1 @@
+"""The bottom: errors, values, configuration, and what shows and reports them."""

@@ -45,6 +45,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_axis_names(value: Iterable[str] | None) -> tuple[str, ...] | None:
+    """Names of axes as a tuple of plain strings; None for those of the store."""
     if value is None:
         return None
     if isinstance(value, str) or not isinstance(value, Iterable):
@@ -61,6 +62,7 @@ def check_axis_names(value: Iterable[str] | None) -> tuple[str, ...] | None:
 
 
 def check_path(value: str | os.PathLike[str]) -> str:
+    """A path as a string, or ValidationError."""
     try:
         path = os.fspath(value)
         encoded = os.fsencode(path)
@@ -102,22 +104,26 @@ def _check_url(url: object) -> None:
 
 
 def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValidationError unless a value is one of some."""
     if value not in choices:
         raise ValidationError(f"{field}: one of {', '.join(choices)} is needed, got {brief(value)}")
 
 
 def check_flag(field: str, value: object) -> bool:
+    """True or False, or ValidationError."""
     if isinstance(value, bool):
         return value
     raise ValidationError(f"{field}: True or False is needed, got {brief(value)}")
 
 
 def check_callable(field: str, value: object) -> None:
+    """Raise ValidationError unless a value can be called."""
     if not callable(value):
         raise ValidationError(f"{field}: a function is needed, got {type_name(value)}")
 
 
 def check_positive(field: str, value: object, *, zero: bool = False) -> None:
+    """Raise ValidationError unless a value is a finite number above 0, or from 0."""
     number = check_number(field, value)
     if not (0 <= number < math.inf) or (number == 0 and not zero):
         raise ValidationError(
@@ -379,6 +385,7 @@ def make_config(kind: type[_Config], config: _Config | None, options: Mapping[st
 
 
 def make_qdrant_config(config: QdrantStoreConfig | None, options: Mapping[str, Any]) -> QdrantStoreConfig:
+    """The configuration of a Qdrant store, which has a path or a url."""
     if options.get("path") is not None:
         options = {"url": None, **options}  # what is asked for here counts, whatever the configuration says
     elif options.get("url") is not None:

@@ -31,6 +31,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def temporary_name(path: Path) -> Path:
+    """The name under which a file is written before it gets its own."""
     return path.with_name(path.name + ".tmp")
 
 
@@ -47,6 +48,7 @@ def fsync(*paths: Path) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
+    """What a manifest, a file with one JSON object, holds."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -59,6 +61,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 if sys.platform == "win32":
 
     def lock_descriptor(descriptor: int) -> None:
+        """Take the operating system's lock on an open file, or raise OSError at once."""
         import msvcrt
 
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
@@ -71,6 +74,7 @@ if sys.platform == "win32":
 else:
 
     def lock_descriptor(descriptor: int) -> None:
+        """Take the operating system's lock on an open file, or raise OSError at once."""
         import fcntl
 
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -111,4 +115,5 @@ class LockFile:
 
 
 def open_private(path: str, flags: int) -> int:
+    """Open a file that its owner alone can read; an opener for open()."""
     return os.open(path, flags, 0o600)

@@ -59,6 +59,7 @@ def short_id(user_id: str) -> str:
 
 
 def plural(count: int, noun: str) -> str:
+    """A number of things, in words."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
@@ -150,8 +151,8 @@ class BackendError(StoreError):
     """The engine beneath the store failed; ``from`` keeps its own error.
 
     ``backend`` and ``operation`` say where, ``retryable`` whether the same call may succeed later. With
-    ``ambiguous`` what was asked for may have been done, as where a reply was lost, or where a flush failed after the
-    write; without it, it has not been done.
+    ``ambiguous`` what was asked for may have been done, as where a reply was lost, or where a flush failed
+    after the write; without it, it has not been done.
     """
 
     def __init__(
@@ -199,14 +200,17 @@ class CircuitOpenError(WaitError):
 
 
 def closed_error() -> StoreClosedError:
+    """What a closed store raises."""
     return StoreClosedError("the store is closed; open it again")
 
 
 def unknown_user_error(user_id: str) -> UserNotFoundError:
+    """What is raised for a user of whom there is nothing."""
     return UserNotFoundError(f"no user {short_id(user_id)!r} in the store")
 
 
 def locked_error(path: str | Path) -> StoreLockedError:
+    """What is raised for a directory that another process has open."""
     return StoreLockedError(
         f"{path}: another process has this directory open; close it there, wait for it with "
         "lock_timeout (ATTUNED_STORE_LOCK_TIMEOUT) in seconds, or let both use a Qdrant server"
@@ -214,6 +218,7 @@ def locked_error(path: str | Path) -> StoreLockedError:
 
 
 def forked_error(place: str) -> StoreError:
+    """What is raised in a forked child for what the parent has open."""
     return StoreError(f"{place}: the store was opened before the fork; open it after the fork")
 
 
@@ -222,6 +227,6 @@ class ReenteredError(StoreError):
 
     def __init__(self, place: str) -> None:
         super().__init__(
-            f"{place}: called in the middle of another call of this thread, as by a signal handler or a __del__; "
-            "nothing was done: let the handler note what is to be done, and do it afterwards"
+            f"{place}: called in the middle of another call of this thread, as by a signal handler or "
+            "a __del__; nothing was done: let the handler note what is to be done, and do it afterwards"
         )

@@ -64,6 +64,7 @@ def element(tag: str, style: str, *contents: str, title: str = "") -> str:
 
 
 def table_row(*cells: str) -> str:
+    """A row of an HTML table."""
     return element("tr", _ROW, *(element("td", _CELL, cell) for cell in cells))
 
 

@@ -259,8 +259,8 @@ def observe(store: _Observable) -> None:
 def reporting_class(kind: type[Any], *, wanted: bool) -> type[Any]:
     """The class that reports what a class of stores does, or that class itself where nothing is reported.
 
-    ``_reports`` names its methods, ``_always_on`` the engine where that never changes, which saves asking each
-    time. A store is best made of it: one whose class is set later is slower at every attribute.
+    ``_reports`` names its methods, ``_always_on`` the engine where that never changes, which saves asking
+    each time. A store is best made of it: one whose class is set later is slower at every attribute.
     """
     kind = vars(kind).get("_reported_class", kind)
     telemetry = REPORTING.reporter(wanted=wanted)

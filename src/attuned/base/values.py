@@ -138,8 +138,8 @@ class Shape:
 class Shapes(dict[str, Shape]):
     """The shapes in use, by their names, joined by commas, which no name holds.
 
-    What a subclass of str says of itself, as its hash, does not count so. An application has a handful of shapes;
-    the bound is for generated names.
+    What a subclass of str says of itself, as its hash, does not count so. An application has a handful of
+    shapes; the bound is for generated names.
     """
 
     maximum = 1024
@@ -372,10 +372,10 @@ class StateSnapshot:
     """The state of one user at one time; immutable, validated at construction, equal by value.
 
     ``user_id`` is 1 to 256 bytes of UTF-8 without control characters; ``axes`` maps axis names to real
-    numbers in [0, 1]; ``updated_at_unix_ms`` is milliseconds since 1970, UTC, or an aware datetime (now unless
-    given, and at least 1 ms after the last such state of the user); ``source``
-    is a ``Source`` or its value; ``confidence`` is in [0, 1]; ``schema_version`` is at least 1. A
-    violation raises ValidationError, which names the field, the rule and the value.
+    numbers in [0, 1]; ``updated_at_unix_ms`` is milliseconds since 1970, UTC, or an aware datetime (now
+    unless given, and at least 1 ms after the last such state of the user); ``source`` is a ``Source`` or its
+    value; ``confidence`` is in [0, 1]; ``schema_version`` is at least 1. A violation raises ValidationError,
+    which names the field, the rule and the value.
 
     >>> StateSnapshot("ada", {"warmth": 0.8}, updated_at_unix_ms=0).axis("formality")
     0.5
@@ -570,7 +570,7 @@ def iso_time(moment: int | datetime) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def stored_snapshot(
+def stored_snapshot(  # noqa: PLR0917 - the fields of a snapshot
     user_id: str,
     axes: Axes | Mapping[str, float],
     updated_at_unix_ms: object,
@@ -589,8 +589,10 @@ def stored_snapshot(
 
 
 def distinct_users(snapshots: Iterable[StateSnapshot]) -> list[str]:
+    """The users of snapshots, each once, in their order."""
     return list(dict.fromkeys(snapshot.user_id for snapshot in snapshots))
 
 
 def time_of(snapshot: StateSnapshot) -> int:
+    """The time of a snapshot, to sort by."""
     return snapshot.updated_at_unix_ms

@@ -39,17 +39,21 @@ class ConnectionPools:
                 self._busy[place] -= 1
 
     def handle_request(self, request: Any) -> Any:
+        """Send a request over one of the pools."""
         with self._least_busy() as pool:
             return pool.handle_request(request)
 
     async def handle_async_request(self, request: Any) -> Any:
+        """As handle_request, to be awaited."""
         with self._least_busy() as pool:
             return await pool.handle_async_request(request)
 
     def close(self) -> None:
+        """Close all connections."""
         for pool in self._pools:
             pool.close()
 
     async def aclose(self) -> None:
+        """As close, to be awaited."""
         for pool in self._pools:
             await pool.aclose()

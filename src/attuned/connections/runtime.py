@@ -1,8 +1,9 @@
 """How one body serves both forms: a synchronous store runs it, an asynchronous one awaits it.
 
-The operations of stores are coroutines over awaitable primitives. Where a store is synchronous, those block and
-never suspend, so that one ``send(None)`` runs a body to its end; where it is asynchronous, the body is awaited.
-What must differ is one object, ``Waits``: bodies await it, the backend and themselves, never an event loop.
+The operations of stores are coroutines over awaitable primitives. Where a store is synchronous, those block
+and never suspend, so that one ``send(None)`` runs a body to its end; where it is asynchronous, the body is
+awaited. What must differ is one object, ``Waits``: bodies await it, the backend and themselves, never an
+event loop.
 """
 
 from __future__ import annotations
@@ -199,8 +200,7 @@ class Suspending:
         except ImportError:
             return await last
         with anyio.CancelScope(shield=True):
-            answer = await last
-        return answer
+            return await last
 
 
 BLOCKING = Blocking()
@@ -209,8 +209,8 @@ BLOCKING = Blocking()
 class Pager(Generic[T]):
     """What one page after another holds, for bodies: each begins where the one before ended.
 
-    Not an asynchronous generator: an event loop that is running in the thread would adopt one that a synchronous
-    store iterates, and would close it.
+    Not an asynchronous generator: an event loop that is running in the thread would adopt one that a
+    synchronous store iterates, and would close it.
     """
 
     def __init__(self, fetch: Callable[[Any], Awaitable[tuple[T, Any]]], waits: Waits) -> None:

@@ -1,0 +1,1 @@
+"""Databases of points, behind one protocol: they know no users and no states."""

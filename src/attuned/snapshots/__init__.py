@@ -1,0 +1,1 @@
+"""Snapshots, which are backups: their format, and files in a directory."""

@@ -1,14 +1,14 @@
 """The format of portable snapshots: write, read, verify.
 
-A portable snapshot is gzipped JSON lines, which ``zcat FILE | jq`` reads: a header, then one state a line, then
-a footer. Each is one line; here they are broken.
+A portable snapshot is gzipped JSON lines, which ``zcat FILE | jq`` reads: a header, then one state a line,
+then a footer. Each is one line; here they are broken.
 
     {"header":{"format":"attuned_store","version":2,"engine":"edge","created_at":"2026-01-17T12:00:00.123Z",
-        "collections":[{"name":"attuned_state","kind":"states","axes":["warmth","formality"]}]}}
+    "collections":[{"name":"attuned_state","kind":"states","axes":["warmth","formality"]}]}}
     {"user_id":"ada","axes":{"warmth":0.8},"updated_at_unix_ms":1768651200123,"source":"self_report",
-        "confidence":1.0,"schema_version":1}
-    {"footer":{"collections":[{"name":"attuned_state","users":1,"states":1}],
-        "sha256":"<of all lines before>","gzip_sha256":"<of all bytes of the file before this gzip member>"}}
+    "confidence":1.0,"schema_version":1}
+    {"footer":{"collections":[{"name":"attuned_state","users":1,"states":1}], "sha256":"<of all lines
+    before>","gzip_sha256":"<of all bytes of the file before this gzip member>"}}
 
 The states of a user stand together, each newer than the one before. What else a header or a footer has is
 ignored; another "kind" of collection, or a higher "version", is for a newer library. A line ends with a
@@ -17,8 +17,9 @@ newline and has at most 1 MiB, a footer 64 KiB. All is UTF-8; this library write
 The file is two members of gzip. The first holds the header and the states. The second holds the footer and
 is one certain sequence of bytes: a header without a time, and one stored block. So the footer is found from
 the end of the file without reading the rest (the last four bytes are the size of its line), and no byte of
-the file can change unnoticed: those before it are in its digest, and its own are compared. gzip's own checks
-alone would miss some: of the header, between blocks, and where another encoding gives the same contents.
+the file can change unnoticed: those before it are in its digest, and its own are compared. gzip's own
+checks alone would miss some: of the header, between blocks, and where another encoding gives the same
+contents.
 """
 
 from __future__ import annotations

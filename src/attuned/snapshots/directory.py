@@ -11,7 +11,7 @@ import secrets
 import stat
 import time
 from datetime import datetime, timedelta
-from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypedDict, cast
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast
 from urllib.parse import quote as urlquote
 
 import attrs
@@ -177,12 +177,6 @@ def snapshot_errors(path: str | os.PathLike[str], failed: str) -> Generator[None
         raise SnapshotError(f"{shown}: {error}") from error.__cause__
 
 
-class SnapshotRequestFields(TypedDict):
-    reason: SnapshotReason
-    keep: int | None
-    keep_remote: bool
-
-
 @attrs.frozen(kw_only=True)
 class SnapshotRequest:
     """A snapshot to be taken."""
@@ -201,8 +195,10 @@ class SnapshotRequest:
         cls,
         directory: str | os.PathLike[str] | None,
         kind: Literal["auto", "native", "portable"],
-        fields: SnapshotRequestFields,
         *,
+        reason: SnapshotReason,
+        keep: int | None,
+        keep_remote: bool,
         native: bool,
     ) -> SnapshotRequest:
         """Check what was asked of a store, which can take native ones or not; then make the directory."""
@@ -211,13 +207,18 @@ class SnapshotRequest:
             raise ValidationError(
                 'kind: native snapshots are made by a Qdrant server; take a "portable" one here'
             )
-        check_choice("reason", fields["reason"], ("startup", "api", "manual"))
-        if fields["keep"] is not None:
-            check_integer("keep", fields["keep"], 1, MAX_INTEGER)
-        check_flag("keep_remote", fields["keep_remote"])
-        chosen: SnapshotKind = kind if kind != "auto" else "native" if native else "portable"
-        place = make_snapshot_directory(directory)
-        return cls(**fields, kind=chosen, any_kind=kind == "auto", directory=place)
+        check_choice("reason", reason, ("startup", "api", "manual"))
+        if keep is not None:
+            check_integer("keep", keep, 1, MAX_INTEGER)
+        check_flag("keep_remote", keep_remote)
+        return cls(
+            directory=make_snapshot_directory(directory),
+            kind=kind if kind != "auto" else "native" if native else "portable",
+            any_kind=kind == "auto",
+            reason=reason,
+            keep=keep,
+            keep_remote=keep_remote,
+        )
 
     @property
     def created_at(self) -> datetime:

@@ -1,8 +1,8 @@
 """Archives of version 0.1, which are read: a gzipped tar of JSON lines.
 
-Members snapshots-00000.jsonl, snapshots-00001.jsonl and so on, of about 256 KiB each, then manifest.json with the
-counts; behind the gzip member an empty one, whose extra field (RFC 1952, 2.3.1.1) holds the SHA-256 of the first:
-so no byte is altered, whatever is not looked at here.
+Members snapshots-00000.jsonl, snapshots-00001.jsonl and so on, of about 256 KiB each, then manifest.json
+with the counts; behind the gzip member an empty one, whose extra field (RFC 1952, 2.3.1.1) holds the
+SHA-256 of the first: so no byte is altered, whatever is not looked at here.
 """
 
 from __future__ import annotations

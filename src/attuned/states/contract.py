@@ -1,8 +1,8 @@
 """The upper waist: what a database does for the states of users, and what it is asked.
 
-``Backend`` is what a new database implements, natively and best: the operations in states/operations.py and the
-stores over them need no more. ``Place`` is where a backend is, and how an operation gets there: through the lock
-of a directory, over a connection, or not at all. To write a backend, begin with MemoryBackend.
+``Backend`` is what a new database implements, natively and best: the operations in states/operations.py and
+the stores over them need no more. ``Place`` is where a backend is, and how an operation gets there: through
+the lock of a directory, over a connection, or not at all. To write a backend, begin with MemoryBackend.
 """
 
 from __future__ import annotations
@@ -157,9 +157,10 @@ class SearchRequest:
 class Backend(Protocol):
     """A database of users and their states.
 
-    ``name`` is that of the engine; ``batch_size`` how many snapshots or users one step of a long operation takes;
-    ``schema`` the axes, known once it ``is_open``. ``native_snapshots``: it takes snapshots of its own, and is changed
-    in place by a restore. A method that a user's id or a snapshot is given gets it checked.
+    ``name`` is that of the engine; ``batch_size`` how many snapshots or users one step of a long operation
+    takes; ``schema`` the axes, known once it ``is_open``. ``native_snapshots``: it takes snapshots of its
+    own, and is changed in place by a restore. A method that a user's id or a snapshot is given gets it
+    checked.
     """
 
     name: str
@@ -259,8 +260,8 @@ class NativeBackend(Backend, Protocol):
 class Place(Protocol):
     """Where the backend of a store is, and how its operations get there.
 
-    ``location`` is what open_store opens it with; ``engine`` the name of the engine, "qdrant" before it is known.
-    ``is_shown``: it can be asked how it is without awaiting, as a notebook does.
+    ``location`` is what open_store opens it with; ``engine`` the name of the engine, "qdrant" before it is
+    known. ``is_shown``: it can be asked how it is without awaiting, as a notebook does.
     """
 
     location: str

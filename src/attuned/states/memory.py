@@ -36,9 +36,13 @@ if TYPE_CHECKING:
 class Vectors(Protocol):
     """Unit vectors in numbered rows."""
 
-    def put(self, row: int, direction: Sequence[float]) -> None: ...
+    def put(self, row: int, direction: Sequence[float]) -> None:
+        """Write a row, which is there or the next one."""
+        ...
 
-    def scores(self, direction: Sequence[float], rows: int) -> Any: ...
+    def scores(self, direction: Sequence[float], rows: int) -> Any:
+        """The cosines of the first so many rows with a direction."""
+        ...
 
     def best(self, scores: Any, number: int) -> Iterable[int]:
         """The rows of the best scores, best first, at least ``number`` of them or all."""
@@ -88,6 +92,7 @@ class _NumpyVectors:
 
 
 def make_vectors(vector_size: int) -> Vectors:
+    """Vectors with numpy, or without where it is absent."""
     try:
         return _NumpyVectors(vector_size)
     except ImportError:
@@ -240,7 +245,7 @@ class MemoryBackend:
         return removable
 
     def _moment(self, user_id: str, *, keep_latest: bool) -> list[StateSnapshot]:
-        """What history shows of a user, oldest first, as it is at one moment; the latest in any case, if asked."""
+        """What history shows of a user, oldest first, as it is at one moment, or at least the latest."""
         timeline = self.timelines.get(user_id)
         if timeline is None:
             return []
@@ -387,7 +392,7 @@ class MemoryBackend:
         return Health("healthy", self.name, 0.0, len(timelines), points)
 
     def abandon(self) -> None:
-        """Go on in a forked child, whatever the parent's threads held at the fork: it has a copy of its own."""
+        """Go on in a forked child, which has a copy of its own, whatever other threads held at the fork."""
         self._lock, self._held = threading.RLock(), False
 
     def close(self) -> None:

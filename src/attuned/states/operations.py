@@ -1,4 +1,4 @@
-"""The operations of a store, written once: a synchronous store runs them, an asynchronous one awaits them."""
+"""The operations of a store, written once: synchronous stores run them, asynchronous ones await them."""
 
 from __future__ import annotations
 
@@ -139,8 +139,8 @@ class Operations:
     ) -> T:
         """Run a piece of an operation, which may run while no other one does, and look how long it takes.
 
-        Pieces of bulk operations, which hold as much as fits, are not looked at: whoever calls these expects to
-        wait. They have no name.
+        Pieces of bulk operations, which hold as much as fits, are not looked at: whoever calls these expects
+        to wait. They have no name.
         """
         if self.backend is UNOPENED:
             await self.open()
@@ -408,14 +408,12 @@ class Operations:
         return SnapshotOrigin(self.place.location, self.place.engine, self.collection)
 
     async def create_snapshot(
-        self, progress: Progress | None, *, directory: Any, kind: Any, **fields: Any
+        self, progress: Progress | None, *, directory: Any, kind: Any, **options: Any
     ) -> SnapshotReport:
         """See StateStore.create_snapshot."""
         self.check_open()
         progress = check_progress(progress)
-        request = SnapshotRequest.of(
-            directory, kind, cast("Any", fields), native=self.backend.native_snapshots
-        )
+        request = SnapshotRequest.of(directory, kind, **options, native=self.backend.native_snapshots)
         await self.open()
         if request.kind == "native":
             backend = cast("NativeBackend", self.backend)
@@ -493,7 +491,7 @@ class Operations:
 
 
 class MemoryOperations(Operations):
-    """Operations over a backend in memory, which needs no lock of a place, and no look at how long it takes."""
+    """Operations over a backend in memory: there is no lock to take, nor anything that could be slow."""
 
     backend: MemoryBackend
 
