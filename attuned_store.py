@@ -4082,7 +4082,7 @@ class Directory:
             body.close()
 
     def check_there(self) -> None:
-        """Raise BackendError where somebody has removed the directory: what is written goes nowhere."""
+        """Raise BackendError where somebody has removed the directory: what is written is lost."""
         if not self._lock_file.is_there():
             raise BackendError(
                 f"{self.path}: the directory was removed or replaced while it was open: what is written to it "
@@ -8183,7 +8183,7 @@ def blocking_twin(place: DirectoryPlace) -> DirectoryPlace:
 # ------------------------------------------------------------------------------------------------------------
 
 
-class StoreBase(ABC):
+class StoreBase:
     """What both forms of a store say of it without waiting for anything."""
 
     config: MemoryStoreConfig
@@ -8191,8 +8191,10 @@ class StoreBase(ABC):
     _reports: Collection[str] = SPANS.keys()  # the methods that are reported
     _always_on = ""  # the name of the engine, where all stores of a class have the same
 
-    @abstractmethod
-    def __init__(self, config: Any = None, **options: Any) -> None: ...
+    def __init__(self, config: Any = None, **options: Any) -> None:  # noqa: ARG002 - those of a store
+        raise TypeError(
+            f"{type(self).__name__} says what stores do; open_store and open_async_store make one"
+        )
 
     @property
     def axes(self) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, cast
 
 from attuned.base.config import (
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from attuned.snapshots.archive import Progress, RestoreMode
 
 
-class StoreBase(ABC):
+class StoreBase:
     """What both forms of a store say of it without waiting for anything."""
 
     config: MemoryStoreConfig
@@ -42,8 +41,10 @@ class StoreBase(ABC):
     _reports: Collection[str] = SPANS.keys()  # the methods that are reported
     _always_on = ""  # the name of the engine, where all stores of a class have the same
 
-    @abstractmethod
-    def __init__(self, config: Any = None, **options: Any) -> None: ...
+    def __init__(self, config: Any = None, **options: Any) -> None:  # noqa: ARG002 - those of a store
+        raise TypeError(
+            f"{type(self).__name__} says what stores do; open_store and open_async_store make one"
+        )
 
     @property
     def axes(self) -> tuple[str, ...]:

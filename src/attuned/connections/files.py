@@ -201,7 +201,7 @@ class Directory:
             body.close()
 
     def check_there(self) -> None:
-        """Raise BackendError where somebody has removed the directory: what is written goes nowhere."""
+        """Raise BackendError where somebody has removed the directory: what is written is lost."""
         if not self._lock_file.is_there():
             raise BackendError(
                 f"{self.path}: the directory was removed or replaced while it was open: what is written to it "
