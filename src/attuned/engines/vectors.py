@@ -10,11 +10,19 @@ if TYPE_CHECKING:
 
 
 class Vectors(Protocol):
-    """Unit vectors in numbered rows."""
+    """Unit vectors in numbered rows, in single precision where numpy is there."""
 
-    def put(self, row: int, direction: Sequence[float]) -> None: ...
+    def put(self, row: int, direction: Sequence[float]) -> None:
+        """Set a row: one that there is, or the next."""
+        ...
 
-    def scores(self, direction: Sequence[float], rows: int) -> Any: ...
+    def get(self, row: int) -> list[float]:
+        """What a row was set to."""
+        ...
+
+    def scores(self, direction: Sequence[float], rows: int) -> Any:
+        """The products of a direction with each of the first rows."""
+        ...
 
     def best(self, scores: Any, number: int) -> Iterable[int]:
         """The rows of the best scores, best first, at least ``number`` of them or all."""
@@ -30,6 +38,9 @@ class PlainVectors:
     def put(self, row: int, direction: Sequence[float]) -> None:
         self._rows[row : row + 1] = [direction]
 
+    def get(self, row: int) -> list[float]:
+        return list(self._rows[row])
+
     def scores(self, direction: Sequence[float], rows: int) -> list[float]:
         return [sum(map(operator.mul, direction, row)) for row in self._rows[:rows]]
 
@@ -44,12 +55,15 @@ class NumpyVectors:
         import numpy as np
 
         self._numpy = np
-        self._matrix = np.zeros((64, vector_size), dtype=np.float32)
+        self._matrix = np.zeros((4, vector_size), dtype=np.float32)  # doubled when full
 
     def put(self, row: int, direction: Sequence[float]) -> None:
         if row >= len(self._matrix):
             self._matrix = self._numpy.concatenate([self._matrix, self._numpy.zeros_like(self._matrix)])
         self._matrix[row] = direction
+
+    def get(self, row: int) -> list[float]:
+        return cast("list[float]", self._matrix[row].tolist())
 
     def scores(self, direction: Sequence[float], rows: int) -> Any:
         return self._matrix[:rows] @ self._numpy.asarray(direction, dtype=self._numpy.float32)
@@ -64,6 +78,7 @@ class NumpyVectors:
 
 
 def make_vectors(vector_size: int) -> Vectors:
+    """No rows yet, of so many dimensions."""
     try:
         return NumpyVectors(vector_size)
     except ImportError:

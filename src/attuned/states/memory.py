@@ -9,7 +9,7 @@ from attuned.engines.vectors import Vectors, make_vectors
 from attuned.states.contract import BATCH_SIZE, SearchRequest, clamp_score
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
 
     from attuned.base.codec import Schema
 

@@ -20,7 +20,8 @@ from attuned.base.values import MAX_TIME_MS, StateSnapshot, time_of
 from attuned.connections.files import OPEN, Directory
 from attuned.connections.runtime import run_in_thread
 from attuned.engines.embedded import engine_class
-from attuned.engines.waist import EmbeddedEngine, Filter, Point, Record
+from attuned.engines.filters import Filter
+from attuned.engines.waist import EmbeddedEngine, Point, Put, Record
 from attuned.snapshots.directory import absolute_path
 from attuned.states.contract import BATCH_SIZE, Cursor, HistoryWindow, Retention, conflict_error
 from attuned.states.operations import next_page
@@ -223,7 +224,8 @@ class OwnedBackend(PointsBackend):
         """The latest point, made from the same snapshot's point in history where there is one."""
         if twin is None:
             return self._point(latest, "latest")
-        return Point(make_point_id(latest.user_id, "latest"), twin.vector, {**twin.payload, "kind": "latest"})
+        payload = {**twin.payload, "kind": "latest"}
+        return twin._replace(id=make_point_id(latest.user_id, "latest"), payload=payload)
 
     async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None:
         latest = await self.get_latest(snapshot.user_id)
@@ -281,7 +283,7 @@ class OwnedBackend(PointsBackend):
     ) -> None:
         """Write, then bring what is known of these users up to date."""
         try:
-            await self._files.write(self._collection, points, deleted)
+            await self._files.apply(self._collection, [Put(points)], deleted)
             remember()
         except BaseException:
             # How much of it was done is unknown, also after an interrupt: look again at the next use.
