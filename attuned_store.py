@@ -74,6 +74,7 @@ from typing import (
     NamedTuple,
     Protocol,
     Self,
+    TypeAlias,
     TypedDict,
     TypeVar,
     Unpack,
@@ -339,6 +340,10 @@ class BackendTimeoutError(BackendError):
 
 class BackendRejectedError(BackendError):
     """The backend rejected the request (4xx); it is never sent again."""
+
+
+class CollectionNotFoundError(BackendRejectedError):
+    """There is no such collection, or it has not been opened."""
 
 
 class WaitError(BackendError):
@@ -3389,6 +3394,9 @@ def status_error(status: int, content: bytes, asked: str, where: ErrorOrigin) ->
             HTTPStatus.SERVICE_UNAVAILABLE,
         )
         return BackendUnavailableError(message, retryable=retryable, **where)
+    # A gateway, too, answers 404: what counts is what Qdrant says.
+    if status == HTTPStatus.NOT_FOUND and re.search(r"Collection `.*` doesn't exist", said):
+        return CollectionNotFoundError(message, **where)
     return BackendRejectedError(message, **where)
 
 
@@ -3872,7 +3880,8 @@ class Suspending:
         except ImportError:
             return await last
         with anyio.CancelScope(shield=True):
-            return await last
+            answer = await last
+        return answer  # noqa: RET504 - by its type, a cancel scope may leave the block without one
 
 
 BLOCKING = Blocking()
@@ -3923,6 +3932,10 @@ class Files(Protocol):
 
     def flush(self) -> None:
         """Make what has been written survive a power cut; others may use the engine meanwhile."""
+        ...
+
+    async def replace(self, collection: str, by: str) -> None:
+        """Let another open collection take the place of one, at one moment; its own name is then free."""
         ...
 
     def abandon(self) -> None:
@@ -4188,59 +4201,233 @@ if hasattr(os, "register_at_fork"):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# attuned.engines.filters
+# Filters of points, and what they mean: the same on every engine.
+# ------------------------------------------------------------------------------------------------------------
+
+
+# A condition looks at one key at the top of a payload, a name without dots and brackets. A value that is a
+# list meets it when one of its elements does. Where the key has an index, its values are of that kind.
+
+
+class Equal(NamedTuple):
+    """The value is this string or integer; neither a bool, which is kept as 0 or 1, nor a float."""
+
+    key: str
+    value: str | int
+
+
+class AnyOf(NamedTuple):
+    """The value is one of these strings or integers; of none, nothing matches."""
+
+    key: str
+    values: Sequence[str] | Sequence[int]
+
+
+class Range(NamedTuple):
+    """The value is a number within these bounds, compared as a double."""
+
+    key: str
+    gte: float | None = None
+    lte: float | None = None
+    gt: float | None = None
+    lt: float | None = None
+
+
+class Text(NamedTuple):
+    """The value is one text with all of these words, in any order and case; without a word, nothing matches.
+
+    In a list of texts engines look for the words in one of them, or, with an index, in all of them together.
+    """
+
+    key: str
+    words: str
+
+
+class Absent(NamedTuple):
+    """There is no value: the key is missing, or holds None or an empty list."""
+
+    key: str
+
+
+class Or(NamedTuple):
+    """At least one of these filters matches, none of which holds an Or; of none, nothing matches."""
+
+    filters: Sequence[Filter]
+
+
+Condition: TypeAlias = "Equal | AnyOf | Range | Text | Absent | Or"
+
+
+class Filter(NamedTuple):
+    """All of some conditions, and none of others; without any, everything matches."""
+
+    must: tuple[Condition, ...] = ()
+    must_not: tuple[Condition, ...] = ()
+
+
+def matches(where: Filter, payload: Mapping[str, Any]) -> bool:
+    """Whether a payload matches a filter; this is what engines are held to."""
+    for condition in where.must:
+        if not _holds(condition, payload):
+            return False
+    return not any(_holds(condition, payload) for condition in where.must_not)
+
+
+def _holds(condition: Condition, payload: Mapping[str, Any]) -> bool:
+    if isinstance(condition, Or):
+        return any(matches(each, payload) for each in condition.filters)
+    value: Any = payload.get(condition.key)
+    if isinstance(condition, Absent):
+        return value is None or value == []
+    values: Sequence[Any] = cast("Sequence[Any]", value) if isinstance(value, list) else (value,)
+    match condition:
+        case Equal(_, wanted):
+            return any(each == wanted and type(each) not in (bool, float) for each in values)
+        case AnyOf(_, wanted):
+            return any(each in wanted and type(each) not in (bool, float) for each in values)
+        case Range():
+            return any(type(each) in (int, float) and _within(condition, float(each)) for each in values)
+        case Text(_, text):
+            sought = words(text)
+            return bool(sought) and any(isinstance(each, str) and sought <= words(each) for each in values)
+
+
+def _within(bounds: Range, number: float) -> bool:
+    return (
+        (bounds.gte is None or number >= bounds.gte)
+        and (bounds.lte is None or number <= bounds.lte)
+        and (bounds.gt is None or number > bounds.gt)
+        and (bounds.lt is None or number < bounds.lt)
+    )
+
+
+@functools.lru_cache(1_024)
+def words(text: str) -> frozenset[str]:
+    """The words of a text: its runs of letters and digits, in lower case."""
+    return frozenset(word.lower() for word in re.findall(r"[^\W_]+", text))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.engines.vectors
+# Unit vectors in the memory of this process, and their similarity.
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Vectors(Protocol):
+    """Unit vectors in numbered rows, in single precision where numpy is there."""
+
+    def put(self, row: int, direction: Sequence[float]) -> None:
+        """Set a row: one that there is, or the next."""
+        ...
+
+    def get(self, row: int) -> list[float]:
+        """What a row was set to."""
+        ...
+
+    def scores(self, direction: Sequence[float], rows: int) -> Any:
+        """The products of a direction with each of the first rows."""
+        ...
+
+    def best(self, scores: Any, number: int) -> Iterable[int]:
+        """The rows of the best scores, best first, at least ``number`` of them or all."""
+        ...
+
+
+class PlainVectors:
+    """Rows as lists, where numpy is absent."""
+
+    def __init__(self) -> None:
+        self._rows: list[Sequence[float]] = []
+
+    def put(self, row: int, direction: Sequence[float]) -> None:
+        self._rows[row : row + 1] = [direction]
+
+    def get(self, row: int) -> list[float]:
+        return list(self._rows[row])
+
+    def scores(self, direction: Sequence[float], rows: int) -> list[float]:
+        return [sum(map(operator.mul, direction, row)) for row in self._rows[:rows]]
+
+    def best(self, scores: list[float], number: int) -> Iterable[int]:  # noqa: ARG002 - sorts all anyhow
+        return sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
+
+
+class NumpyVectors:
+    """Rows as a matrix."""
+
+    def __init__(self, vector_size: int) -> None:
+        import numpy as np
+
+        self._numpy = np
+        self._matrix = np.zeros((4, vector_size), dtype=np.float32)  # doubled when full
+
+    def put(self, row: int, direction: Sequence[float]) -> None:
+        if row >= len(self._matrix):
+            self._matrix = self._numpy.concatenate([self._matrix, self._numpy.zeros_like(self._matrix)])
+        self._matrix[row] = direction
+
+    def get(self, row: int) -> list[float]:
+        return cast("list[float]", self._matrix[row].tolist())
+
+    def scores(self, direction: Sequence[float], rows: int) -> Any:
+        return self._matrix[:rows] @ self._numpy.asarray(direction, dtype=self._numpy.float32)
+
+    def best(self, scores: Any, number: int) -> Iterable[int]:
+        if number < len(scores):
+            rows = self._numpy.argpartition(-scores, number)[:number]
+            rows = rows[self._numpy.argsort(-scores[rows])]
+        else:
+            rows = self._numpy.argsort(-scores)
+        return cast("list[int]", rows.tolist())
+
+
+def make_vectors(vector_size: int) -> Vectors:
+    """No rows yet, of so many dimensions."""
+    try:
+        return NumpyVectors(vector_size)
+    except ImportError:
+        return PlainVectors()
+
+
+# ------------------------------------------------------------------------------------------------------------
 # attuned.engines.waist
-# What an engine of points offers: the narrow waist between states and databases.
+# What an engine of points offers: the narrow waist between what is kept and the databases.
+#
+# An engine knows collections, points, tenants and filters; it knows nothing of users, states and documents.
+# To write one, offer what ``Engine`` asks for, and of ``Files``, ``Marks`` and ``NativeSnapshots`` what the
+# database has; ``MemoryEngine`` is the example, and tests/test_waist.py says whether it is right.
+#
+# Methods are coroutines, so that one body of code stands above all engines. Those of an engine in this process
+# never suspend. Whoever drives it makes one call at a time, under a lock; only ``flush`` and ``flush_due`` may
+# be used meanwhile. An engine over a connection is called by many threads or tasks at once.
 # ------------------------------------------------------------------------------------------------------------
 
 
 class Point(NamedTuple):
+    """A point as it is written: ``id`` is a UUID as text, and the same in all tenants.
+
+    The payload is JSON with a mapping at the top. Of the vector the direction is kept, in single precision.
+    The tenant becomes part of the payload, under the key that ``CollectionSpec.tenant`` names.
+    """
+
     id: str
-    vector: list[float]
-    payload: dict[str, Any]
+    vector: Sequence[float]
+    payload: Mapping[str, Any]
+    tenant: str | None = None
 
 
 class Record(NamedTuple):
-    """A point as read: ``score`` where it was searched for, an empty payload where none was asked for.
+    """A point as it was read, which never changes any more.
 
+    ``score`` is its cosine where it was searched for; payload and vector are empty where not asked for.
     ``id`` is as the engine gives it, a string or a UUID.
     """
 
     id: object
     payload: Mapping[str, Any]
     score: float = 0.0
-
-
-class Equal(NamedTuple):
-    key: str
-    value: str | int  # not bool, which Qdrant Edge 0.9 takes for an integer
-
-
-class AnyOf(NamedTuple):
-    key: str
-    values: Sequence[str] | Sequence[int]
-
-
-class Range(NamedTuple):
-    key: str
-    least: float | None = None
-    most: float | None = None
-
-
-class Text(NamedTuple):
-    key: str
-    words: str
-
-
-class Absent(NamedTuple):
-    key: str
-
-
-Condition = Equal | AnyOf | Range | Text | Absent
-
-
-class Filter(NamedTuple):
-    must: tuple[Condition, ...] = ()
-    must_not: tuple[Condition, ...] = ()
+    vector: Sequence[float] = ()
 
 
 class Page(NamedTuple):
@@ -4250,15 +4437,40 @@ class Page(NamedTuple):
     cursor: Any
 
 
-IndexKind = Literal["tenant", "keyword", "integer", "float", "bool", "datetime", "text"]
+class Put(NamedTuple):
+    """Points to be written where a guard allows it, which is judged for each point by itself.
+
+    ``mode``: "insert" leaves points that exist alone, "update" those that do not; of those that exist, only
+    ones that match ``over`` are replaced. One that does not exist is inserted whatever ``over`` says.
+    """
+
+    points: Sequence[Point]
+    mode: Literal["upsert", "insert", "update"] = "upsert"
+    over: Filter | None = None
+
+    @property
+    def guarded(self) -> bool:
+        """Whether there is anything to be judged."""
+        return self.mode != "upsert" or self.over is not None
+
+
+class Matching(NamedTuple):
+    """All points of a tenant, or of all tenants, that match a filter."""
+
+    where: Filter
+    tenant: str | None = None
+
+
+IndexKind = Literal["keyword", "integer", "float", "text"]
 
 
 @attrs.frozen
 class CollectionSpec:
     """What a collection is opened with.
 
-    ``metadata`` is recorded when it is created; ``accept`` raises where that of one that exists will not do,
-    and is asked before anything is touched.
+    ``tenant`` is the key of the payload that holds a point's tenant. ``indexes`` are the keys that are
+    filtered on or ordered by, with what they hold. ``metadata`` is recorded when the collection is created;
+    ``accept`` raises where that of one that exists will not do, and is asked before anything is touched.
     """
 
     name: str
@@ -4266,31 +4478,60 @@ class CollectionSpec:
     indexes: Mapping[str, IndexKind]
     metadata: Mapping[str, Any]
     accept: Callable[[Mapping[str, Any]], object] = dict
+    tenant: str | None = None
+
+
+@attrs.frozen
+class CollectionStatus:
+    """How a collection is; ``details`` are the database's own words."""
+
+    points: int | None  # None where there is none, or, in this process, none is open
+    matching: int = 0
+    version: str | None = None  # of the server
+    details: Mapping[str, Any] = {}
 
 
 ExecutionMode = Literal["in place", "in thread", "on loop"]
 
 
 class Engine(Protocol):
-    """What stands between the core and a database of points.
+    """What stands between what is kept and a database of points.
 
-    ``indexed``: filters and orders are answered from indexes, not by looking at every point.
-    ``runs``: how an asynchronous store calls it. "in place": calls are short and hold the interpreter, so
-    that a thread would gain nothing; "in thread": they block; "on loop": its coroutines suspend.
-    ``compact``: nested payload values cost more than strings. ``reporter``: where its requests are reported.
+    A collection is opened before anything else is done with it; until then, and once it is dropped, what is
+    asked of it raises CollectionNotFoundError. What a database raises comes as BackendError. ``tenant=None``
+    reads the points of all tenants.
+
+    What it can do is said by attributes, which never change:
+
+    ``runs``: how an asynchronous store calls it. "in place": calls are short, and a thread would gain
+    nothing; "in thread": they block; "on loop": its coroutines suspend.
+    ``indexed``: pages, orders and counts of a filter are found without looking at every point. Where not,
+    what stands above keeps in memory what it would have to ask for often.
+    ``compact``: nested values in a payload cost more than one string of the same content.
+    ``reporter``: what requests are reported to, None for nothing.
     """
 
     name: str
-    indexed: bool
     runs: ExecutionMode
+    indexed: bool
     compact: bool
     reporter: Telemetry | None
 
-    async def open_collection(self, collection: CollectionSpec) -> Mapping[str, Any]:
+    async def open(self, collection: CollectionSpec) -> Mapping[str, Any]:
         """Open a collection, creating it where absent; returns the metadata that it was created with."""
         ...
 
-    async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[Record]:
+    async def collections(self) -> Mapping[str, Mapping[str, Any]]:
+        """The collections that there are, opened or not, and their metadata."""
+        ...
+
+    async def drop(self, collection: str) -> None:
+        """Remove a collection, if there is one."""
+        ...
+
+    async def retrieve(
+        self, collection: str, ids: Sequence[str], *, payload: bool = True, vector: bool = False
+    ) -> list[Record]:
         """The points with these ids that there are, in any order."""
         ...
 
@@ -4300,18 +4541,32 @@ class Engine(Protocol):
         where: Filter,
         *,
         limit: int,
+        tenant: str | None = None,
         cursor: Any = None,
         newest_by: str | None = None,
         payload: bool = True,
     ) -> Page:
-        """Points one page after another; or, with ``newest_by``, the first in descending order of a key."""
+        """Points one page after another; or, with ``newest_by``, the first in descending order of a key.
+
+        What is there from the first page to the last comes once; what is written meanwhile comes or not. A
+        page may hold fewer than ``limit``, or none, and still have a cursor. In an order come the points
+        alone that hold a number there; without their payloads they hold that key.
+        """
         ...
 
-    async def search(self, collection: str, vector: list[float], where: Filter, limit: int) -> list[Record]:
-        """The nearest points, best first."""
+    async def search(
+        self,
+        collection: str,
+        vector: Sequence[float],
+        where: Filter,
+        limit: int,
+        *,
+        tenant: str | None = None,
+    ) -> list[Record]:
+        """The nearest points by cosine, best first."""
         ...
 
-    async def count(self, collection: str, where: Filter) -> int:
+    async def count(self, collection: str, where: Filter, *, tenant: str | None = None) -> int:
         """How many points match."""
         ...
 
@@ -4321,49 +4576,35 @@ class Engine(Protocol):
         """How many points match for each of these values of a keyword; 0 may be left out."""
         ...
 
+    async def apply(
+        self, collection: str, puts: Sequence[Put] = (), deletes: Sequence[str] | Matching = ()
+    ) -> None:
+        """Write points, one put after another, then delete others, by their ids or all that match.
+
+        The points of one put are judged against what there was before it; of one id twice in a put the last
+        wins. In this process all is seen at one moment. On a server it is one request, but others may come
+        between its points: what must hold is said by guards.
+        """
+        ...
+
+    async def status(self, collection: str, where: Filter, seconds: float) -> CollectionStatus:
+        """How a collection is, and how many of its points match; asked once, within so many seconds.
+
+        On a server the collection need not have been opened.
+        """
+        ...
+
     async def close(self) -> None:
         """Flush and release everything."""
         ...
 
 
 class EmbeddedEngine(Engine, Files, Protocol):
-    """An engine in this process, which owns its files."""
-
-    async def write(self, collection: str, points: Sequence[Point], deleted: Sequence[str] = ()) -> None:
-        """Put points, then delete others by id; the points appear all at one moment."""
-        ...
-
-    async def drop(self, collection: str) -> None:
-        """Remove a collection, if there is one."""
-        ...
-
-    async def replace(self, collection: str, by: str) -> None:
-        """Let another open collection take the place of one, at one moment; its own name is then free."""
-        ...
+    """An engine in this process that owns its files."""
 
 
-class Put(NamedTuple):
-    """Points to be put where a guard allows it, which is judged for each point by itself.
-
-    ``mode``: "insert" leaves points that exist alone, "update" those that do not; of those that exist,
-    only ones that match ``over`` are replaced.
-    """
-
-    points: Sequence[Point]
-    mode: Literal["upsert", "insert", "update"] = "upsert"
-    over: Filter | None = None
-
-
-class SharedEngine(Engine, Protocol):
-    """An engine that other processes write to as well: changes are guarded, requests may be repeated."""
-
-    async def put(self, collection: str, puts: Sequence[Put]) -> None:
-        """Put points, one put after another, in one request."""
-        ...
-
-    async def delete(self, collection: str, where: Filter | Sequence[str]) -> None:
-        """Delete what matches a filter, or has these ids."""
-        ...
+class Marks(Protocol):
+    """What an engine offers whose collections can be marked for all that use them."""
 
     async def mark(self, collection: str, key: str, value: str | None) -> None:
         """Record something in the metadata of a collection, or remove it."""
@@ -4373,45 +4614,48 @@ class SharedEngine(Engine, Protocol):
         """What ``mark`` recorded; None where there is nothing, or no collection."""
         ...
 
-    async def finish(self, last: Awaitable[object]) -> None:
-        """Await something though being cancelled."""
-        ...
+
+class NativeSnapshots(Protocol):
+    """What an engine offers whose database makes snapshots of its own."""
 
     async def resolve(self, collection: str) -> str:
         """The name of the collection that an alias stands for, or the same."""
         ...
 
     async def is_whole(self, collection: str) -> bool:
-        """Whether the node that answers has every shard of a collection."""
+        """Whether the node that answers has every shard of a collection, so that its snapshot has all."""
         ...
 
     async def create_snapshot(self, collection: str) -> RemoteSnapshot:
-        """Let the server make a snapshot of a collection."""
+        """Let the database make a snapshot of a collection."""
         ...
 
     async def download_snapshot(self, collection: str, name: str, taking: NativeSnapshotWriter) -> None:
-        """Read a snapshot of the server."""
+        """Read a snapshot of the database."""
         ...
 
     async def delete_snapshot(self, collection: str, name: str) -> None:
-        """Remove a snapshot from the server."""
+        """Remove a snapshot from the database."""
         ...
 
     async def upload_snapshot(self, collection: str, path: Path, sha256: str) -> None:
-        """Let the server replace a collection, or make it, by what a snapshot file holds."""
+        """Let the database replace a collection, or make it, by what a snapshot file holds."""
+        ...
+
+    async def finish(self, last: Awaitable[object]) -> None:
+        """Await something though being cancelled."""
         ...
 
     async def apart(self, call: Callable[[], T]) -> T:
         """Make a call that blocks, where it holds up nobody else."""
         ...
 
-    async def status(self, collection: str, seconds: float) -> Mapping[str, Any]:
-        """What the server says of itself and of the collection, asked once and without waiting long."""
-        ...
 
-    def is_absent(self, collection: str, error: BackendError) -> bool:
-        """Whether an operation failed because there is no such collection, and for no other reason."""
-        ...
+class SharedEngine(Engine, Marks, NativeSnapshots, Protocol):
+    """An engine over a connection to a database that other processes write to as well."""
+
+
+# What engines share
 
 
 @contextlib.contextmanager
@@ -4427,52 +4671,142 @@ def backend_errors(engine: Engine, operation: str) -> Generator[None]:
         raise BackendError(message, backend=engine.name, operation=operation) from error
 
 
-def check_dimensions(points: Sequence[Point], vector_size: int) -> None:
-    """Refuse a point that does not fit before an engine has taken in those before it."""
-    for point in points:
-        if len(point.vector) != vector_size:
-            raise ValueError(f"point {point.id} has {len(point.vector)} dimensions, not {vector_size}")
+def not_open(backend: str, collection: str) -> CollectionNotFoundError:
+    """The error of an operation on a collection that has not been opened, or has been dropped."""
+    message = f"{backend}: collection {collection!r} is not open"
+    return CollectionNotFoundError(message, backend=backend, operation="find")
 
 
-class CountsEach(ABC):
-    """Counts value by value, which is quickest within the process."""
+def within(where: Filter, key: str | None, tenant: str | None) -> Filter:
+    """A filter that only points of one tenant match, whose collection keeps it under a key."""
+    if tenant is None:
+        return where
+    if key is None:
+        raise ValueError("the collection has no tenants")
+    return where._replace(must=(Equal(key, tenant), *where.must))
 
-    @abstractmethod
-    async def count(self, collection: str, where: Filter) -> int:
-        """See Engine.count."""
+
+def with_tenant(point: Point, key: str | None) -> Point:
+    """A point whose payload holds its tenant."""
+    if (point.tenant is None) != (key is None):
+        raise ValueError(f"point {point.id}: points have a tenant where their collection has a key for it")
+    return point if key is None else point._replace(payload={**point.payload, key: point.tenant})
+
+
+def copied(value: Any) -> Any:
+    """JSON that shares nothing with the original."""
+    if isinstance(value, dict):
+        return {key: copied(each) for key, each in cast("dict[str, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [copied(each) for each in cast("Sequence[Any]", value)]
+    return value
+
+
+class Opened(NamedTuple):
+    """What is known of an open collection."""
+
+    vector_size: int
+    tenant: str | None  # the key that holds it
+
+
+class EngineInProcess(ABC):
+    """What the engines in this process do alike: they judge guards here, and count value by value."""
+
+    name: str
+    runs: ExecutionMode
+    indexed: bool
+    compact: bool
+    reporter: Telemetry | None = None
+
+    def __init__(self) -> None:
+        self._open: dict[str, Opened] = {}
+
+    def _opened(self, collection: str) -> Opened:
+        try:
+            return self._open[collection]
+        except KeyError:
+            raise not_open(self.name, collection) from None
+
+    def _narrowed(self, collection: str, where: Filter, tenant: str | None) -> Filter:
+        return within(where, self._opened(collection).tenant, tenant)
+
+    async def _judge(
+        self, collection: str, puts: Sequence[Put], deletes: Sequence[str] | Matching
+    ) -> tuple[list[Point], list[str]]:
+        """What ``apply`` is to write, and the ids of what it is to delete then."""
+        vector_size, key = self._opened(collection)
+        asked = [point.id for put in puts if put.guarded for point in put.points]
+        found = await self.retrieve(collection, asked) if asked else []
+        there = {str(record.id): record.payload for record in found}
+        written: dict[str, Point] = {}
+        for put in puts:
+            points = [with_tenant(point, key) for point in put.points]
+            if put.guarded:
+                points = [point for point in points if _allows(put, there.get(point.id))]
+            if asked:
+                there.update((point.id, point.payload) for point in points)
+            written.update((point.id, point) for point in points)
+        for point in written.values():  # before any of them is taken in
+            if len(point.vector) != vector_size:
+                message = f"point {point.id} has {len(point.vector)} dimensions, not {vector_size}"
+                raise BackendRejectedError(message, backend=self.name, operation="write")
+        if not isinstance(deletes, Matching):
+            return list(written.values()), list(deletes)
+        where, cursor = within(deletes.where, key, deletes.tenant), None
+        gone = [point.id for point in written.values() if matches(where, point.payload)]
+        while True:
+            page = await self.page(collection, where, limit=1_000, cursor=cursor, payload=False)
+            gone += [point_id for record in page.records if (point_id := str(record.id)) not in written]
+            if (cursor := page.cursor) is None:
+                return list(written.values()), gone
+
+    async def status(self, collection: str, where: Filter, seconds: float) -> CollectionStatus:
+        """See Engine.status."""
+        del seconds  # the answer is at hand
+        if collection not in self._open:
+            return CollectionStatus(None)
+        return CollectionStatus(await self.count(collection, Filter()), await self.count(collection, where))
 
     async def count_by(
         self, collection: str, key: str, values: Sequence[str], where: Filter
     ) -> Mapping[str, int]:
-        """See Engine.count_by."""
+        """See Engine.count_by; value by value, which is quickest within the process."""
         narrowed = ((value, where._replace(must=(Equal(key, value), *where.must))) for value in values)
         return {value: await self.count(collection, each) for value, each in narrowed}
+
+    @abstractmethod
+    async def retrieve(
+        self, collection: str, ids: Sequence[str], *, payload: bool = True, vector: bool = False
+    ) -> list[Record]: ...
+
+    @abstractmethod
+    async def page(
+        self,
+        collection: str,
+        where: Filter,
+        *,
+        limit: int,
+        tenant: str | None = None,
+        cursor: Any = None,
+        newest_by: str | None = None,
+        payload: bool = True,
+    ) -> Page: ...
+
+    @abstractmethod
+    async def count(self, collection: str, where: Filter, *, tenant: str | None = None) -> int: ...
+
+
+def _allows(put: Put, there: Mapping[str, Any] | None) -> bool:
+    """Whether a guard lets a point be written where there is one with such a payload, or none."""
+    if there is None:
+        return put.mode != "update"
+    return put.mode != "insert" and (put.over is None or matches(put.over, there))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # attuned.engines.client_models
-# Neutral filters in the models of qdrant-client.
+# What engines over qdrant-client ask alike, in its models.
 # ------------------------------------------------------------------------------------------------------------
-
-
-def client_filter(models: Any, where: Filter) -> Any:
-    """A filter in the models of qdrant-client."""
-    must, must_not = ([_client_condition(models, each) for each in conditions] for conditions in where)
-    return models.Filter(must=must, must_not=must_not)
-
-
-def _client_condition(models: Any, condition: Condition) -> Any:
-    match condition:
-        case Equal(key, value):
-            return models.FieldCondition(key=key, match=models.MatchValue(value=value))
-        case AnyOf(key, values):
-            return models.FieldCondition(key=key, match=models.MatchAny(any=list(values)))
-        case Range(key, least, most):
-            return models.FieldCondition(key=key, range=models.Range(gte=least, lte=most))
-        case Text(key, words):
-            return models.FieldCondition(key=key, match=models.MatchText(text=words))
-        case Absent(key):
-            return models.IsEmptyCondition(is_empty=models.PayloadField(key=key))
 
 
 def import_qdrant_client() -> Any:
@@ -4483,6 +4817,72 @@ def import_qdrant_client() -> Any:
             "a Qdrant server needs qdrant-client: pip install qdrant-client"
         ) from error
     return qdrant_client
+
+
+class ClientModels:
+    """Filters and requests in the models of qdrant-client, and records out of them."""
+
+    def __init__(self, models: Any) -> None:
+        self.models = models
+
+    def vectors(self, size: int) -> Any:
+        """The parameters of a new collection's vectors."""
+        return self.models.VectorParams(size=size, distance=self.models.Distance.COSINE)
+
+    def filter(self, where: Filter) -> Any:
+        """A filter, which may be empty."""
+        must, must_not = (list(map(self._condition, conditions)) for conditions in where)
+        return self.models.Filter(must=must, must_not=must_not)
+
+    def _condition(self, condition: Condition) -> Any:
+        models = self.models
+        match condition:
+            case Equal(key, value):
+                asked = {"match": models.MatchValue(value=value)}
+            case AnyOf(key, values):
+                asked = {"match": models.MatchAny(any=list(values))}
+            case Range(key, gte, lte, gt, lt):
+                asked = {"range": models.Range(gte=gte, lte=lte, gt=gt, lt=lt)}
+            case Text(key, text):
+                asked = {"match": models.MatchText(text=text)}
+            case Absent(key):
+                return models.IsEmptyCondition(is_empty=models.PayloadField(key=key))
+            case Or(()):  # an empty "should" would match everything
+                return models.HasIdCondition(has_id=[])
+            case Or(filters):
+                return models.Filter(should=list(map(self.filter, filters)))
+        return models.FieldCondition(key=key, **asked)
+
+    def page(
+        self, narrowed: Any, limit: int, cursor: Any, newest_by: str | None, *, payload: bool
+    ) -> dict[str, Any]:
+        """The arguments of scroll() for Engine.page."""
+        order = newest_by and self.models.OrderBy(key=newest_by, direction=self.models.Direction.DESC)
+        return {
+            "scroll_filter": narrowed,
+            "limit": limit,
+            "offset": cursor,
+            "order_by": order,
+            "with_payload": payload or (False if newest_by is None else [newest_by]),
+        }
+
+    def search(self, vector: Sequence[float], narrowed: Any, limit: int) -> dict[str, Any]:
+        """The arguments of query_points() for Engine.search."""
+        return {"query": list(vector), "query_filter": narrowed, "limit": limit}
+
+
+def client_records(found: Iterable[Any]) -> list[Record]:
+    """What a client has found, searched for or not."""
+    return [
+        Record(str(each.id), each.payload or {}, getattr(each, "score", 0.0), each.vector or ())
+        for each in found
+    ]
+
+
+def client_page(found: tuple[Iterable[Any], Any]) -> Page:
+    """What scroll() has found."""
+    records, following = found
+    return Page(client_records(records), following)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -4501,7 +4901,7 @@ def import_qdrant_edge() -> Any:
     return qdrant_edge
 
 
-class EdgeEngine(CountsEach):
+class EdgeEngine(EngineInProcess):
     """Qdrant Edge: one shard a collection, in collections/<name>/, its manifest beside it."""
 
     name = "edge"
@@ -4518,6 +4918,7 @@ class EdgeEngine(CountsEach):
     _REBUILD_EVERY = 200_000
 
     def __init__(self, path: Path, durability: str, reporter: Telemetry | None = None) -> None:
+        super().__init__()
         self.reporter = reporter
         self._api = import_qdrant_edge()
         self._path = path / "collections"
@@ -4525,23 +4926,33 @@ class EdgeEngine(CountsEach):
         self.writes = 0
         self._shards: dict[str, Any] = {}
         self._directories: dict[str, Path] = {}  # of the shards
-        self._sizes: dict[str, int] = {}
         self._done: dict[str, int] = {}  # changes, ever
         self._flushed: dict[str, int] = {}  # of these
         self._changes: dict[str, int] = {}
 
-    async def open_collection(self, collection: CollectionSpec) -> Mapping[str, Any]:
+    async def open(self, collection: CollectionSpec) -> Mapping[str, Any]:
+        """See Engine.open."""
         manifest = self._manifest(collection.name)
+        if self._recorded(collection.name).get("dropped"):
+            await self.drop(collection.name)  # which a process began that was killed
         with backend_errors(self, "open"):
             if not self._generations(collection.name):
-                self._check_never_replaced(manifest)
+                self._check_never_replaced(collection.name)
                 self._create(collection, self._path / collection.name, manifest)
             metadata = read_manifest(manifest)
             collection.accept(metadata)
             self._load(collection.name, metadata)
             self._remove_strays(collection.name, metadata)
-        self._sizes[collection.name] = metadata.get("vector_size", collection.vector_size)
+        vector_size = metadata.get("vector_size", collection.vector_size)
+        self._open[collection.name] = Opened(vector_size, collection.tenant)
         return metadata
+
+    async def collections(self) -> Mapping[str, Mapping[str, Any]]:
+        """See Engine.collections."""
+        with backend_errors(self, "list"):
+            names = sorted(path.stem for path in self._path.glob("*.json") if self._generations(path.stem))
+            found = {name: read_manifest(self._manifest(name)) for name in names}
+        return {name: metadata for name, metadata in found.items() if not metadata.get("dropped")}
 
     def _manifest(self, name: str) -> Path:
         return self._path / f"{name}.json"
@@ -4553,15 +4964,17 @@ class EdgeEngine(CountsEach):
             raise StoreError(f"{self._manifest(name)}: generation is not a number")
         return self._path / (f"{name}@{generation}" if generation else name)
 
-    @staticmethod
-    def _check_never_replaced(manifest: Path) -> None:
-        """Raise StoreError where there was data that is missing now; a manifest alone is half a making."""
+    def _recorded(self, name: str) -> dict[str, Any]:
+        """What a manifest says, if it can be read."""
         try:
-            generation = read_manifest(manifest).get("generation")
+            return read_manifest(self._manifest(name))
         except StoreError:
-            return
-        if generation:
-            message = f"{manifest}: its data, {manifest.stem}@{generation} beside it, is missing"
+            return {}
+
+    def _check_never_replaced(self, name: str) -> None:
+        """Raise StoreError where there was data that is missing now; a manifest alone is half a making."""
+        if generation := self._recorded(name).get("generation"):
+            message = f"{self._manifest(name)}: its data, {name}@{generation} beside it, is missing"
             raise BackendError(message, backend="edge", operation="open")
 
     def _generations(self, name: str) -> list[Path]:
@@ -4605,8 +5018,12 @@ class EdgeEngine(CountsEach):
         shard = api.EdgeShard.create(
             str(beside), api.EdgeConfig(vectors=vectors, hnsw_config=plain, optimizers=optimizers)
         )
+        if collection.tenant is not None:
+            tenants = api.KeywordIndexParams(is_tenant=True)
+            shard.update(api.UpdateOperation.create_field_index(collection.tenant, tenants))
         for key, kind in collection.indexes.items():
-            shard.update(api.UpdateOperation.create_field_index(key, self._index(kind)))
+            index = getattr(api.PayloadSchemaType, kind.capitalize())
+            shard.update(api.UpdateOperation.create_field_index(key, index))
         shard.close()
         if self._power:
             fsync(beside, *beside.rglob("*"))
@@ -4614,20 +5031,19 @@ class EdgeEngine(CountsEach):
         if self._power:
             fsync(self._path, self._path.parent, self._path.parent.parent)
 
-    def _index(self, kind: IndexKind) -> Any:
-        if kind == "tenant":
-            return self._api.KeywordIndexParams(is_tenant=True)
-        return getattr(self._api.PayloadSchemaType, kind.capitalize())
-
-    async def write(self, collection: str, points: Sequence[Point], deleted: Sequence[str] = ()) -> None:
-        api, shard, changes = self._api, self._shards[collection], len(points) + len(deleted)
+    async def apply(
+        self, collection: str, puts: Sequence[Put] = (), deletes: Sequence[str] | Matching = ()
+    ) -> None:
+        """See Engine.apply."""
+        written, deleted = await self._judge(collection, puts, deletes)
+        api, shard, changes = self._api, self._shards[collection], len(written) + len(deleted)
         with backend_errors(self, "write"):
-            check_dimensions(points, self._sizes[collection])
             try:
-                if points:
-                    shard.update(api.UpdateOperation.upsert_points([api.Point(*point) for point in points]))
+                if written:
+                    points = [api.Point(point.id, list(point.vector), point.payload) for point in written]
+                    shard.update(api.UpdateOperation.upsert_points(points))
                 if deleted:
-                    shard.update(api.UpdateOperation.delete_points(list(deleted)))
+                    shard.update(api.UpdateOperation.delete_points(deleted))
             finally:  # what failed may have been done in part; not before, as a flush may run meanwhile
                 self._done[collection] += changes
             self._tidy(collection, changes)
@@ -4653,13 +5069,18 @@ class EdgeEngine(CountsEach):
                 self._flushed[name] = done
 
     async def drop(self, collection: str) -> None:
+        """See Engine.drop; the manifest that says so is the moment, and goes last."""
+        manifest = self._manifest(collection)
         with backend_errors(self, "drop"):
+            if manifest.exists() and self._generations(collection):
+                write_atomically(manifest, json.dumps({"dropped": True}))
+            self._open.pop(collection, None)
             if shard := self._shards.pop(collection, None):
                 del self._directories[collection]
                 shard.close()
-            for directory in (self._path / collection, self._unfinished(collection)):
+            for directory in (*self._generations(collection), self._unfinished(collection)):
                 shutil.rmtree(directory, ignore_errors=True)
-            for file in (self._manifest(collection), temporary_name(self._manifest(collection))):
+            for file in (temporary_name(manifest), manifest):
                 file.unlink(missing_ok=True)
 
     async def replace(self, collection: str, by: str) -> None:
@@ -4717,10 +5138,14 @@ class EdgeEngine(CountsEach):
             shard.optimize()
             self._changes[collection] = 0
 
-    async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[Record]:
+    async def retrieve(
+        self, collection: str, ids: Sequence[str], *, payload: bool = True, vector: bool = False
+    ) -> list[Record]:
+        """See Engine.retrieve."""
+        self._opened(collection)
         with backend_errors(self, "retrieve"):
-            found = self._shards[collection].retrieve(list(ids), with_payload=payload, with_vector=False)
-        return [Record(record.id, record.payload or {}) for record in found]
+            found = self._shards[collection].retrieve(list(ids), with_payload=payload, with_vector=vector)
+        return [Record(record.id, record.payload or {}, 0.0, record.vector or ()) for record in found]
 
     async def page(
         self,
@@ -4728,38 +5153,54 @@ class EdgeEngine(CountsEach):
         where: Filter,
         *,
         limit: int,
+        tenant: str | None = None,
         cursor: Any = None,
         newest_by: str | None = None,
         payload: bool = True,
     ) -> Page:
-        api = self._api
-        order = None if newest_by is None else api.OrderBy(newest_by, api.Direction.Desc)
+        """See Engine.page."""
+        api, narrowed = self._api, self._filter(self._narrowed(collection, where, tenant))
         with backend_errors(self, "page"):
             records, following = self._shards[collection].scroll(
                 api.ScrollRequest(
                     offset=cursor,
                     limit=limit,
-                    filter=self._filter(where),
+                    filter=narrowed,
                     with_payload=payload,
-                    order_by=order,
+                    order_by=None if newest_by is None else api.OrderBy(newest_by, api.Direction.Desc),
                 )
             )
         if newest_by is not None and not payload:  # the order comes with its key: no payload need be read
             return Page([Record(record.id, {newest_by: record.order_value}) for record in records], None)
         return Page([Record(record.id, record.payload or {}) for record in records], following)
 
-    async def search(self, collection: str, vector: list[float], where: Filter, limit: int) -> list[Record]:
-        api = self._api
-        request = api.QueryRequest(
-            limit=limit, query=api.Query.Nearest(vector), filter=self._filter(where), with_payload=True
-        )
+    async def search(
+        self,
+        collection: str,
+        vector: Sequence[float],
+        where: Filter,
+        limit: int,
+        *,
+        tenant: str | None = None,
+    ) -> list[Record]:
+        """See Engine.search."""
+        api, narrowed = self._api, self._filter(self._narrowed(collection, where, tenant))
         with backend_errors(self, "search"):
-            found = self._shards[collection].query(request)
+            found = self._shards[collection].query(
+                api.QueryRequest(
+                    limit=limit,
+                    query=api.Query.Nearest(list(vector)),
+                    filter=narrowed,
+                    with_payload=True,
+                )
+            )
         return [Record(record.id, record.payload or {}, record.score) for record in found]
 
-    async def count(self, collection: str, where: Filter) -> int:
+    async def count(self, collection: str, where: Filter, *, tenant: str | None = None) -> int:
+        """See Engine.count."""
+        narrowed = self._filter(self._narrowed(collection, where, tenant))
         with backend_errors(self, "count"):
-            request = self._api.CountRequest(exact=True, filter=self._filter(where))
+            request = self._api.CountRequest(exact=True, filter=narrowed)
             return cast("int", self._shards[collection].count(request))
 
     async def close(self) -> None:
@@ -4769,6 +5210,7 @@ class EdgeEngine(CountsEach):
                 shard.close()
             self._shards.clear()
             self._directories.clear()
+            self._open.clear()
 
     def abandon(self) -> None:
         """Keep the shards for ever, as dropping one writes to the parent's files; let go of their locks."""
@@ -4792,21 +5234,31 @@ class EdgeEngine(CountsEach):
         api = self._api
         match condition:
             case Equal(key, value):
-                return api.FieldCondition(key=key, match=api.MatchValue(value))
+                asked = {"match": api.MatchValue(value)}
             case AnyOf(key, values):
-                return api.FieldCondition(key=key, match=api.MatchAny(list(values)))
-            case Range(key, least, most):
-                return api.FieldCondition(key=key, range=api.RangeFloat(gte=least, lte=most))
-            case Text(key, words):
-                return api.FieldCondition(key=key, match=api.MatchText(words))
+                asked = {"match": api.MatchAny(list(values))}
+            case Range(key, gte, lte, gt, lt):
+                asked = {"range": api.RangeFloat(gte=gte, lte=lte, gt=gt, lt=lt)}
+            case Text(key, text):
+                asked = {"match": api.MatchText(text)}
             case Absent(key):
                 return api.IsEmptyCondition(key=key)
+            case Or(()):  # an empty "should" would match everything
+                return api.HasIdCondition(set())
+            case Or(filters):
+                return api.Filter(should=[*map(self._filter, filters)])
+        return api.FieldCondition(key=key, **asked)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # attuned.engines.local
 # The engine of qdrant-client's local mode.
 # ------------------------------------------------------------------------------------------------------------
+
+
+# ------------------------------------------------------------------------------
+# Relied on in qdrant-client beyond its public interface, all of it here; tests/test_canaries.py watches it
+# ------------------------------------------------------------------------------
 
 
 def import_qdrant_local() -> tuple[Any, Callable[[str], Any]]:
@@ -4820,7 +5272,25 @@ def import_qdrant_local() -> tuple[Any, Callable[[str], Any]]:
     class _Local(QdrantLocal):
         LARGE_DATA_THRESHOLD = sys.maxsize  # nothing but search looks at all points here
 
-    return models, lambda location: _Local(location, force_disable_check_same_thread=True)
+    def make(location: str) -> Any:
+        try:
+            return _Local(location, force_disable_check_same_thread=True)
+        except RuntimeError as error:
+            if "already accessed" in str(error):
+                raise locked_error(location) from error
+            raise
+
+    return models, make
+
+
+def local_files(path: Path, collection: str) -> tuple[Path, Path]:
+    """The list of all collections, and where the points of one are."""
+    return path / "meta.json", path / "collection" / collection / "storage.sqlite"
+
+
+def abandon_local(client: Any) -> None:
+    """Close the lock file of a client unlocked: unlocking would let others into the parent's directory."""
+    client._flock_file.close()
 
 
 class GroupedConnection(sqlite3.Connection):
@@ -4838,6 +5308,7 @@ class GroupedConnection(sqlite3.Connection):
 
     @contextlib.contextmanager
     def group(self) -> Generator[None]:
+        """Commit what is done meanwhile at once."""
         self.grouped = True
         try:
             yield
@@ -4849,11 +5320,73 @@ class GroupedConnection(sqlite3.Connection):
             self.grouped = False
 
 
-class LocalEngine(CountsEach):
+class LocalCollection:
+    """A collection of local mode: lists of ids and payloads in memory, and SQLite."""
+
+    def __init__(self, client: Any, name: str) -> None:
+        self._held = client.collections[name]
+
+    def adopt(self) -> None:
+        """Put our own connection in the place of the collection's."""
+        self._held.LARGE_DATA_THRESHOLD = sys.maxsize
+        persistence = self._held.storage
+        persistence.storage.close()
+        connection = sqlite3.connect(persistence.location, factory=GroupedConnection, check_same_thread=False)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")  # flush() does what FULL would, for many at once
+        persistence.storage = connection
+
+    def persist(self, points: Sequence[Any], deleted: Sequence[str]) -> None:
+        """Write to the disk, in one transaction."""
+        persistence = self._held.storage
+        with persistence.storage.group():
+            for point in points:
+                persistence.persist(point)
+            for point_id in deleted:
+                persistence.delete(point_id)
+
+    def take_in(self, points: Sequence[Any], deleted: Sequence[str]) -> None:
+        """Take into memory what is on disk now, without writing it there a second time."""
+        held = self._held
+        persistence, held.storage = held.storage, None
+        try:
+            if points:
+                held.upsert(list(points))
+            if deleted:
+                held.delete(list(deleted))
+        finally:
+            held.storage = persistence
+
+    @property
+    def slots(self) -> int:
+        """How many places there are in memory, those of deleted points included."""
+        return len(self._held.ids_inv)
+
+    def count(self) -> int:
+        """How many points there are."""
+        return len(self._held.ids) - int(self._held.deleted.sum())
+
+    def ids(self) -> list[str]:
+        """The ids of all points, in their order."""
+        return sorted(str(each) for each, row in self._held.ids.items() if not self._held.deleted[row])
+
+    def payload(self, point_id: str) -> dict[str, Any]:
+        """The payload of a point, which is not to be changed."""
+        held = self._held
+        return cast("dict[str, Any]", held.payload[held.ids[point_id]])
+
+    def close(self) -> None:
+        """Close its file."""
+        self._held.close()
+
+
+# ------------------------------------------------------------------------------
+
+
+class LocalEngine(EngineInProcess):
     """qdrant-client's local mode, made durable, atomic and quick to write.
 
-    It keeps all points in memory and, pickled, in SQLite. What is relied on beyond its public interface
-    stands in ``_adopt``, ``write`` and ``page``: the collection's storage and its lists of ids and payloads.
+    It keeps all points in memory and, pickled, in SQLite.
     """
 
     name = "local"
@@ -4864,13 +5397,15 @@ class LocalEngine(CountsEach):
     _REBUILD_EVERY = 20_000  # deleted points stay in memory until the collection is loaded again
 
     def __init__(self, path: Path, durability: str, reporter: Telemetry | None = None) -> None:
+        super().__init__()
         self.reporter = reporter
-        self._models, self._make_client = import_qdrant_local()
+        models, self._make_client = import_qdrant_local()
+        self._models = ClientModels(models)
         self._path = path
         self._power = durability == "power"
         self.writes = 0
-        self._sizes: dict[str, int] = {}  # of the vectors of the collections that are open
         self._removed: dict[str, int] = {}
+        self._sorted: dict[str, list[str]] = {}  # ids, for pages of everything, until the next write
         self._connected: Any = None
         self._connect()
 
@@ -4884,79 +5419,72 @@ class LocalEngine(CountsEach):
     def _connect(self) -> None:
         with backend_errors(self, f"open {self._path}"):
             self._mend_list()
-            try:
-                client = self._make_client(str(self._path))
-            except RuntimeError as error:
-                if "already accessed" in str(error):
-                    raise locked_error(self._path) from error
-                raise
-            for name in self._sizes:
-                self._adopt(client.collections[name])
+            client = self._make_client(str(self._path))
+            for name in self._open:
+                LocalCollection(client, name).adopt()
                 self._removed[name] = 0
         self._connected = client
 
     def _mend_list(self) -> None:
         """Fill the list of collections, left empty by a process that was killed as it made the directory."""
-        names = self._path / "meta.json"
+        names, _ = local_files(self._path, "")
         if names.exists() and names.stat().st_size == 0:
             write_atomically(names, json.dumps({"collections": {}, "aliases": {}}))
 
-    async def open_collection(self, collection: CollectionSpec) -> Mapping[str, Any]:
-        models, client = self._models, self._client
+    async def open(self, collection: CollectionSpec) -> Mapping[str, Any]:
+        """See Engine.open."""
+        client = self._client
         with backend_errors(self, f"open {self._path}"):
             if not client.collection_exists(collection.name):
                 # No payload indexes: local mode has none and warns.
-                vectors = models.VectorParams(size=collection.vector_size, distance=models.Distance.COSINE)
                 client.create_collection(
-                    collection.name, vectors_config=vectors, metadata=dict(collection.metadata)
+                    collection.name,
+                    vectors_config=self._models.vectors(collection.vector_size),
+                    metadata=dict(collection.metadata),
                 )
                 if self._power:
                     self._sync_new(collection.name)
             config = client.get_collection(collection.name).config
             metadata = dict(config.metadata or {})
             collection.accept(metadata)
-            self._adopt(client.collections[collection.name])
-        self._sizes[collection.name] = config.params.vectors.size
+            LocalCollection(client, collection.name).adopt()
+        self._open[collection.name] = Opened(config.params.vectors.size, collection.tenant)
         self._removed[collection.name] = 0
         return metadata
+
+    async def collections(self) -> Mapping[str, Mapping[str, Any]]:
+        """See Engine.collections."""
+        client = self._client
+        with backend_errors(self, "list"):
+            names = [each.name for each in client.get_collections().collections]
+            return {name: dict(client.get_collection(name).config.metadata or {}) for name in names}
 
     def _sync_new(self, name: str) -> None:
         """Make a new collection survive a power cut.
 
-        This comes before _adopt: closing a file of SQLite's here would end the locks that it has on it.
+        This comes before it is adopted: closing a file of SQLite's here would end the locks it has on it.
         """
-        directory = self._file_of(name).parent
-        names = (directory, directory.parent, self._path, self._path.parent)
-        fsync(self._path / "meta.json", *directory.iterdir(), *names)
-
-    def _file_of(self, name: str) -> Path:
-        return self._path / "collection" / name / "storage.sqlite"
-
-    def _adopt(self, collection: Any) -> None:
-        """Put our own connection in the place of the collection's."""
-        collection.LARGE_DATA_THRESHOLD = sys.maxsize
-        persistence = collection.storage
-        persistence.storage.close()
-        connection = sqlite3.connect(persistence.location, factory=GroupedConnection, check_same_thread=False)
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")  # flush() does what FULL would, for many at once
-        persistence.storage = connection
+        names, points = local_files(self._path, name)
+        directory = points.parent
+        fsync(names, *directory.iterdir(), directory, directory.parent, self._path, self._path.parent)
 
     flush_due = False  # SQLite sees to that
 
-    async def write(self, collection: str, points: Sequence[Point], deleted: Sequence[str] = ()) -> None:
-        held = self._client.collections[collection]
-        persistence, make = held.storage, self._models.PointStruct.model_construct
-        structs = [make(id=point.id, vector=point.vector, payload=point.payload) for point in points]
+    async def apply(
+        self, collection: str, puts: Sequence[Put] = (), deletes: Sequence[str] | Matching = ()
+    ) -> None:
+        """See Engine.apply."""
+        written, deleted = await self._judge(collection, puts, deletes)
+        held, make = (
+            LocalCollection(self._client, collection),
+            self._models.models.PointStruct.model_construct,
+        )
+        structs = [make(id=point.id, vector=list(point.vector), payload=point.payload) for point in written]
+        self._sorted.pop(collection, None)
         with backend_errors(self, "write"):
-            check_dimensions(points, self._sizes[collection])
             try:
-                with persistence.storage.group():
-                    for struct in structs:
-                        persistence.persist(struct)
-                    for point_id in deleted:
-                        persistence.delete(point_id)
-                self._apply(held, structs, deleted)
+                held.persist(structs, deleted)
+                held.take_in(structs, deleted)
             except sqlite3.Error:
                 raise  # nothing was written
             except BaseException:
@@ -4972,41 +5500,34 @@ class LocalEngine(CountsEach):
         No lock of SQLite's is on the log, so that it may be opened and closed here.
         """
         with backend_errors(self, "flush"):
-            for name in list(self._sizes):
+            for name in list(self._open):
                 with contextlib.suppress(FileNotFoundError):
-                    fsync(self._file_of(name).with_name("storage.sqlite-wal"))
-
-    def _apply(self, held: Any, structs: list[Any], deleted: Sequence[str]) -> None:
-        """Take into memory what is on disk now, without writing it there a second time."""
-        persistence, held.storage = held.storage, None
-        try:
-            if structs:
-                held.upsert(structs)
-            if deleted:
-                held.delete(list(deleted))
-        finally:
-            held.storage = persistence
+                    _, points = local_files(self._path, name)
+                    fsync(points.with_name(points.name + "-wal"))
 
     async def drop(self, collection: str) -> None:
+        """See Engine.drop."""
         with backend_errors(self, "drop"):
-            self._sizes.pop(collection, None)
-            held = self._client.collections.get(collection)
-            if held is not None:
-                held.close()
+            self._open.pop(collection, None)
+            self._sorted.pop(collection, None)
+            listed = self._client.collection_exists(collection)
+            if listed:
+                LocalCollection(self._client, collection).close()
             # One that is not listed was being created by a process that was killed.
-            if held is not None or self._file_of(collection).parent.exists():
+            if listed or local_files(self._path, collection)[1].parent.exists():
                 self._client.delete_collection(collection)
 
     async def replace(self, collection: str, by: str) -> None:
         """Renaming the file of points is the moment."""
-        files = [Path(self._client.collections[name].storage.location) for name in (by, collection)]
+        files = [local_files(self._path, name)[1] for name in (by, collection)]
         with backend_errors(self, "replace"):
             self._disconnect()  # which brings the write-ahead logs into the files, and removes them
             for log in (file.with_name(file.name + "-wal") for file in files):
                 if log.exists():
                     raise OSError(f"{log} is in use by another program")
+            self._sorted.clear()
             files[0].replace(files[1])
-            del self._sizes[by]
+            del self._open[by]
             with contextlib.suppress(OSError):  # the one or the other is there, also after a power cut
                 fsync(files[1].parent)
         with contextlib.suppress(BackendError):  # else the next use tries to connect again
@@ -5014,7 +5535,7 @@ class LocalEngine(CountsEach):
 
     def _tidy(self, collection: str, removed: int) -> None:
         self._removed[collection] += removed
-        slots = len(self._client.collections[collection].ids)
+        slots = LocalCollection(self._client, collection).slots
         if self._removed[collection] >= max(self._REBUILD_EVERY, slots // 2):
             self._disconnect()
             self._connect()
@@ -5024,10 +5545,15 @@ class LocalEngine(CountsEach):
         if client is not None:
             client.close()
 
-    async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[Record]:
+    async def retrieve(
+        self, collection: str, ids: Sequence[str], *, payload: bool = True, vector: bool = False
+    ) -> list[Record]:
+        """See Engine.retrieve."""
+        self._opened(collection)
         with backend_errors(self, "retrieve"):
-            found = self._client.retrieve(collection, list(ids), with_payload=payload, with_vectors=False)
-        return [Record(str(record.id), record.payload or {}) for record in found]
+            return client_records(
+                self._client.retrieve(collection, list(ids), with_payload=payload, with_vectors=vector)
+            )
 
     async def page(
         self,
@@ -5035,57 +5561,59 @@ class LocalEngine(CountsEach):
         where: Filter,
         *,
         limit: int,
+        tenant: str | None = None,
         cursor: Any = None,
         newest_by: str | None = None,
         payload: bool = True,
     ) -> Page:
-        if newest_by is None and where == Filter():
-            return self._slice(collection, cursor or 0, limit, payload=payload)
-        models = self._models
-        order = newest_by and models.OrderBy(key=newest_by, direction=models.Direction.DESC)
+        """See Engine.page."""
+        narrowed = self._narrowed(collection, where, tenant)
+        if newest_by is None and narrowed == Filter():  # which scroll() would sort anew for every page
+            held, ids = LocalCollection(self._client, collection), self._sorted.get(collection)
+            if ids is None:
+                ids = self._sorted[collection] = held.ids()
+            start = bisect_left(ids, cursor or "")
+            found = ids[start : start + limit + 1]
+            records = [Record(each, copied(held.payload(each)) if payload else {}) for each in found[:limit]]
+            return Page(records, found[limit] if len(found) > limit else None)
         with backend_errors(self, "page"):
-            records, following = self._client.scroll(
-                collection,
-                scroll_filter=client_filter(self._models, where),
-                limit=limit,
-                order_by=order,
-                offset=cursor,
-                with_payload=payload or (False if newest_by is None else [newest_by]),
+            asked = self._models.page(
+                self._models.filter(narrowed), limit, cursor, newest_by, payload=payload
             )
-        return Page([Record(str(record.id), record.payload or {}) for record in records], following)
+            return client_page(self._client.scroll(collection, **asked))
 
-    def _slice(self, collection: str, start: int, limit: int, *, payload: bool) -> Page:
-        """All points in the order of their coming: scroll() would sort them anew for every page."""
-        held = self._client.collections[collection]
-        stop = min(start + limit, len(held.ids_inv))
-        rows = (row for row in range(start, stop) if not held.deleted[row])
-        records = [Record(str(held.ids_inv[row]), held.payload[row] if payload else {}) for row in rows]
-        return Page(records, stop if stop < len(held.ids_inv) else None)
-
-    async def search(self, collection: str, vector: list[float], where: Filter, limit: int) -> list[Record]:
+    async def search(
+        self,
+        collection: str,
+        vector: Sequence[float],
+        where: Filter,
+        limit: int,
+        *,
+        tenant: str | None = None,
+    ) -> list[Record]:
+        """See Engine.search."""
+        narrowed = self._narrowed(collection, where, tenant)
         with backend_errors(self, "search"):
-            found = self._client.query_points(
-                collection, query=vector, query_filter=client_filter(self._models, where), limit=limit
-            )
-        return [Record(str(point.id), point.payload or {}, point.score) for point in found.points]
+            arguments = self._models.search(vector, self._models.filter(narrowed), limit)
+            return client_records(self._client.query_points(collection, **arguments).points)
 
-    async def count(self, collection: str, where: Filter) -> int:
-        if where == Filter():
-            held = self._client.collections[collection]
-            return len(held.ids) - int(held.deleted.sum())
+    async def count(self, collection: str, where: Filter, *, tenant: str | None = None) -> int:
+        """See Engine.count."""
+        narrowed = self._narrowed(collection, where, tenant)
+        if narrowed == Filter():
+            return LocalCollection(self._client, collection).count()
         with backend_errors(self, "count"):
-            return cast(
-                "int", self._client.count(collection, count_filter=client_filter(self._models, where)).count
-            )
+            counted = self._client.count(collection, count_filter=self._models.filter(narrowed))
+            return cast("int", counted.count)
 
     async def close(self) -> None:
         with backend_errors(self, "close"):
             self._disconnect()
 
     def abandon(self) -> None:
-        """Close the lock file unlocked: unlocking would let others into the parent's directory."""
+        """See Files.abandon."""
         if self._connected is not None:
-            self._connected._flock_file.close()
+            abandon_local(self._connected)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -5150,6 +5678,241 @@ def collection_exists(config: QdrantStoreConfig) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# attuned.engines.memory
+# The engine of points in the memory of this process, and the example of an engine.
+# ------------------------------------------------------------------------------------------------------------
+
+
+class _Tenant:
+    """The points of a tenant: a search goes over one matrix, a page over ids in their order."""
+
+    def __init__(self, vector_size: int) -> None:
+        self.rows: dict[str, int] = {}
+        self._vectors: Vectors = make_vectors(vector_size)
+        self._ids: list[str | None] = []  # by row
+        self._free: list[int] = []  # rows
+        self._sorted: list[str] | None = None
+
+    def put(self, point_id: str, vector: Sequence[float]) -> None:
+        row = self.rows.get(point_id)
+        if row is None:
+            row = self.rows[point_id] = self._free.pop() if self._free else len(self._ids)
+            self._ids[row : row + 1] = [point_id]
+            self._sorted = None
+        self._vectors.put(row, _direction(vector))
+
+    def remove(self, point_id: str) -> None:
+        row = self.rows.pop(point_id)
+        self._ids[row] = self._sorted = None
+        self._free.append(row)
+
+    def vector(self, point_id: str) -> list[float]:
+        return self._vectors.get(self.rows[point_id])
+
+    def ids_from(self, least: str) -> list[str]:
+        if self._sorted is None:
+            self._sorted = sorted(self.rows)
+        return self._sorted[bisect_left(self._sorted, least) :]
+
+    def nearest(self, direction: Sequence[float], number: int) -> Iterator[tuple[float, str]]:
+        """The best scores and the ids that have them, best first: so many at once, then all."""
+        scores = self._vectors.scores(direction, len(self._ids))
+        done = set[int]()
+        for wanted in (number, len(self._ids)):
+            for row in self._vectors.best(scores, wanted):
+                if row not in done and (point_id := self._ids[row]) is not None:
+                    yield min(1.0, max(-1.0, float(scores[row]))), point_id
+                done.add(row)
+
+
+@attrs.define
+class _Collection:
+    metadata: Mapping[str, Any]
+    vector_size: int
+    points: dict[str, Point] = attrs.field(init=False, factory=dict[str, Point])
+    tenants: dict[str, _Tenant] = attrs.field(init=False, factory=dict[str, _Tenant])
+    sorted_tenants: list[str] | None = None
+
+
+class MemoryEngine(EngineInProcess):
+    """Points in dicts, which go with the engine.
+
+    What it is given is copied, and copied again for whoever reads it: neither side sees what the other does.
+    """
+
+    name = "memory"
+    runs: ExecutionMode = "in place"
+    indexed = True  # by tenant; of all tenants every point is looked at, which takes about a microsecond
+    compact = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._collections: dict[str, _Collection] = {}
+
+    async def open(self, collection: CollectionSpec) -> Mapping[str, Any]:
+        """See Engine.open."""
+        held = self._collections.get(collection.name)
+        if held is None:
+            held = _Collection(copied(collection.metadata), collection.vector_size)
+        collection.accept(held.metadata)
+        self._collections[collection.name] = held
+        self._open[collection.name] = Opened(held.vector_size, collection.tenant)
+        return held.metadata
+
+    async def collections(self) -> Mapping[str, Mapping[str, Any]]:
+        """See Engine.collections."""
+        return {name: held.metadata for name, held in self._collections.items()}
+
+    async def drop(self, collection: str) -> None:
+        """See Engine.drop."""
+        self._collections.pop(collection, None)
+        self._open.pop(collection, None)
+
+    async def retrieve(
+        self, collection: str, ids: Sequence[str], *, payload: bool = True, vector: bool = False
+    ) -> list[Record]:
+        """See Engine.retrieve."""
+        self._opened(collection)
+        held = self._collections[collection]
+        found = [held.points[point_id] for point_id in dict.fromkeys(ids) if point_id in held.points]
+        return [
+            _record(
+                point,
+                payload=payload,
+                vector=held.tenants[point.tenant or ""].vector(point.id) if vector else (),
+            )
+            for point in found
+        ]
+
+    async def page(
+        self,
+        collection: str,
+        where: Filter,
+        *,
+        limit: int,
+        tenant: str | None = None,
+        cursor: Any = None,
+        newest_by: str | None = None,
+        payload: bool = True,
+    ) -> Page:
+        """See Engine.page; points come by tenant and id, and the cursor is those of the next."""
+        points = self._matching(collection, where, tenant, cursor)
+        if newest_by is not None:
+            ordered = (point for point in points if type(point.payload.get(newest_by)) in (int, float))
+            newest = heapq.nlargest(limit, ordered, key=lambda point: point.payload[newest_by])
+            if payload:
+                return Page([_record(point) for point in newest], None)
+            return Page([Record(point.id, {newest_by: point.payload[newest_by]}) for point in newest], None)
+        records: list[Record] = []
+        for point in points:
+            if len(records) == limit:
+                return Page(records, (point.tenant or "", point.id))
+            records.append(_record(point, payload=payload))
+        return Page(records, None)
+
+    def _matching(
+        self, collection: str, where: Filter, tenant: str | None, cursor: tuple[str, str] | None = None
+    ) -> Iterator[Point]:
+        held, (first, least) = self._held(collection, tenant), cursor or ("", "")
+        if tenant is not None:
+            names = [tenant]
+        else:
+            if held.sorted_tenants is None:
+                held.sorted_tenants = sorted(held.tenants)
+            names = held.sorted_tenants[bisect_left(held.sorted_tenants, first) :]
+        for name in names:
+            if (group := held.tenants.get(name)) is not None:
+                for point_id in group.ids_from(least if name == first else ""):
+                    point = held.points[point_id]
+                    if matches(where, point.payload):
+                        yield point
+
+    def _held(self, collection: str, tenant: str | None) -> _Collection:
+        if self._opened(collection).tenant is None and tenant is not None:
+            raise ValueError("the collection has no tenants")
+        return self._collections[collection]
+
+    async def search(
+        self,
+        collection: str,
+        vector: Sequence[float],
+        where: Filter,
+        limit: int,
+        *,
+        tenant: str | None = None,
+    ) -> list[Record]:
+        """See Engine.search."""
+        held, direction = self._held(collection, tenant), _direction(vector)
+        groups: Iterable[_Tenant | None] = (
+            held.tenants.values() if tenant is None else [held.tenants.get(tenant)]
+        )
+        number = limit if where == Filter() else 4 * limit + 64
+        nearest = heapq.merge(
+            *(group.nearest(direction, number) for group in groups if group is not None),
+            key=lambda scored: scored[0],
+            reverse=True,
+        )
+        records: list[Record] = []
+        for score, point_id in nearest:
+            point = held.points[point_id]
+            if matches(where, point.payload):
+                records.append(_record(point, score=score))
+                if len(records) == limit:
+                    break
+        return records
+
+    async def count(self, collection: str, where: Filter, *, tenant: str | None = None) -> int:
+        """See Engine.count."""
+        return sum(1 for _ in self._matching(collection, where, tenant))
+
+    async def apply(
+        self, collection: str, puts: Sequence[Put] = (), deletes: Sequence[str] | Matching = ()
+    ) -> None:
+        """See Engine.apply."""
+        written, deleted = await self._judge(collection, puts, deletes)
+        with backend_errors(self, "write"):
+            held = self._collections[collection]
+            for point in written:
+                before = held.points.get(point.id)
+                if before is not None and before.tenant != point.tenant:
+                    self._remove(held, before)
+                group = held.tenants.get(point.tenant or "")
+                if group is None:
+                    group = held.tenants[point.tenant or ""] = _Tenant(held.vector_size)
+                    held.sorted_tenants = None
+                group.put(point.id, point.vector)
+                held.points[point.id] = point._replace(vector=(), payload=copied(point.payload))
+            for point_id in deleted:
+                if point_id in held.points:
+                    self._remove(held, held.points[point_id])
+
+    @staticmethod
+    def _remove(held: _Collection, point: Point) -> None:
+        group = held.tenants[point.tenant or ""]
+        group.remove(point.id)
+        del held.points[point.id]
+        if not group.rows:
+            del held.tenants[point.tenant or ""]
+            held.sorted_tenants = None
+
+    async def close(self) -> None:
+        """See Engine.close; nothing is left."""
+        self._collections.clear()
+        self._open.clear()
+
+
+def _record(
+    point: Point, score: float = 0.0, *, payload: bool = True, vector: Sequence[float] = ()
+) -> Record:
+    return Record(point.id, copied(point.payload) if payload else {}, score, vector)
+
+
+def _direction(vector: Sequence[float]) -> list[float]:
+    length = math.hypot(*vector)
+    return [value / length for value in vector] if length else list(vector)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # attuned.engines.server
 # The engine of a Qdrant server or cluster.
 # ------------------------------------------------------------------------------------------------------------
@@ -5201,7 +5964,7 @@ class ServerEngine:
     compact = False
 
     def __init__(self, config: QdrantStoreConfig, waits: Waits) -> None:
-        self._models = import_qdrant_client().models
+        self._models = ClientModels(import_qdrant_client().models)
         import ssl
 
         import httpx
@@ -5209,6 +5972,7 @@ class ServerEngine:
         self.runs: ExecutionMode = "in place" if waits.blocking else "on loop"
         self._waits = waits
         self._config = config
+        self._tenants: dict[str, str | None] = {}  # the keys that hold them, by collection
         self._url = cast("str", config.url)
         self._blocking = waits.blocking
         headers = {} if config.api_key is None else {"api-key": config.api_key}  # as api_key= it would warn
@@ -5219,6 +5983,8 @@ class ServerEngine:
             if isinstance(verify, str)
             else httpx.create_ssl_context(verify)
         )
+        self._read_options = {"consistency": config.read_consistency}
+        self._write_options = {"ordering": config.write_ordering, "wait": True}
         self._shared: dict[str, Any] = {"headers": headers, "limits": limits, "verify": trusted}
         clients = self._make_clients()  # the first take 0.1 s, for which no event loop is to be held up
         self._prepared = [clients]
@@ -5292,7 +6058,8 @@ class ServerEngine:
 
         return await self.resilience.send(operation, translated)
 
-    async def open_collection(self, collection: CollectionSpec) -> Mapping[str, Any]:
+    async def open(self, collection: CollectionSpec) -> Mapping[str, Any]:
+        """See Engine.open."""
         await self._check_version()
         info = await self._describe(collection.name)
         if info is None:
@@ -5309,13 +6076,25 @@ class ServerEngine:
         collection.accept(metadata)
         vectors = info.config.params.vectors
         found = getattr(vectors, "size", None), getattr(vectors, "distance", None)
-        if found != (metadata.get("vector_size"), self._models.Distance.COSINE):
+        if found != (metadata.get("vector_size"), self._models.models.Distance.COSINE):
             raise SchemaMismatchError(
                 f"{self._url}: collection {collection.name!r} has {found[0]} dimensions, {found[1]}; "
                 f"{metadata.get('vector_size')} and Cosine are needed"
             )
         await self._create_indexes(collection, set(info.payload_schema))
+        self._tenants[collection.name] = collection.tenant
         return metadata
+
+    async def collections(self) -> Mapping[str, Mapping[str, Any]]:
+        """See Engine.collections; each is asked for its metadata, and left out where it goes meanwhile."""
+        listed = (await self._send("list", self._client.get_collections)).collections
+        found = {each.name: await self._describe(each.name) for each in listed}
+        return {name: dict(info.config.metadata or {}) for name, info in found.items() if info is not None}
+
+    async def drop(self, collection: str) -> None:
+        """See Engine.drop."""
+        self._tenants.pop(collection, None)
+        await self._send("drop", lambda: self._client.delete_collection(collection))
 
     async def _check_version(self) -> None:
         version = (await self._send("info", self._client.info)).version
@@ -5333,14 +6112,13 @@ class ServerEngine:
             raise
 
     async def _create(self, collection: CollectionSpec) -> None:
-        models, config = self._models, self._config
-        vectors = models.VectorParams(size=collection.vector_size, distance=models.Distance.COSINE)
+        config = self._config
         try:
             await self._send(
                 "create",
                 lambda: self._client.create_collection(
                     collection.name,
-                    vectors_config=vectors,
+                    vectors_config=self._models.vectors(collection.vector_size),
                     shard_number=config.shard_number,
                     replication_factor=config.replication_factor,
                     write_consistency_factor=config.write_consistency_factor,
@@ -5352,65 +6130,59 @@ class ServerEngine:
                 raise
 
     async def _create_indexes(self, collection: CollectionSpec, there: set[str]) -> None:
-        for key, kind in collection.indexes.items():
-            if key not in there:
-                await self._create_index(collection.name, key, kind)
-
-    async def _create_index(self, name: str, key: str, kind: IndexKind) -> None:
-        models = self._models
-        schema = (
-            models.KeywordIndexParams(type="keyword", is_tenant=True)
-            if kind == "tenant"
-            else models.PayloadSchemaType(kind)
-        )
-        await self._send(
-            "index", lambda: self._client.create_payload_index(name, key, field_schema=schema, wait=True)
-        )
-
-    async def put(self, collection: str, puts: Sequence[Put]) -> None:
-        operations = [self._upsert(put) for put in puts]
-        ordering = self._config.write_ordering
-        if len(operations) == 1:
-            only = operations[0]
+        models, name = self._models.models, collection.name
+        schemas = {key: models.PayloadSchemaType(kind) for key, kind in collection.indexes.items()}
+        if collection.tenant is not None:
+            schemas[collection.tenant] = models.KeywordIndexParams(type="keyword", is_tenant=True)
+        for key in [key for key in schemas if key not in there]:
+            index = {"field_name": key, "field_schema": schemas[key]}
             await self._send(
-                "upsert",
-                lambda: self._client.upsert(
-                    collection,
-                    points=only.points,
-                    update_filter=only.update_filter,
-                    update_mode=only.update_mode,
-                    ordering=ordering,
-                    wait=True,
-                ),
-            )
-        else:
-            batch = [self._models.UpsertOperation(upsert=operation) for operation in operations]
-            await self._send(
-                "upsert",
-                lambda: self._client.batch_update_points(collection, batch, ordering=ordering, wait=True),
+                "index", functools.partial(self._client.create_payload_index, name, **index, wait=True)
             )
 
-    def _upsert(self, put: Put) -> Any:
-        models = self._models
+    async def apply(
+        self, collection: str, puts: Sequence[Put] = (), deletes: Sequence[str] | Matching = ()
+    ) -> None:
+        """See Engine.apply; several steps are one request too, in which they come one after another."""
+        key, models, options = self._key_of(collection), self._models.models, self._write_options
+        upserts = [self._upsert(put, key) for put in puts if put.points]
+        selector = None
+        if isinstance(deletes, Matching):
+            narrowed = within(deletes.where, key, deletes.tenant)
+            selector = models.FilterSelector(filter=self._models.filter(narrowed))
+        elif deletes:
+            selector = models.PointIdsList(points=list(deletes))
+        if len(upserts) == 1 and selector is None:
+            asked = {name: getattr(upserts[0], name) for name in ("points", "update_filter", "update_mode")}
+            await self._send("upsert", lambda: self._client.upsert(collection, **asked, **options))
+        elif upserts:
+            steps = [models.UpsertOperation(upsert=each) for each in upserts]
+            steps += [] if selector is None else [models.DeleteOperation(delete=selector)]
+            await self._send("upsert", lambda: self._client.batch_update_points(collection, steps, **options))
+        elif selector is not None:
+            await self._send("delete", lambda: self._client.delete(collection, selector, **options))
+
+    def _upsert(self, put: Put, key: str | None) -> Any:
+        models, points = self._models.models, [with_tenant(point, key) for point in put.points]
         return models.PointsList(
             points=[
-                models.PointStruct(id=point.id, vector=point.vector, payload=point.payload)
-                for point in put.points
+                models.PointStruct(id=point.id, vector=list(point.vector), payload=point.payload)
+                for point in points
             ],
-            update_filter=None if put.over is None else client_filter(models, put.over),
+            update_filter=None if put.over is None else self._models.filter(put.over),
             update_mode=None if put.mode == "upsert" else models.UpdateMode(f"{put.mode}_only"),
         )
 
-    async def delete(self, collection: str, where: Filter | Sequence[str]) -> None:
-        models = self._models
-        selector = (
-            models.FilterSelector(filter=client_filter(models, where))
-            if isinstance(where, Filter)
-            else models.PointIdsList(points=list(where))
-        )
-        ordering = self._config.write_ordering
-        await self._send(
-            "delete", lambda: self._client.delete(collection, selector, ordering=ordering, wait=True)
+    def _key_of(self, collection: str) -> str | None:
+        try:
+            return self._tenants[collection]
+        except KeyError:
+            raise not_open(self.name, collection) from None
+
+    def _narrowed(self, collection: str, where: Filter, tenant: str | None) -> Any:
+        """A filter of one tenant's points; those of all may be asked for of what is not open here too."""
+        return self._models.filter(
+            where if tenant is None else within(where, self._key_of(collection), tenant)
         )
 
     async def mark(self, collection: str, key: str, value: str | None) -> None:
@@ -5424,14 +6196,13 @@ class ServerEngine:
     async def finish(self, last: Awaitable[object]) -> None:
         await self._waits.shielded(last)
 
-    async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[Record]:
-        found = await self._send(
-            "retrieve",
-            lambda: self._client.retrieve(
-                collection, list(ids), with_payload=payload, consistency=self._config.read_consistency
-            ),
-        )
-        return [Record(str(record.id), record.payload or {}) for record in found]
+    async def retrieve(
+        self, collection: str, ids: Sequence[str], *, payload: bool = True, vector: bool = False
+    ) -> list[Record]:
+        """See Engine.retrieve."""
+        asked = {"with_payload": payload, "with_vectors": vector, **self._read_options}
+        found = await self._send("retrieve", lambda: self._client.retrieve(collection, list(ids), **asked))
+        return client_records(found)
 
     async def page(
         self,
@@ -5439,86 +6210,66 @@ class ServerEngine:
         where: Filter,
         *,
         limit: int,
+        tenant: str | None = None,
         cursor: Any = None,
         newest_by: str | None = None,
         payload: bool = True,
     ) -> Page:
-        models = self._models
-        order = newest_by and models.OrderBy(key=newest_by, direction=models.Direction.DESC)
-        records, following = await self._send(
-            "page",
-            lambda: self._client.scroll(
-                collection,
-                scroll_filter=client_filter(models, where),
-                limit=limit,
-                offset=cursor,
-                order_by=order,
-                with_payload=payload or [newest_by],
-                consistency=self._config.read_consistency,
-            ),
-        )
-        return Page([Record(str(record.id), record.payload or {}) for record in records], following)
+        """See Engine.page."""
+        narrowed = self._narrowed(collection, where, tenant)
+        asked = self._models.page(narrowed, limit, cursor, newest_by, payload=payload) | self._read_options
+        return client_page(await self._send("page", lambda: self._client.scroll(collection, **asked)))
 
-    async def search(self, collection: str, vector: list[float], where: Filter, limit: int) -> list[Record]:
-        found = await self._send(
-            "search",
-            lambda: self._client.query_points(
-                collection,
-                query=vector,
-                query_filter=client_filter(self._models, where),
-                limit=limit,
-                consistency=self._config.read_consistency,
-            ),
-        )
-        return [Record(str(point.id), point.payload or {}, point.score) for point in found.points]
+    async def search(
+        self,
+        collection: str,
+        vector: Sequence[float],
+        where: Filter,
+        limit: int,
+        *,
+        tenant: str | None = None,
+    ) -> list[Record]:
+        """See Engine.search."""
+        narrowed = self._narrowed(collection, where, tenant)
+        asked = self._models.search(vector, narrowed, limit) | self._read_options
+        found = await self._send("search", lambda: self._client.query_points(collection, **asked))
+        return client_records(found.points)
 
-    async def count(self, collection: str, where: Filter) -> int:
-        counted = await self._send(
-            "count", lambda: self._client.count(collection, client_filter(self._models, where), exact=True)
-        )
+    async def count(self, collection: str, where: Filter, *, tenant: str | None = None) -> int:
+        """See Engine.count."""
+        narrowed = self._narrowed(collection, where, tenant)
+        counted = await self._send("count", lambda: self._client.count(collection, narrowed, exact=True))
         return cast("int", counted.count)
 
     async def count_by(
         self, collection: str, key: str, values: Sequence[str], where: Filter
     ) -> Mapping[str, int]:
-        narrowed = client_filter(self._models, where._replace(must=(AnyOf(key, values), *where.must)))
-        found = await self._send(
-            "count",
-            lambda: self._client.facet(
-                collection,
-                key,
-                facet_filter=narrowed,
-                limit=len(values),
-                exact=True,
-                consistency=self._config.read_consistency,
-            ),
-        )
+        """See Engine.count_by; in one request."""
+        if not values:
+            return {}
+        narrowed = self._models.filter(where._replace(must=(AnyOf(key, values), *where.must)))
+        asked = {"facet_filter": narrowed, "limit": len(values), "exact": True, **self._read_options}
+        found = await self._send("count", lambda: self._client.facet(collection, key, **asked))
         return {hit.value: hit.count for hit in found.hits}
 
-    def is_absent(self, collection: str, error: BackendError) -> bool:
-        """See SharedEngine.is_absent."""
-        cause: Any = error.__cause__  # a gateway, too, answers 404: what counts is what Qdrant says
-        absent = http_status_of(error) == HTTPStatus.NOT_FOUND
-        return absent and f"Collection `{collection}` doesn't exist".encode() in cause.content
-
-    async def status(self, collection: str, seconds: float) -> Mapping[str, Any]:
-        """Asked without retry and breaker."""
+    async def status(self, collection: str, where: Filter, seconds: float) -> CollectionStatus:
+        """See Engine.status; without retry and breaker."""
         with report_request(self.reporter, "server", "health"):
-            return await self._status(collection, time.monotonic() + seconds)
+            return await self._status(collection, where, time.monotonic() + seconds)
 
-    async def _status(self, collection: str, deadline: float) -> Mapping[str, Any]:
+    async def _status(self, collection: str, where: Filter, deadline: float) -> CollectionStatus:
         place = f"collections/{urlquote(collection, safe='')}"
-        latest = {"filter": {"must": [{"key": "kind", "match": {"value": "latest"}}]}, "exact": True}
+        counting = {"filter": self._models.filter(where).model_dump(exclude_none=True), "exact": True}
         try:
-            found: dict[str, Any] = {"version": (await self._ask("GET", "", deadline))["version"]}
+            version = (await self._ask("GET", "", deadline))["version"]
             described = await self._ask("GET", place, deadline, absent_ok=True)
-            if described:
-                found["collection"] = dict(described["result"])
-                counted = await self._ask("POST", f"{place}/points/count", deadline, json=latest)
-                found["users"] = int(counted["result"]["count"])
+            if not described:
+                return CollectionStatus(None, version=version)
+            counted = await self._ask("POST", f"{place}/points/count", deadline, json=counting)
+            details, matching = dict(described["result"]), int(counted["result"]["count"])
+            return CollectionStatus(details.get("points_count", 0), matching, version, details)
         except (KeyError, TypeError, ValueError) as error:
             raise server_error(error, "health", self._url) from error
-        return found
 
     async def _ask(
         self, method: str, path: str, deadline: float, *, absent_ok: bool = False, **options: Any
@@ -5943,72 +6694,6 @@ def page_of_ids(remaining: Any, size: int) -> tuple[list[str], Any]:
 # attuned.states.memory
 # The backend of memory: a deque a user, nothing between a caller and the dict.
 # ------------------------------------------------------------------------------------------------------------
-
-
-class Vectors(Protocol):
-    """Unit vectors in numbered rows."""
-
-    def put(self, row: int, direction: Sequence[float]) -> None:
-        """Write a row, which is there or the next one."""
-        ...
-
-    def scores(self, direction: Sequence[float], rows: int) -> Any:
-        """The cosines of the first so many rows with a direction."""
-        ...
-
-    def best(self, scores: Any, number: int) -> Iterable[int]:
-        """The rows of the best scores, best first, at least ``number`` of them or all."""
-        ...
-
-
-class _PlainVectors:
-    """Rows as lists, where numpy is absent."""
-
-    def __init__(self) -> None:
-        self._rows: list[Sequence[float]] = []
-
-    def put(self, row: int, direction: Sequence[float]) -> None:
-        self._rows[row : row + 1] = [direction]
-
-    def scores(self, direction: Sequence[float], rows: int) -> list[float]:
-        return [sum(map(operator.mul, direction, row)) for row in self._rows[:rows]]
-
-    def best(self, scores: list[float], number: int) -> Iterable[int]:  # noqa: ARG002 - sorts all anyhow
-        return sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
-
-
-class _NumpyVectors:
-    """Rows as a matrix."""
-
-    def __init__(self, vector_size: int) -> None:
-        import numpy as np
-
-        self._numpy = np
-        self._matrix = np.zeros((64, vector_size), dtype=np.float32)
-
-    def put(self, row: int, direction: Sequence[float]) -> None:
-        if row >= len(self._matrix):
-            self._matrix = self._numpy.concatenate([self._matrix, self._numpy.zeros_like(self._matrix)])
-        self._matrix[row] = direction
-
-    def scores(self, direction: Sequence[float], rows: int) -> Any:
-        return self._matrix[:rows] @ self._numpy.asarray(direction, dtype=self._numpy.float32)
-
-    def best(self, scores: Any, number: int) -> Iterable[int]:
-        if number < len(scores):
-            rows = self._numpy.argpartition(-scores, number)[:number]
-            rows = rows[self._numpy.argsort(-scores[rows])]
-        else:
-            rows = self._numpy.argsort(-scores)
-        return cast("list[int]", rows.tolist())
-
-
-def make_vectors(vector_size: int) -> Vectors:
-    """Vectors with numpy, or without where it is absent."""
-    try:
-        return _NumpyVectors(vector_size)
-    except ImportError:
-        return _PlainVectors()
 
 
 class VectorIndex:
@@ -6853,7 +7538,6 @@ class UserIterator:
 
 
 _INDEXES: Mapping[str, IndexKind] = {
-    "user_id": "tenant",
     "kind": "keyword",
     "updated_at_unix_ms": "integer",
     "source": "keyword",
@@ -6882,14 +7566,13 @@ WHOLE_HISTORY = 1_000_000  # more entries than the history of one user can sensi
 
 
 def encode_snapshot(snapshot: StateSnapshot, kind: str, *, compact: bool) -> dict[str, Any]:
-    """The payload of a point, its axes nested or, where that is cheaper, as a text.
+    """The payload of a point, without the user: its axes nested or, where that is cheaper, as a text.
 
     Qdrant Edge may change a float in its last bit; in the compact form there is a text of the confidence too.
     """
     axes = snapshot.axes
     exact = {"exact_confidence": repr(snapshot.confidence)} if compact and snapshot.confidence != 1.0 else {}
     return {
-        "user_id": snapshot.user_id,
         "updated_at_unix_ms": snapshot.updated_at_unix_ms,
         "source": snapshot.source.value,
         "confidence": snapshot.confidence,
@@ -6929,12 +7612,10 @@ def payload_field(record: Record, field: str) -> Any:
 
 def _where(search: SearchRequest) -> Filter:
     must: list[Condition] = [HISTORY if search.history else LATEST]
-    if search.user_id is not None:
-        must.append(Equal("user_id", search.user_id))
     if search.source is not None:
         must.append(Equal("source", search.source.value))
     if search.min_confidence is not None:
-        must.append(Range("confidence", least=search.min_confidence - LAST_BITS))
+        must.append(Range("confidence", gte=search.min_confidence - LAST_BITS))
     if search.since is not None or search.until is not None:
         must.append(Range("updated_at_unix_ms", search.since, search.until))
     excluded = () if search.exclude_user_id is None else (Equal("user_id", search.exclude_user_id),)
@@ -7039,8 +7720,10 @@ class PointsBackend(ABC):
             "vector_size": fresh.vector_size,
         }
         accept = functools.partial(_recorded_schema, self.config)
-        collection = CollectionSpec(self._collection, fresh.vector_size, _INDEXES, wanted, accept)
-        return accept(await self.engine.open_collection(collection))
+        collection = CollectionSpec(
+            self._collection, fresh.vector_size, _INDEXES, wanted, accept, tenant="user_id"
+        )
+        return accept(await self.engine.open(collection))
 
     @abstractmethod
     async def open(self) -> None:
@@ -7058,7 +7741,7 @@ class PointsBackend(ABC):
         vector, where = self.schema.vector(request.axes), _where(request)
         limit = min(request.limit, _MOST_MATCHES)
         while True:
-            records = await self.engine.search(self._collection, vector, where, limit)
+            records = await self.engine.search(self._collection, vector, where, limit, tenant=request.user_id)
             found = ((decode_snapshot(record.payload), record.score) for record in records)
             matches = [Match(entry, clamp_score(score)) for entry, score in found if request.admits(entry)]
             if request.history:
@@ -7175,9 +7858,12 @@ class PointsBackend(ABC):
         there is was left by a writer that did not know.
         """
         since = (Range("updated_at_unix_ms", least),) if least else ()
-        where = Filter((Equal("user_id", user_id), *since))
         page = await self.engine.page(
-            self._collection, where, limit=wanted + 1, newest_by="updated_at_unix_ms"
+            self._collection,
+            Filter(since),
+            limit=wanted + 1,
+            tenant=user_id,
+            newest_by="updated_at_unix_ms",
         )
         if not any(payload_field(record, "kind") == "latest" for record in page.records):
             return []
@@ -7190,18 +7876,24 @@ class PointsBackend(ABC):
         return [decode_snapshot(record.payload) for record in itertools.islice(distinct.values(), wanted)]
 
     async def _history_times(self, user_id: str) -> list[int]:
-        where = Filter((Equal("user_id", user_id), HISTORY))
         page = await self.engine.page(
-            self._collection, where, limit=WHOLE_HISTORY, newest_by="updated_at_unix_ms", payload=False
+            self._collection,
+            Filter((HISTORY,)),
+            limit=WHOLE_HISTORY,
+            tenant=user_id,
+            newest_by="updated_at_unix_ms",
+            payload=False,
         )
         return [payload_field(record, "updated_at_unix_ms") for record in reversed(page.records)]
 
     def _point(self, snapshot: StateSnapshot, suffix: str | int, **extra: Any) -> Point:
         kind = "latest" if suffix == "latest" else "history"
         payload = encode_snapshot(snapshot, kind, compact=self.engine.compact)
-        vector = self.schema.vector(snapshot.axes)
         return Point(
-            make_point_id(snapshot.user_id, suffix), vector, {**payload, **extra} if extra else payload
+            make_point_id(snapshot.user_id, suffix),
+            self.schema.vector(snapshot.axes),
+            {**payload, **extra} if extra else payload,
+            snapshot.user_id,
         )
 
 
@@ -7421,7 +8113,8 @@ class OwnedBackend(PointsBackend):
         """The latest point, made from the same snapshot's point in history where there is one."""
         if twin is None:
             return self._point(latest, "latest")
-        return Point(make_point_id(latest.user_id, "latest"), twin.vector, {**twin.payload, "kind": "latest"})
+        payload = {**twin.payload, "kind": "latest"}
+        return twin._replace(id=make_point_id(latest.user_id, "latest"), payload=payload)
 
     async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None:
         latest = await self.get_latest(snapshot.user_id)
@@ -7479,7 +8172,7 @@ class OwnedBackend(PointsBackend):
     ) -> None:
         """Write, then bring what is known of these users up to date."""
         try:
-            await self._files.write(self._collection, points, deleted)
+            await self._files.apply(self._collection, [Put(points)], deleted)
             remember()
         except BaseException:
             # How much of it was done is unknown, also after an interrupt: look again at the next use.
@@ -7617,9 +8310,8 @@ class SharedBackend(PointsBackend):
         schema = self.schema
         try:
             return await operation(self)
-        except BackendRejectedError as error:
-            if not self._server.is_absent(self._collection, error):
-                raise
+        except CollectionNotFoundError:
+            pass  # made again below, out of reach of this error
         if self.schema is schema:  # else another thread or task has opened it again already
             self.is_open = False
         await self.open()
@@ -7664,11 +8356,11 @@ class SharedBackend(PointsBackend):
         return [entry for entry in newest if entry.updated_at_unix_ms <= window.until][: window.limit]
 
     async def look(self, seconds: float) -> Health:
-        status = await self._server.status(self._collection, seconds)
-        collection = status.get("collection")
-        if collection is None:
+        status = await self.engine.status(self._collection, Filter((LATEST,)), seconds)
+        if status.points is None:
             message = f"collection {self._collection!r} will be made by the first operation"
-            return Health("healthy", self.engine.name, 0.0, 0, 0, message=message, version=status["version"])
+            return Health("healthy", self.engine.name, 0.0, 0, 0, message=message, version=status.version)
+        collection = status.details
         color = str(collection.get("status"))
         signs = [f"the collection is {color}"] if color != "green" else []
         if _is_marked(collection):
@@ -7677,10 +8369,10 @@ class SharedBackend(PointsBackend):
             "unhealthy" if color == "red" else "degraded" if signs else "healthy",
             self.engine.name,
             0.0,
-            status["users"],
-            collection.get("points_count"),
+            status.matching,
+            status.points,
             message="; ".join(signs),
-            version=status["version"],
+            version=status.version,
             collection_status=color,
             indexed_vectors=collection.get("indexed_vectors_count"),
         )
@@ -7695,7 +8387,7 @@ class SharedBackend(PointsBackend):
                 newest[snapshot.user_id] = snapshot
         entries = {(entry.user_id, entry.updated_at_unix_ms): entry for entry in snapshots}
         history = [self._point(entry, time_ms) for (_, time_ms), entry in entries.items()]
-        await self._server.put(self._collection, self._puts(newest.values(), history))
+        await self.engine.apply(self._collection, self._puts(newest.values(), history))
         entries_of = Counter(user_id for user_id, _ in entries)
         for user_id in newest:
             self._latest.pop(user_id, None)
@@ -7706,7 +8398,7 @@ class SharedBackend(PointsBackend):
         puts = [
             Put(
                 [self._latest_point(entry)],
-                over=Filter((Range("updated_at_unix_ms", most=entry.updated_at_unix_ms),)),
+                over=Filter((Range("updated_at_unix_ms", lte=entry.updated_at_unix_ms),)),
             )
             for entry in newest
         ]
@@ -7742,11 +8434,11 @@ class SharedBackend(PointsBackend):
         puts = [Put([self._point(snapshot, snapshot.updated_at_unix_ms)])]
         if followed is not None and followed.updated_at_unix_ms != snapshot.updated_at_unix_ms:
             puts.append(Put([self._point(followed, followed.updated_at_unix_ms)], mode="insert"))
-        await self._server.put(self._collection, puts)
+        await self.engine.apply(self._collection, puts)
         try:
             if not await self._is_there(snapshot.user_id):
                 ids = [point.id for put in puts for point in put.points]
-                await self._server.delete(self._collection, ids)
+                await self.engine.apply(self._collection, deletes=ids)
         except BackendError as error:  # what was to be written has been, and is not undone by raising this
             LOGGER.warning("looking after the history of a user failed: %s", error)
 
@@ -7764,7 +8456,7 @@ class SharedBackend(PointsBackend):
         else:
             unchanged = Equal("revision", replaced) if replaced else Absent("revision")
             put = Put([point], mode="update", over=Filter((unchanged,)))
-        await self._server.put(self._collection, [put])
+        await self.engine.apply(self._collection, [put])
         after = await self._latest_payload(snapshot.user_id) or {}
         seen = [after.get("revision"), *after.get("replaces", ())]
         if point.payload["revision"] in seen:
@@ -7779,7 +8471,7 @@ class SharedBackend(PointsBackend):
 
     async def delete(self, user_id: str) -> bool:
         there = await self._is_there(user_id)
-        await self._server.delete(self._collection, Filter((Equal("user_id", user_id),)))
+        await self.engine.apply(self._collection, deletes=Matching(Filter(), user_id))
         self._latest.pop(user_id, None)
         return there
 
@@ -7807,7 +8499,7 @@ class SharedBackend(PointsBackend):
 
     async def _remove(self, times: Mapping[str, list[int]]) -> None:
         ids = [make_point_id(user_id, time_ms) for user_id, old in times.items() for time_ms in old]
-        await self._server.delete(self._collection, ids)
+        await self.engine.apply(self._collection, deletes=ids)
 
     async def create_native(self, order: SnapshotRequest, target: str) -> SnapshotReport | None:
         """Take a snapshot of the server's own making; None where a portable one will do and is needed.
@@ -7859,7 +8551,7 @@ class SharedBackend(PointsBackend):
         restoring = cast("RestoringBackend", staged)
         written = Equal("restored", restoring.token)
         await self._check_restored(restoring)
-        await self._server.delete(self._collection, Filter(must_not=(written,)))
+        await self.engine.apply(self._collection, deletes=Matching(Filter(must_not=(written,))))
         await self._check_restored(restoring)
         await self._server.mark(self._collection, "restoring", None)
         self.forget_everything()
@@ -7910,7 +8602,7 @@ class RestoringBackend(SharedBackend):
         points = [self._latest_point(snapshot, restored=self.token) for snapshot in last.values()]
         if self._retention.maximum:
             points += [self._point(each, each.updated_at_unix_ms, restored=self.token) for each in snapshots]
-        await self._server.put(self._collection, [Put(points)])
+        await self.engine.apply(self._collection, [Put(points)])
         self.users_written += len(last) - (self._last in last)
         self._last = snapshots[-1].user_id
 

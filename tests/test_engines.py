@@ -1,4 +1,4 @@
-"""The embedded engines themselves, and their stores in trouble: failures, threads, forks, odd directories."""
+"""Stores on the embedded engines in trouble: failures, threads, forks, odd directories."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import gc
 import hashlib
 import json
-import math
 import random
 import shutil
 import sqlite3
@@ -14,7 +13,6 @@ import sys
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
@@ -192,305 +190,8 @@ def is_locked(path: Path) -> bool:
 
 
 # ------------------------------------------------------------------------------
-# The waist
+# Several collections
 # ------------------------------------------------------------------------------
-
-EVERY_INDEX: dict[str, Any] = {
-    "owner": "tenant",
-    "colour": "keyword",
-    "number": "integer",
-    "weight": "float",
-    "good": "bool",
-    "day": "datetime",
-    "text": "text",
-}
-DOCUMENTS = attuned_store.CollectionSpec("documents", 2, EVERY_INDEX, {"made_by": "a test", "parts": [1, 2]})
-TEXTS = ("the quick brown fox", "A lazy dog, asleep", "Quick: thinking!", "nothing")
-
-
-def key_of(number: int) -> str:
-    return str(uuid.UUID(int=number + 1))
-
-
-def document(number: int) -> attuned_store.Point:
-    """A point with a value for every index; every third has no note, or an empty one."""
-    angle = number / 10
-    payload: dict[str, Any] = {
-        "owner": f"owner-{number % 3}",
-        "colour": ("red", "green", "blue", "grey")[number % 4],
-        "number": number,
-        "weight": number / 4,
-        "good": number % 2 == 0,
-        "day": f"2024-01-{number + 1:02}T00:00:00Z",
-        "text": TEXTS[number % 4],
-        "nested": {"of": [number, {"deep": None}]},
-    }
-    if number % 3:
-        payload["note"] = "a note" if number % 3 == 1 else []
-    return attuned_store.Point(key_of(number), [math.cos(angle), math.sin(angle)], payload)
-
-
-class Driven:
-    """An engine whose methods are called, not awaited."""
-
-    def __init__(self, engine: attuned_store.EmbeddedEngine) -> None:
-        self.engine = engine
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        method = getattr(self.engine, name)
-        return lambda *arguments, **options: attuned_store.run(method(*arguments, **options))
-
-
-def start(engine: Engine, path: Path) -> Driven:
-    """An engine alone, without the store above it."""
-    kind = attuned_store.EdgeEngine if engine == "edge" else attuned_store.LocalEngine
-    path.mkdir(exist_ok=True)
-    return Driven(kind(path, "process"))
-
-
-def with_documents(engine: Engine, path: Path) -> Driven:
-    driven = start(engine, path)
-    driven.open_collection(DOCUMENTS)
-    driven.write("documents", [document(number) for number in range(20)])
-    return driven
-
-
-@pytest.fixture
-def waist(engine: Engine, path: Path) -> Iterator[Driven]:
-    """An engine with twenty documents."""
-    driven = with_documents(engine, path)
-    yield driven
-    driven.close()
-
-
-@pytest.fixture(scope="module")
-def library(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driven]:
-    """An engine with twenty documents, to be read only."""
-    driven = with_documents(engine, tmp_path_factory.mktemp("library"))
-    yield driven
-    driven.close()
-
-
-def where(*must: Any, without: tuple[Any, ...] = ()) -> attuned_store.Filter:
-    return attuned_store.Filter(must, without)
-
-
-def numbers(records: Iterable[attuned_store.Record]) -> list[int]:
-    """The documents by their numbers, in the order in which they came."""
-    return [uuid.UUID(str(record.id)).int - 1 for record in records]
-
-
-def walk(waist: Driven, condition: attuned_store.Filter, limit: int, **options: Any) -> list[int]:
-    """All that the pages of a filter hold, one page after another, none longer than asked for."""
-    found, cursor = list[int](), None
-    while True:
-        page = waist.page("documents", condition, limit=limit, cursor=cursor, **options)
-        assert len(page.records) <= limit
-        found += numbers(page.records)
-        if (cursor := page.cursor) is None:
-            return found
-
-
-def test_a_collection_keeps_its_metadata_and_takes_every_kind_of_index(engine: Engine, path: Path) -> None:
-    """The metadata of a collection is what it was created with, whatever it is opened with later."""
-    driven = start(engine, path)
-    assert driven.open_collection(DOCUMENTS) == {"made_by": "a test", "parts": [1, 2]}
-    driven.write("documents", [document(1)])
-    driven.close()
-
-    again = start(engine, path)
-    other = attuned_store.CollectionSpec("documents", 2, EVERY_INDEX, {"made_by": "another"})
-    assert again.open_collection(other) == {"made_by": "a test", "parts": [1, 2]}
-    assert again.count("documents", where()) == 1
-    again.close()
-
-
-def test_points_are_put_replaced_and_deleted_in_one_write(waist: Driven) -> None:
-    """One write puts points, replaces others whole and deletes by id; absent ids are no error."""
-    changed = document(3)._replace(payload={"owner": "nobody"})
-
-    waist.write("documents", [document(30), changed], [key_of(0), key_of(1), key_of(99)])
-
-    assert sorted(walk(waist, where(), 7)) == [*range(2, 20), 30]
-    (record,) = waist.retrieve("documents", [key_of(3)])
-    assert record.payload == {"owner": "nobody"}
-
-
-def test_a_write_may_only_delete_or_do_nothing(waist: Driven) -> None:
-    """A write of nothing is no error, and one that deletes needs no points."""
-    waist.write("documents", [])
-    waist.write("documents", [], [key_of(number) for number in range(19)])
-
-    assert walk(waist, where(), 7) == [19]
-
-
-def test_a_deleted_point_can_come_back(waist: Driven) -> None:
-    """An id that was deleted is free for another point."""
-    waist.write("documents", [], [key_of(5)])
-    assert waist.retrieve("documents", [key_of(5)]) == []
-    waist.write("documents", [document(5)._replace(payload={"number": 55})])
-
-    assert [record.payload for record in waist.retrieve("documents", [key_of(5)])] == [{"number": 55}]
-    assert waist.count("documents", where()) == 20
-
-
-def test_points_are_retrieved_by_their_ids(library: Driven) -> None:
-    """Those that are there are retrieved whole, the others left out."""
-    found = library.retrieve("documents", [key_of(7), key_of(99), key_of(2)])
-
-    assert {str(record.id): record.payload for record in found} == {
-        key_of(number): document(number).payload for number in (2, 7)
-    }
-    assert library.retrieve("documents", [key_of(99)]) == []
-
-
-def test_points_are_retrieved_without_their_payloads(library: Driven) -> None:
-    """Without payloads the ids alone come."""
-    found = library.retrieve("documents", [key_of(7), key_of(2)], payload=False)
-
-    read = sorted((str(record.id), record.payload, record.score) for record in found)
-    assert read == [(key_of(2), {}, 0.0), (key_of(7), {}, 0.0)]
-
-
-def test_pages_hold_every_point_once(waist: Driven) -> None:
-    """Pages of any length hold all points, each once, deleted ones not."""
-    waist.write("documents", [document(3)], [key_of(4), key_of(19)])
-
-    for limit in (1, 3, 17, 18, 19, 20, 21):
-        assert sorted(walk(waist, where(), limit)) == [n for n in range(20) if n not in {4, 19}]
-
-
-@pytest.mark.parametrize("limit", [1, 4, 5, 6])
-def test_pages_of_a_filter_hold_every_match_once(library: Driven, limit: int) -> None:
-    """Pages of a filter hold all matches, each once."""
-    red = attuned_store.Equal("colour", "red")
-
-    assert sorted(walk(library, where(red), limit)) == [0, 4, 8, 12, 16]
-
-
-@pytest.mark.parametrize("condition", [where(), where(attuned_store.Equal("colour", "red"))])
-def test_pages_come_without_payloads(
-    library: Driven, condition: attuned_store.Filter, engine: Engine
-) -> None:
-    """A page without payloads holds the ids alone."""
-    page = library.page("documents", condition, limit=100, payload=False)
-
-    assert sorted(numbers(page.records)) == ([0, 4, 8, 12, 16] if condition.must else list(range(20)))
-    assert {str(record.payload) for record in page.records} == {"{}"}
-
-
-def test_the_newest_come_first(waist: Driven) -> None:
-    """In descending order of a key the first come first, of all points and of those that match."""
-    waist.write("documents", [document(40)._replace(payload={"colour": "red"})])  # has no such key
-    red = attuned_store.Equal("colour", "red")
-
-    for key in ("number", "weight"):
-        assert numbers(waist.page("documents", where(), limit=3, newest_by=key).records) == [19, 18, 17]
-        page = waist.page("documents", where(red), limit=3, newest_by=key)
-        assert [record.payload for record in page.records] == [document(n).payload for n in (16, 12, 8)]
-        assert page.cursor is None
-
-
-@pytest.mark.parametrize("key", ["number", "weight"])
-def test_the_newest_come_without_payloads_but_for_the_key(library: Driven, key: str) -> None:
-    """Without payloads each record still holds the key that it was ordered by, with its type."""
-    red = attuned_store.Equal("colour", "red")
-    page = library.page("documents", where(red), limit=100, newest_by=key, payload=False)
-
-    expected = [{key: document(number).payload[key]} for number in (16, 12, 8, 4, 0)]
-    assert [record.payload for record in page.records] == expected
-    assert [type(record.payload[key]) for record in page.records] == [type(expected[0][key])] * 5
-
-
-def test_a_search_gives_the_nearest_first(library: Driven) -> None:
-    """The nearest points come best first, with their cosines and payloads, no more than asked for."""
-    found = library.search("documents", [2.0, 0.0], where(), 4)
-
-    assert numbers(found) == [0, 1, 2, 3]
-    assert [record.score for record in found] == pytest.approx([math.cos(n / 10) for n in range(4)], abs=1e-5)
-    assert found[3].payload == document(3).payload
-    red = attuned_store.Equal("colour", "red")
-    assert numbers(library.search("documents", [1.0, 0.0], where(without=(red,)), 4)) == [1, 2, 3, 5]
-    assert len(library.search("documents", [1.0, 0.0], where(), 1_000_000)) == 20
-
-
-def test_points_are_counted_by_a_keyword(library: Driven) -> None:
-    """Points are counted for each of the values asked for."""
-    light = attuned_store.Range("weight", most=2.0)  # the first nine
-    counts = library.count_by("documents", "owner", ["owner-0", "owner-2", "nobody"], where(light))
-
-    assert {value: count for value, count in counts.items() if count} == {"owner-0": 3, "owner-2": 3}
-    assert not library.count_by("documents", "owner", [], where())
-
-
-CONDITIONS: dict[str, tuple[Any, Callable[[dict[str, Any]], bool]]] = {
-    "a tenant": (attuned_store.Equal("owner", "owner-1"), lambda found: found["owner"] == "owner-1"),
-    "a keyword": (attuned_store.Equal("colour", "blue"), lambda found: found["colour"] == "blue"),
-    "a keyword of nobody": (attuned_store.Equal("colour", "pink"), lambda found: False),
-    "an integer": (attuned_store.Equal("number", 1), lambda found: found["number"] == 1),
-    "some keywords": (
-        attuned_store.AnyOf("colour", ["red", "grey", "pink"]),
-        lambda found: found["colour"] in {"red", "grey"},
-    ),
-    "some integers": (attuned_store.AnyOf("number", (3, 5, 70)), lambda found: found["number"] in {3, 5}),
-    "one of nothing": (attuned_store.AnyOf("colour", []), lambda found: False),
-    "at least": (attuned_store.Range("number", 7), lambda found: found["number"] >= 7),
-    "at most": (attuned_store.Range("weight", most=1.25), lambda found: found["weight"] <= 1.25),
-    "between": (attuned_store.Range("weight", 1.25, 2.5), lambda found: 1.25 <= found["weight"] <= 2.5),
-    "between nothing": (attuned_store.Range("number", 5, 4), lambda found: False),
-    "a word": (attuned_store.Text("text", "quick"), lambda found: "uick" in found["text"]),
-    "two words, in any order": (
-        attuned_store.Text("text", "fox quick"),
-        lambda found: found["text"] == TEXTS[0],
-    ),
-    "a part of a word": (attuned_store.Text("text", "think"), lambda found: False),
-    "absent or empty": (attuned_store.Absent("note"), lambda found: not found.get("note")),
-    "absent everywhere": (attuned_store.Absent("unheard_of"), lambda found: True),
-    "absent nowhere": (attuned_store.Absent("number"), lambda found: False),
-}
-
-
-@pytest.mark.parametrize("name", CONDITIONS)
-def test_every_filter_means_the_same(library: Driven, engine: Engine, name: str) -> None:
-    """Every condition, demanded or excluded, means the same to pages, counts and searches."""
-    condition, matches = CONDITIONS[name]
-    payloads = {number: document(number).payload for number in range(20)}
-    inside = [number for number, payload in payloads.items() if matches(payload)]
-    outside = [number for number in payloads if number not in inside]
-
-    for asked, expected in ((where(condition), inside), (where(without=(condition,)), outside)):
-        assert sorted(walk(library, asked, 100)) == expected
-        assert library.count("documents", asked) == len(expected)
-        assert sorted(numbers(library.search("documents", [1.0, 1.0], asked, 100))) == expected
-
-
-def test_conditions_hold_together(library: Driven) -> None:
-    """What must hold all holds, and nothing holds of what must not."""
-    equal, at_least = attuned_store.Equal, attuned_store.Range
-    asked = where(equal("owner", "owner-0"), at_least("number", 6), without=(equal("colour", "red"),))
-
-    assert sorted(walk(library, asked, 2)) == [6, 9, 15, 18]
-
-
-def test_collections_of_one_directory_know_nothing_of_each_other(
-    waist: Driven, engine: Engine, path: Path
-) -> None:
-    """Two collections of one directory hold points of their own, with the same ids."""
-    waist.open_collection(attuned_store.CollectionSpec("others", 3, {}, {"of": "others"}))
-    other = attuned_store.Point(key_of(0), [0.0, 1.0, 0.0], {"owner": "somebody"})
-    waist.write("others", [other])
-    waist.write("documents", [], [key_of(1)])
-
-    assert waist.count("others", where()) == 1
-    assert waist.count("documents", where()) == 19
-    waist.close()
-    again = start(engine, path)
-    assert again.open_collection(DOCUMENTS)["made_by"] == "a test"
-    assert again.open_collection(attuned_store.CollectionSpec("others", 3, {}, {})) == {"of": "others"}
-    (record,) = again.retrieve("others", [key_of(0)])
-    assert record.payload == {"owner": "somebody"}
-    assert again.retrieve("documents", [key_of(0)])[0].payload == document(0).payload
-    again.close()
 
 
 def test_a_collection_that_was_refused_can_be_opened_rightly(engine: Engine, path: Path) -> None:
@@ -504,22 +205,6 @@ def test_a_collection_that_was_refused_can_be_opened_rightly(engine: Engine, pat
         with QdrantStore(path=path, engine=engine, collection_name="one") as store:
             assert store.axes == ("warmth",)
             assert store.count() == 1
-
-
-def test_a_point_that_is_refused_changes_nothing(engine: Engine, path: Path) -> None:
-    """A point that does not fit into its collection is refused with all that came with it."""
-    driven = start(engine, path)
-    driven.open_collection(DOCUMENTS)
-    with pytest.raises(BackendError):
-        driven.write("documents", [document(1), document(2)._replace(vector=[1.0])])
-
-    assert driven.count("documents", where()) == 0
-    driven.write("documents", [document(3)])
-    driven.close()
-    again = start(engine, path)
-    again.open_collection(DOCUMENTS)
-    assert walk(again, where(), 10) == [3]
-    again.close()
 
 
 # ------------------------------------------------------------------------------
@@ -700,7 +385,7 @@ def interrupted_before_apply(store: StateStore, patch: pytest.MonkeyPatch) -> It
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    patch.setattr(engine_of(store), "_apply", interrupted)
+    patch.setattr(attuned_store.LocalCollection, "take_in", interrupted)
     yield
 
 
@@ -770,14 +455,14 @@ def test_nobody_sees_a_state_before_it_is_written(
     with QdrantStore(path=path, engine=engine) as store:
         store.upsert_latest(state("ann", 1))
         below, seen = engine_of(store), list[StateSnapshot | None]()
-        write = below.write
+        write = below.apply
 
         async def watched(*arguments: Any) -> None:
             seen.append(store.get_latest("ann"))
             await write(*arguments)
             seen.append(store.get_latest("ann"))
 
-        monkeypatch.setattr(below, "write", watched)
+        monkeypatch.setattr(below, "apply", watched)
         store.upsert_latest(state("ann", 2))
 
         assert seen == [state("ann", 1), state("ann", 1)]
@@ -1015,7 +700,7 @@ path = sys.argv[1]
 store = QdrantStore(path=path + "/one")
 forgotten = [QdrantStore(path=path + "/two")]
 engine = store._operations.place.directory.engine
-write, inside = engine.write, threading.Event()
+write, inside = engine.apply, threading.Event()
 
 async def collecting(*arguments):
     inside.set()
@@ -1024,7 +709,7 @@ async def collecting(*arguments):
     gc.collect()
     return await write(*arguments)
 
-engine.write = collecting
+engine.apply = collecting
 closer = threading.Thread(target=lambda: inside.wait() and store.close(), daemon=True)
 closer.start()
 writer = threading.Thread(target=store.upsert_latest, args=[StateSnapshot("ann", {}, 1)], daemon=True)
@@ -1505,8 +1190,8 @@ class Gate:
     def __init__(self, engine: Any, patch: pytest.MonkeyPatch) -> None:
         self.reached, self.open = threading.Event(), threading.Event()
         self.calls = 0
-        self._write = engine.write
-        patch.setattr(engine, "write", self.write)
+        self._write = engine.apply
+        patch.setattr(engine, "apply", self.write)
 
     async def write(self, *arguments: Any) -> None:
         self.calls += 1

@@ -7,12 +7,11 @@ variant that is kept here must be found out: so the tests are known to be able t
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import types
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from random import Random
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import hypothesis.strategies as st
 import pytest
@@ -23,25 +22,19 @@ from linearizability import KINDS, MAXIMUM, Order, Recorder, find_order, make_pr
 import attuned_store
 from attuned_store import (
     ANY,
-    AnyOf,
     AsyncQdrantStore,
-    CollectionSpec,
-    Equal,
-    Filter,
+    Matching,
+    MemoryEngine,
     Operations,
     OwnedBackend,
     Page,
     Point,
     Put,
     QdrantStoreConfig,
-    Range,
     Record,
     SharedBackend,
     StateSnapshot,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 pytestmark = pytest.mark.once
 
@@ -102,38 +95,12 @@ class Turns:
 # ------------------------------------------------------------------------------
 
 
-def matches(payload: Mapping[str, Any], where: Filter) -> bool:
-    return all(holds(payload, each) for each in where.must) and not any(
-        holds(payload, each) for each in where.must_not
-    )
-
-
-def holds(payload: Mapping[str, Any], condition: Any) -> bool:
-    value = payload.get(condition.key)
-    match condition:
-        case Equal(_, wanted):
-            return bool(value == wanted)
-        case AnyOf(_, values):
-            return value in values
-        case Range(_, least, most):
-            return value is not None and bool(
-                (-math.inf if least is None else least) <= value <= (math.inf if most is None else most)
-            )
-        case _:
-            return value is None
-
-
-class Points:
-    """A database of points in a dict, with a turn for others before and after the effect of every call."""
-
-    name = "points"
-    runs = "in place"
-    compact = False
+class Points(MemoryEngine):
+    """An engine with a turn for others before and after the effect of every call."""
 
     def __init__(self, *, indexed: bool = True) -> None:
+        super().__init__()
         self.indexed = indexed
-        self.points: dict[str, Point] = {}
-        self.writes = 0
 
     @contextlib.asynccontextmanager
     async def call(self) -> Any:
@@ -141,70 +108,32 @@ class Points:
         yield
         await turn()
 
-    async def open_collection(self, collection: CollectionSpec) -> Mapping[str, Any]:
-        return collection.metadata
-
-    def _found(self, where: Filter) -> Iterator[Record]:
-        return (
-            Record(point.id, point.payload) for point in self.points.values() if matches(point.payload, where)
-        )
-
-    async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[Record]:
+    async def retrieve(self, *arguments: Any, **options: Any) -> list[Record]:
         async with self.call():
-            return [Record(each, self.points[each].payload) for each in ids if each in self.points]
+            return await super().retrieve(*arguments, **options)
 
-    async def page(
-        self,
-        collection: str,
-        where: Filter,
-        *,
-        limit: int,
-        cursor: Any = None,
-        newest_by: str | None = None,
-        payload: bool = True,
-    ) -> Page:
+    async def page(self, *arguments: Any, **options: Any) -> Page:
         async with self.call():
-            records = list(self._found(where))
-        if newest_by is not None:
-            records.sort(key=lambda record: cast("int", record.payload[newest_by]), reverse=True)
-        return Page(records[:limit], None)
+            return await super().page(*arguments, **options)
 
-    async def count(self, collection: str, where: Filter) -> int:
+    async def count(self, *arguments: Any, **options: Any) -> int:
         async with self.call():
-            return len(list(self._found(where)))
+            return await super().count(*arguments, **options)
 
-    # What an embedded engine has
-
-    async def drop(self, collection: str) -> None:
-        """Nothing to do: there is only the collection that is used, which is never dropped."""
-        assert collection.endswith(".restoring")
-
-    async def write(self, collection: str, points: Sequence[Point], deleted: Sequence[str] = ()) -> None:
+    async def apply(
+        self, collection: str, puts: Sequence[Put] = (), deletes: Sequence[str] | Matching = ()
+    ) -> None:
         async with self.call():
-            self.points.update({point.id: point for point in points})
-            for each in deleted:
-                self.points.pop(each, None)
-        self.writes += 1
+            await super().apply(collection, puts, deletes)
 
-    # What a server has
-
-    async def put(self, collection: str, puts: Sequence[Put]) -> None:
-        async with self.call():
-            for each in puts:
-                for point in each.points:
-                    if self.allows(each, self.points.get(point.id)):
-                        self.points[point.id] = point
-
-    def allows(self, put: Put, there: Point | None) -> bool:
-        if there is None:
-            return put.mode != "update"
-        return put.mode != "insert" and (put.over is None or matches(there.payload, put.over))
-
-    async def delete(self, collection: str, where: Filter | Sequence[str]) -> None:
-        async with self.call():
-            gone = [each.id for each in self._found(where)] if isinstance(where, Filter) else where
-            for each in gone:
-                self.points.pop(each, None)
+    async def _judge(self, *arguments: Any) -> Any:
+        """Judge guards without a turn for others, who would come between the judging and the writing."""
+        flow = super()._judge(*arguments)
+        while True:
+            try:
+                flow.send(None)
+            except StopIteration as done:
+                return done.value
 
 
 # ------------------------------------------------------------------------------
@@ -337,35 +266,39 @@ class WrittenInTwo(Owned):
 
     async def upsert_latest(self, snapshot: StateSnapshot, expected: Any = ANY) -> None:
         later = list[Sequence[Point]]()
-        write, backend = self.engine.write, cast("Any", self.backend)
+        write, backend = self.engine.apply, cast("Any", self.backend)
 
-        async def first_half(collection: str, points: Sequence[Point], deleted: Sequence[str] = ()) -> None:
-            self.engine.write = write  # type: ignore[method-assign]
-            await write(collection, points[:1])
-            later.append(points[1:])
+        async def first_half(
+            collection: str, puts: Sequence[Put] = (), deletes: Sequence[str] | Matching = ()
+        ) -> None:
+            self.engine.apply = write  # type: ignore[method-assign]
+            await write(collection, [Put(puts[0].points[:1])])
+            later.append(puts[0].points[1:])
 
         async def start(_: object) -> None:
-            self.engine.write = first_half  # type: ignore[method-assign]
+            self.engine.apply = first_half  # type: ignore[method-assign]
             try:
                 if expected is ANY:
                     await backend.write([snapshot])
                 else:
                     await backend.write_expected(snapshot, expected)
             finally:
-                self.engine.write = write  # type: ignore[method-assign]
+                self.engine.apply = write  # type: ignore[method-assign]
                 backend._forget(snapshot.user_id)
 
         await self._drive("upsert", start)
         if later:
-            await self._drive("upsert", lambda _: write("", later[0]))
+            await self._drive("upsert", lambda _: write(self.config.collection_name, [Put(later[0])]))
             backend._forget(snapshot.user_id)
 
 
 class Ungoverned(Points):
     """A server that puts points whatever their guard says."""
 
-    def allows(self, put: Put, there: Point | None) -> bool:
-        return True
+    async def apply(
+        self, collection: str, puts: Sequence[Put] = (), deletes: Sequence[str] | Matching = ()
+    ) -> None:
+        await super().apply(collection, [Put(put.points) for put in puts], deletes)
 
 
 class SharedWithoutGuards(Shared):

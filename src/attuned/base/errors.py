@@ -183,6 +183,10 @@ class BackendRejectedError(BackendError):
     """The backend rejected the request (4xx); it is never sent again."""
 
 
+class CollectionNotFoundError(BackendRejectedError):
+    """There is no such collection, or it has not been opened."""
+
+
 class WaitError(BackendError):
     """A failure with a known time to wait."""
 

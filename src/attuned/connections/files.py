@@ -44,6 +44,10 @@ class Files(Protocol):
         """Make what has been written survive a power cut; others may use the engine meanwhile."""
         ...
 
+    async def replace(self, collection: str, by: str) -> None:
+        """Let another open collection take the place of one, at one moment; its own name is then free."""
+        ...
+
     def abandon(self) -> None:
         """Let go of what a forked child inherited, without touching what the parent goes on using."""
         ...

@@ -14,6 +14,7 @@ from attuned.base.errors import (
     BackendRejectedError,
     BackendTimeoutError,
     BackendUnavailableError,
+    CollectionNotFoundError,
     RateLimitedError,
     T,
     one_line,
@@ -96,6 +97,9 @@ def status_error(status: int, content: bytes, asked: str, where: ErrorOrigin) ->
             HTTPStatus.SERVICE_UNAVAILABLE,
         )
         return BackendUnavailableError(message, retryable=retryable, **where)
+    # A gateway, too, answers 404: what counts is what Qdrant says.
+    if status == HTTPStatus.NOT_FOUND and re.search(r"Collection `.*` doesn't exist", said):
+        return CollectionNotFoundError(message, **where)
     return BackendRejectedError(message, **where)
 
 

@@ -200,7 +200,8 @@ class Suspending:
         except ImportError:
             return await last
         with anyio.CancelScope(shield=True):
-            return await last
+            answer = await last
+        return answer  # noqa: RET504 - by its type, a cancel scope may leave the block without one
 
 
 BLOCKING = Blocking()

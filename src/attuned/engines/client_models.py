@@ -1,31 +1,15 @@
-"""Neutral filters in the models of qdrant-client."""
+"""What engines over qdrant-client ask alike, in its models."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attuned.base.errors import MissingDependencyError
-from attuned.engines.waist import Absent, AnyOf, Condition, Equal, Filter, Range, Text
+from attuned.engines.filters import Absent, AnyOf, Condition, Equal, Filter, Or, Range, Text
+from attuned.engines.waist import Page, Record
 
-
-def client_filter(models: Any, where: Filter) -> Any:
-    """A filter in the models of qdrant-client."""
-    must, must_not = ([_client_condition(models, each) for each in conditions] for conditions in where)
-    return models.Filter(must=must, must_not=must_not)
-
-
-def _client_condition(models: Any, condition: Condition) -> Any:
-    match condition:
-        case Equal(key, value):
-            return models.FieldCondition(key=key, match=models.MatchValue(value=value))
-        case AnyOf(key, values):
-            return models.FieldCondition(key=key, match=models.MatchAny(any=list(values)))
-        case Range(key, least, most):
-            return models.FieldCondition(key=key, range=models.Range(gte=least, lte=most))
-        case Text(key, words):
-            return models.FieldCondition(key=key, match=models.MatchText(text=words))
-        case Absent(key):
-            return models.IsEmptyCondition(is_empty=models.PayloadField(key=key))
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 
 def import_qdrant_client() -> Any:
@@ -36,3 +20,69 @@ def import_qdrant_client() -> Any:
             "a Qdrant server needs qdrant-client: pip install qdrant-client"
         ) from error
     return qdrant_client
+
+
+class ClientModels:
+    """Filters and requests in the models of qdrant-client, and records out of them."""
+
+    def __init__(self, models: Any) -> None:
+        self.models = models
+
+    def vectors(self, size: int) -> Any:
+        """The parameters of a new collection's vectors."""
+        return self.models.VectorParams(size=size, distance=self.models.Distance.COSINE)
+
+    def filter(self, where: Filter) -> Any:
+        """A filter, which may be empty."""
+        must, must_not = (list(map(self._condition, conditions)) for conditions in where)
+        return self.models.Filter(must=must, must_not=must_not)
+
+    def _condition(self, condition: Condition) -> Any:
+        models = self.models
+        match condition:
+            case Equal(key, value):
+                asked = {"match": models.MatchValue(value=value)}
+            case AnyOf(key, values):
+                asked = {"match": models.MatchAny(any=list(values))}
+            case Range(key, gte, lte, gt, lt):
+                asked = {"range": models.Range(gte=gte, lte=lte, gt=gt, lt=lt)}
+            case Text(key, text):
+                asked = {"match": models.MatchText(text=text)}
+            case Absent(key):
+                return models.IsEmptyCondition(is_empty=models.PayloadField(key=key))
+            case Or(()):  # an empty "should" would match everything
+                return models.HasIdCondition(has_id=[])
+            case Or(filters):
+                return models.Filter(should=list(map(self.filter, filters)))
+        return models.FieldCondition(key=key, **asked)
+
+    def page(
+        self, narrowed: Any, limit: int, cursor: Any, newest_by: str | None, *, payload: bool
+    ) -> dict[str, Any]:
+        """The arguments of scroll() for Engine.page."""
+        order = newest_by and self.models.OrderBy(key=newest_by, direction=self.models.Direction.DESC)
+        return {
+            "scroll_filter": narrowed,
+            "limit": limit,
+            "offset": cursor,
+            "order_by": order,
+            "with_payload": payload or (False if newest_by is None else [newest_by]),
+        }
+
+    def search(self, vector: Sequence[float], narrowed: Any, limit: int) -> dict[str, Any]:
+        """The arguments of query_points() for Engine.search."""
+        return {"query": list(vector), "query_filter": narrowed, "limit": limit}
+
+
+def client_records(found: Iterable[Any]) -> list[Record]:
+    """What a client has found, searched for or not."""
+    return [
+        Record(str(each.id), each.payload or {}, getattr(each, "score", 0.0), each.vector or ())
+        for each in found
+    ]
+
+
+def client_page(found: tuple[Iterable[Any], Any]) -> Page:
+    """What scroll() has found."""
+    records, following = found
+    return Page(client_records(records), following)

@@ -11,23 +11,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 from attuned.base.disk import fsync, read_manifest, temporary_name, write_atomically
 from attuned.base.errors import LOGGER, BackendError, MissingDependencyError, StoreError
+from attuned.engines.filters import Absent, AnyOf, Condition, Equal, Filter, Or, Range, Text
 from attuned.engines.waist import (
-    Absent,
-    AnyOf,
     CollectionSpec,
-    Condition,
-    CountsEach,
-    Equal,
+    EngineInProcess,
     ExecutionMode,
-    Filter,
-    IndexKind,
+    Matching,
+    Opened,
     Page,
-    Point,
-    Range,
+    Put,
     Record,
-    Text,
     backend_errors,
-    check_dimensions,
 )
 
 if TYPE_CHECKING:
@@ -46,7 +40,7 @@ def import_qdrant_edge() -> Any:
     return qdrant_edge
 
 
-class EdgeEngine(CountsEach):
+class EdgeEngine(EngineInProcess):
     """Qdrant Edge: one shard a collection, in collections/<name>/, its manifest beside it."""
 
     name = "edge"
@@ -63,6 +57,7 @@ class EdgeEngine(CountsEach):
     _REBUILD_EVERY = 200_000
 
     def __init__(self, path: Path, durability: str, reporter: Telemetry | None = None) -> None:
+        super().__init__()
         self.reporter = reporter
         self._api = import_qdrant_edge()
         self._path = path / "collections"
@@ -70,23 +65,33 @@ class EdgeEngine(CountsEach):
         self.writes = 0
         self._shards: dict[str, Any] = {}
         self._directories: dict[str, Path] = {}  # of the shards
-        self._sizes: dict[str, int] = {}
         self._done: dict[str, int] = {}  # changes, ever
         self._flushed: dict[str, int] = {}  # of these
         self._changes: dict[str, int] = {}
 
-    async def open_collection(self, collection: CollectionSpec) -> Mapping[str, Any]:
+    async def open(self, collection: CollectionSpec) -> Mapping[str, Any]:
+        """See Engine.open."""
         manifest = self._manifest(collection.name)
+        if self._recorded(collection.name).get("dropped"):
+            await self.drop(collection.name)  # which a process began that was killed
         with backend_errors(self, "open"):
             if not self._generations(collection.name):
-                self._check_never_replaced(manifest)
+                self._check_never_replaced(collection.name)
                 self._create(collection, self._path / collection.name, manifest)
             metadata = read_manifest(manifest)
             collection.accept(metadata)
             self._load(collection.name, metadata)
             self._remove_strays(collection.name, metadata)
-        self._sizes[collection.name] = metadata.get("vector_size", collection.vector_size)
+        vector_size = metadata.get("vector_size", collection.vector_size)
+        self._open[collection.name] = Opened(vector_size, collection.tenant)
         return metadata
+
+    async def collections(self) -> Mapping[str, Mapping[str, Any]]:
+        """See Engine.collections."""
+        with backend_errors(self, "list"):
+            names = sorted(path.stem for path in self._path.glob("*.json") if self._generations(path.stem))
+            found = {name: read_manifest(self._manifest(name)) for name in names}
+        return {name: metadata for name, metadata in found.items() if not metadata.get("dropped")}
 
     def _manifest(self, name: str) -> Path:
         return self._path / f"{name}.json"
@@ -98,15 +103,17 @@ class EdgeEngine(CountsEach):
             raise StoreError(f"{self._manifest(name)}: generation is not a number")
         return self._path / (f"{name}@{generation}" if generation else name)
 
-    @staticmethod
-    def _check_never_replaced(manifest: Path) -> None:
-        """Raise StoreError where there was data that is missing now; a manifest alone is half a making."""
+    def _recorded(self, name: str) -> dict[str, Any]:
+        """What a manifest says, if it can be read."""
         try:
-            generation = read_manifest(manifest).get("generation")
+            return read_manifest(self._manifest(name))
         except StoreError:
-            return
-        if generation:
-            message = f"{manifest}: its data, {manifest.stem}@{generation} beside it, is missing"
+            return {}
+
+    def _check_never_replaced(self, name: str) -> None:
+        """Raise StoreError where there was data that is missing now; a manifest alone is half a making."""
+        if generation := self._recorded(name).get("generation"):
+            message = f"{self._manifest(name)}: its data, {name}@{generation} beside it, is missing"
             raise BackendError(message, backend="edge", operation="open")
 
     def _generations(self, name: str) -> list[Path]:
@@ -150,8 +157,12 @@ class EdgeEngine(CountsEach):
         shard = api.EdgeShard.create(
             str(beside), api.EdgeConfig(vectors=vectors, hnsw_config=plain, optimizers=optimizers)
         )
+        if collection.tenant is not None:
+            tenants = api.KeywordIndexParams(is_tenant=True)
+            shard.update(api.UpdateOperation.create_field_index(collection.tenant, tenants))
         for key, kind in collection.indexes.items():
-            shard.update(api.UpdateOperation.create_field_index(key, self._index(kind)))
+            index = getattr(api.PayloadSchemaType, kind.capitalize())
+            shard.update(api.UpdateOperation.create_field_index(key, index))
         shard.close()
         if self._power:
             fsync(beside, *beside.rglob("*"))
@@ -159,20 +170,19 @@ class EdgeEngine(CountsEach):
         if self._power:
             fsync(self._path, self._path.parent, self._path.parent.parent)
 
-    def _index(self, kind: IndexKind) -> Any:
-        if kind == "tenant":
-            return self._api.KeywordIndexParams(is_tenant=True)
-        return getattr(self._api.PayloadSchemaType, kind.capitalize())
-
-    async def write(self, collection: str, points: Sequence[Point], deleted: Sequence[str] = ()) -> None:
-        api, shard, changes = self._api, self._shards[collection], len(points) + len(deleted)
+    async def apply(
+        self, collection: str, puts: Sequence[Put] = (), deletes: Sequence[str] | Matching = ()
+    ) -> None:
+        """See Engine.apply."""
+        written, deleted = await self._judge(collection, puts, deletes)
+        api, shard, changes = self._api, self._shards[collection], len(written) + len(deleted)
         with backend_errors(self, "write"):
-            check_dimensions(points, self._sizes[collection])
             try:
-                if points:
-                    shard.update(api.UpdateOperation.upsert_points([api.Point(*point) for point in points]))
+                if written:
+                    points = [api.Point(point.id, list(point.vector), point.payload) for point in written]
+                    shard.update(api.UpdateOperation.upsert_points(points))
                 if deleted:
-                    shard.update(api.UpdateOperation.delete_points(list(deleted)))
+                    shard.update(api.UpdateOperation.delete_points(deleted))
             finally:  # what failed may have been done in part; not before, as a flush may run meanwhile
                 self._done[collection] += changes
             self._tidy(collection, changes)
@@ -198,13 +208,18 @@ class EdgeEngine(CountsEach):
                 self._flushed[name] = done
 
     async def drop(self, collection: str) -> None:
+        """See Engine.drop; the manifest that says so is the moment, and goes last."""
+        manifest = self._manifest(collection)
         with backend_errors(self, "drop"):
+            if manifest.exists() and self._generations(collection):
+                write_atomically(manifest, json.dumps({"dropped": True}))
+            self._open.pop(collection, None)
             if shard := self._shards.pop(collection, None):
                 del self._directories[collection]
                 shard.close()
-            for directory in (self._path / collection, self._unfinished(collection)):
+            for directory in (*self._generations(collection), self._unfinished(collection)):
                 shutil.rmtree(directory, ignore_errors=True)
-            for file in (self._manifest(collection), temporary_name(self._manifest(collection))):
+            for file in (temporary_name(manifest), manifest):
                 file.unlink(missing_ok=True)
 
     async def replace(self, collection: str, by: str) -> None:
@@ -262,10 +277,14 @@ class EdgeEngine(CountsEach):
             shard.optimize()
             self._changes[collection] = 0
 
-    async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[Record]:
+    async def retrieve(
+        self, collection: str, ids: Sequence[str], *, payload: bool = True, vector: bool = False
+    ) -> list[Record]:
+        """See Engine.retrieve."""
+        self._opened(collection)
         with backend_errors(self, "retrieve"):
-            found = self._shards[collection].retrieve(list(ids), with_payload=payload, with_vector=False)
-        return [Record(record.id, record.payload or {}) for record in found]
+            found = self._shards[collection].retrieve(list(ids), with_payload=payload, with_vector=vector)
+        return [Record(record.id, record.payload or {}, 0.0, record.vector or ()) for record in found]
 
     async def page(
         self,
@@ -273,38 +292,54 @@ class EdgeEngine(CountsEach):
         where: Filter,
         *,
         limit: int,
+        tenant: str | None = None,
         cursor: Any = None,
         newest_by: str | None = None,
         payload: bool = True,
     ) -> Page:
-        api = self._api
-        order = None if newest_by is None else api.OrderBy(newest_by, api.Direction.Desc)
+        """See Engine.page."""
+        api, narrowed = self._api, self._filter(self._narrowed(collection, where, tenant))
         with backend_errors(self, "page"):
             records, following = self._shards[collection].scroll(
                 api.ScrollRequest(
                     offset=cursor,
                     limit=limit,
-                    filter=self._filter(where),
+                    filter=narrowed,
                     with_payload=payload,
-                    order_by=order,
+                    order_by=None if newest_by is None else api.OrderBy(newest_by, api.Direction.Desc),
                 )
             )
         if newest_by is not None and not payload:  # the order comes with its key: no payload need be read
             return Page([Record(record.id, {newest_by: record.order_value}) for record in records], None)
         return Page([Record(record.id, record.payload or {}) for record in records], following)
 
-    async def search(self, collection: str, vector: list[float], where: Filter, limit: int) -> list[Record]:
-        api = self._api
-        request = api.QueryRequest(
-            limit=limit, query=api.Query.Nearest(vector), filter=self._filter(where), with_payload=True
-        )
+    async def search(
+        self,
+        collection: str,
+        vector: Sequence[float],
+        where: Filter,
+        limit: int,
+        *,
+        tenant: str | None = None,
+    ) -> list[Record]:
+        """See Engine.search."""
+        api, narrowed = self._api, self._filter(self._narrowed(collection, where, tenant))
         with backend_errors(self, "search"):
-            found = self._shards[collection].query(request)
+            found = self._shards[collection].query(
+                api.QueryRequest(
+                    limit=limit,
+                    query=api.Query.Nearest(list(vector)),
+                    filter=narrowed,
+                    with_payload=True,
+                )
+            )
         return [Record(record.id, record.payload or {}, record.score) for record in found]
 
-    async def count(self, collection: str, where: Filter) -> int:
+    async def count(self, collection: str, where: Filter, *, tenant: str | None = None) -> int:
+        """See Engine.count."""
+        narrowed = self._filter(self._narrowed(collection, where, tenant))
         with backend_errors(self, "count"):
-            request = self._api.CountRequest(exact=True, filter=self._filter(where))
+            request = self._api.CountRequest(exact=True, filter=narrowed)
             return cast("int", self._shards[collection].count(request))
 
     async def close(self) -> None:
@@ -314,6 +349,7 @@ class EdgeEngine(CountsEach):
                 shard.close()
             self._shards.clear()
             self._directories.clear()
+            self._open.clear()
 
     def abandon(self) -> None:
         """Keep the shards for ever, as dropping one writes to the parent's files; let go of their locks."""
@@ -337,12 +373,17 @@ class EdgeEngine(CountsEach):
         api = self._api
         match condition:
             case Equal(key, value):
-                return api.FieldCondition(key=key, match=api.MatchValue(value))
+                asked = {"match": api.MatchValue(value)}
             case AnyOf(key, values):
-                return api.FieldCondition(key=key, match=api.MatchAny(list(values)))
-            case Range(key, least, most):
-                return api.FieldCondition(key=key, range=api.RangeFloat(gte=least, lte=most))
-            case Text(key, words):
-                return api.FieldCondition(key=key, match=api.MatchText(words))
+                asked = {"match": api.MatchAny(list(values))}
+            case Range(key, gte, lte, gt, lt):
+                asked = {"range": api.RangeFloat(gte=gte, lte=lte, gt=gt, lt=lt)}
+            case Text(key, text):
+                asked = {"match": api.MatchText(text)}
             case Absent(key):
                 return api.IsEmptyCondition(key=key)
+            case Or(()):  # an empty "should" would match everything
+                return api.HasIdCondition(set())
+            case Or(filters):
+                return api.Filter(should=[*map(self._filter, filters)])
+        return api.FieldCondition(key=key, **asked)

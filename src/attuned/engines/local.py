@@ -6,29 +6,37 @@ import contextlib
 import json
 import sqlite3
 import sys
-from pathlib import Path
+from bisect import bisect_left
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from attuned.base.disk import fsync, write_atomically
 from attuned.base.errors import BackendError, MissingDependencyError, locked_error
-from attuned.engines.client_models import client_filter
+from attuned.engines.client_models import ClientModels, client_page, client_records
+from attuned.engines.filters import Filter
 from attuned.engines.waist import (
     CollectionSpec,
-    CountsEach,
+    EngineInProcess,
     ExecutionMode,
-    Filter,
+    Matching,
+    Opened,
     Page,
-    Point,
+    Put,
     Record,
     backend_errors,
-    check_dimensions,
+    copied,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
+    from pathlib import Path
     from types import TracebackType
 
     from attuned.base.telemetry import Telemetry
+
+
+# ------------------------------------------------------------------------------
+# Relied on in qdrant-client beyond its public interface, all of it here; tests/test_canaries.py watches it
+# ------------------------------------------------------------------------------
 
 
 def import_qdrant_local() -> tuple[Any, Callable[[str], Any]]:
@@ -42,7 +50,25 @@ def import_qdrant_local() -> tuple[Any, Callable[[str], Any]]:
     class _Local(QdrantLocal):
         LARGE_DATA_THRESHOLD = sys.maxsize  # nothing but search looks at all points here
 
-    return models, lambda location: _Local(location, force_disable_check_same_thread=True)
+    def make(location: str) -> Any:
+        try:
+            return _Local(location, force_disable_check_same_thread=True)
+        except RuntimeError as error:
+            if "already accessed" in str(error):
+                raise locked_error(location) from error
+            raise
+
+    return models, make
+
+
+def local_files(path: Path, collection: str) -> tuple[Path, Path]:
+    """The list of all collections, and where the points of one are."""
+    return path / "meta.json", path / "collection" / collection / "storage.sqlite"
+
+
+def abandon_local(client: Any) -> None:
+    """Close the lock file of a client unlocked: unlocking would let others into the parent's directory."""
+    client._flock_file.close()
 
 
 class GroupedConnection(sqlite3.Connection):
@@ -60,6 +86,7 @@ class GroupedConnection(sqlite3.Connection):
 
     @contextlib.contextmanager
     def group(self) -> Generator[None]:
+        """Commit what is done meanwhile at once."""
         self.grouped = True
         try:
             yield
@@ -71,11 +98,73 @@ class GroupedConnection(sqlite3.Connection):
             self.grouped = False
 
 
-class LocalEngine(CountsEach):
+class LocalCollection:
+    """A collection of local mode: lists of ids and payloads in memory, and SQLite."""
+
+    def __init__(self, client: Any, name: str) -> None:
+        self._held = client.collections[name]
+
+    def adopt(self) -> None:
+        """Put our own connection in the place of the collection's."""
+        self._held.LARGE_DATA_THRESHOLD = sys.maxsize
+        persistence = self._held.storage
+        persistence.storage.close()
+        connection = sqlite3.connect(persistence.location, factory=GroupedConnection, check_same_thread=False)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")  # flush() does what FULL would, for many at once
+        persistence.storage = connection
+
+    def persist(self, points: Sequence[Any], deleted: Sequence[str]) -> None:
+        """Write to the disk, in one transaction."""
+        persistence = self._held.storage
+        with persistence.storage.group():
+            for point in points:
+                persistence.persist(point)
+            for point_id in deleted:
+                persistence.delete(point_id)
+
+    def take_in(self, points: Sequence[Any], deleted: Sequence[str]) -> None:
+        """Take into memory what is on disk now, without writing it there a second time."""
+        held = self._held
+        persistence, held.storage = held.storage, None
+        try:
+            if points:
+                held.upsert(list(points))
+            if deleted:
+                held.delete(list(deleted))
+        finally:
+            held.storage = persistence
+
+    @property
+    def slots(self) -> int:
+        """How many places there are in memory, those of deleted points included."""
+        return len(self._held.ids_inv)
+
+    def count(self) -> int:
+        """How many points there are."""
+        return len(self._held.ids) - int(self._held.deleted.sum())
+
+    def ids(self) -> list[str]:
+        """The ids of all points, in their order."""
+        return sorted(str(each) for each, row in self._held.ids.items() if not self._held.deleted[row])
+
+    def payload(self, point_id: str) -> dict[str, Any]:
+        """The payload of a point, which is not to be changed."""
+        held = self._held
+        return cast("dict[str, Any]", held.payload[held.ids[point_id]])
+
+    def close(self) -> None:
+        """Close its file."""
+        self._held.close()
+
+
+# ------------------------------------------------------------------------------
+
+
+class LocalEngine(EngineInProcess):
     """qdrant-client's local mode, made durable, atomic and quick to write.
 
-    It keeps all points in memory and, pickled, in SQLite. What is relied on beyond its public interface
-    stands in ``_adopt``, ``write`` and ``page``: the collection's storage and its lists of ids and payloads.
+    It keeps all points in memory and, pickled, in SQLite.
     """
 
     name = "local"
@@ -86,13 +175,15 @@ class LocalEngine(CountsEach):
     _REBUILD_EVERY = 20_000  # deleted points stay in memory until the collection is loaded again
 
     def __init__(self, path: Path, durability: str, reporter: Telemetry | None = None) -> None:
+        super().__init__()
         self.reporter = reporter
-        self._models, self._make_client = import_qdrant_local()
+        models, self._make_client = import_qdrant_local()
+        self._models = ClientModels(models)
         self._path = path
         self._power = durability == "power"
         self.writes = 0
-        self._sizes: dict[str, int] = {}  # of the vectors of the collections that are open
         self._removed: dict[str, int] = {}
+        self._sorted: dict[str, list[str]] = {}  # ids, for pages of everything, until the next write
         self._connected: Any = None
         self._connect()
 
@@ -106,79 +197,72 @@ class LocalEngine(CountsEach):
     def _connect(self) -> None:
         with backend_errors(self, f"open {self._path}"):
             self._mend_list()
-            try:
-                client = self._make_client(str(self._path))
-            except RuntimeError as error:
-                if "already accessed" in str(error):
-                    raise locked_error(self._path) from error
-                raise
-            for name in self._sizes:
-                self._adopt(client.collections[name])
+            client = self._make_client(str(self._path))
+            for name in self._open:
+                LocalCollection(client, name).adopt()
                 self._removed[name] = 0
         self._connected = client
 
     def _mend_list(self) -> None:
         """Fill the list of collections, left empty by a process that was killed as it made the directory."""
-        names = self._path / "meta.json"
+        names, _ = local_files(self._path, "")
         if names.exists() and names.stat().st_size == 0:
             write_atomically(names, json.dumps({"collections": {}, "aliases": {}}))
 
-    async def open_collection(self, collection: CollectionSpec) -> Mapping[str, Any]:
-        models, client = self._models, self._client
+    async def open(self, collection: CollectionSpec) -> Mapping[str, Any]:
+        """See Engine.open."""
+        client = self._client
         with backend_errors(self, f"open {self._path}"):
             if not client.collection_exists(collection.name):
                 # No payload indexes: local mode has none and warns.
-                vectors = models.VectorParams(size=collection.vector_size, distance=models.Distance.COSINE)
                 client.create_collection(
-                    collection.name, vectors_config=vectors, metadata=dict(collection.metadata)
+                    collection.name,
+                    vectors_config=self._models.vectors(collection.vector_size),
+                    metadata=dict(collection.metadata),
                 )
                 if self._power:
                     self._sync_new(collection.name)
             config = client.get_collection(collection.name).config
             metadata = dict(config.metadata or {})
             collection.accept(metadata)
-            self._adopt(client.collections[collection.name])
-        self._sizes[collection.name] = config.params.vectors.size
+            LocalCollection(client, collection.name).adopt()
+        self._open[collection.name] = Opened(config.params.vectors.size, collection.tenant)
         self._removed[collection.name] = 0
         return metadata
+
+    async def collections(self) -> Mapping[str, Mapping[str, Any]]:
+        """See Engine.collections."""
+        client = self._client
+        with backend_errors(self, "list"):
+            names = [each.name for each in client.get_collections().collections]
+            return {name: dict(client.get_collection(name).config.metadata or {}) for name in names}
 
     def _sync_new(self, name: str) -> None:
         """Make a new collection survive a power cut.
 
-        This comes before _adopt: closing a file of SQLite's here would end the locks that it has on it.
+        This comes before it is adopted: closing a file of SQLite's here would end the locks it has on it.
         """
-        directory = self._file_of(name).parent
-        names = (directory, directory.parent, self._path, self._path.parent)
-        fsync(self._path / "meta.json", *directory.iterdir(), *names)
-
-    def _file_of(self, name: str) -> Path:
-        return self._path / "collection" / name / "storage.sqlite"
-
-    def _adopt(self, collection: Any) -> None:
-        """Put our own connection in the place of the collection's."""
-        collection.LARGE_DATA_THRESHOLD = sys.maxsize
-        persistence = collection.storage
-        persistence.storage.close()
-        connection = sqlite3.connect(persistence.location, factory=GroupedConnection, check_same_thread=False)
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")  # flush() does what FULL would, for many at once
-        persistence.storage = connection
+        names, points = local_files(self._path, name)
+        directory = points.parent
+        fsync(names, *directory.iterdir(), directory, directory.parent, self._path, self._path.parent)
 
     flush_due = False  # SQLite sees to that
 
-    async def write(self, collection: str, points: Sequence[Point], deleted: Sequence[str] = ()) -> None:
-        held = self._client.collections[collection]
-        persistence, make = held.storage, self._models.PointStruct.model_construct
-        structs = [make(id=point.id, vector=point.vector, payload=point.payload) for point in points]
+    async def apply(
+        self, collection: str, puts: Sequence[Put] = (), deletes: Sequence[str] | Matching = ()
+    ) -> None:
+        """See Engine.apply."""
+        written, deleted = await self._judge(collection, puts, deletes)
+        held, make = (
+            LocalCollection(self._client, collection),
+            self._models.models.PointStruct.model_construct,
+        )
+        structs = [make(id=point.id, vector=list(point.vector), payload=point.payload) for point in written]
+        self._sorted.pop(collection, None)
         with backend_errors(self, "write"):
-            check_dimensions(points, self._sizes[collection])
             try:
-                with persistence.storage.group():
-                    for struct in structs:
-                        persistence.persist(struct)
-                    for point_id in deleted:
-                        persistence.delete(point_id)
-                self._apply(held, structs, deleted)
+                held.persist(structs, deleted)
+                held.take_in(structs, deleted)
             except sqlite3.Error:
                 raise  # nothing was written
             except BaseException:
@@ -194,41 +278,34 @@ class LocalEngine(CountsEach):
         No lock of SQLite's is on the log, so that it may be opened and closed here.
         """
         with backend_errors(self, "flush"):
-            for name in list(self._sizes):
+            for name in list(self._open):
                 with contextlib.suppress(FileNotFoundError):
-                    fsync(self._file_of(name).with_name("storage.sqlite-wal"))
-
-    def _apply(self, held: Any, structs: list[Any], deleted: Sequence[str]) -> None:
-        """Take into memory what is on disk now, without writing it there a second time."""
-        persistence, held.storage = held.storage, None
-        try:
-            if structs:
-                held.upsert(structs)
-            if deleted:
-                held.delete(list(deleted))
-        finally:
-            held.storage = persistence
+                    _, points = local_files(self._path, name)
+                    fsync(points.with_name(points.name + "-wal"))
 
     async def drop(self, collection: str) -> None:
+        """See Engine.drop."""
         with backend_errors(self, "drop"):
-            self._sizes.pop(collection, None)
-            held = self._client.collections.get(collection)
-            if held is not None:
-                held.close()
+            self._open.pop(collection, None)
+            self._sorted.pop(collection, None)
+            listed = self._client.collection_exists(collection)
+            if listed:
+                LocalCollection(self._client, collection).close()
             # One that is not listed was being created by a process that was killed.
-            if held is not None or self._file_of(collection).parent.exists():
+            if listed or local_files(self._path, collection)[1].parent.exists():
                 self._client.delete_collection(collection)
 
     async def replace(self, collection: str, by: str) -> None:
         """Renaming the file of points is the moment."""
-        files = [Path(self._client.collections[name].storage.location) for name in (by, collection)]
+        files = [local_files(self._path, name)[1] for name in (by, collection)]
         with backend_errors(self, "replace"):
             self._disconnect()  # which brings the write-ahead logs into the files, and removes them
             for log in (file.with_name(file.name + "-wal") for file in files):
                 if log.exists():
                     raise OSError(f"{log} is in use by another program")
+            self._sorted.clear()
             files[0].replace(files[1])
-            del self._sizes[by]
+            del self._open[by]
             with contextlib.suppress(OSError):  # the one or the other is there, also after a power cut
                 fsync(files[1].parent)
         with contextlib.suppress(BackendError):  # else the next use tries to connect again
@@ -236,7 +313,7 @@ class LocalEngine(CountsEach):
 
     def _tidy(self, collection: str, removed: int) -> None:
         self._removed[collection] += removed
-        slots = len(self._client.collections[collection].ids)
+        slots = LocalCollection(self._client, collection).slots
         if self._removed[collection] >= max(self._REBUILD_EVERY, slots // 2):
             self._disconnect()
             self._connect()
@@ -246,10 +323,15 @@ class LocalEngine(CountsEach):
         if client is not None:
             client.close()
 
-    async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[Record]:
+    async def retrieve(
+        self, collection: str, ids: Sequence[str], *, payload: bool = True, vector: bool = False
+    ) -> list[Record]:
+        """See Engine.retrieve."""
+        self._opened(collection)
         with backend_errors(self, "retrieve"):
-            found = self._client.retrieve(collection, list(ids), with_payload=payload, with_vectors=False)
-        return [Record(str(record.id), record.payload or {}) for record in found]
+            return client_records(
+                self._client.retrieve(collection, list(ids), with_payload=payload, with_vectors=vector)
+            )
 
     async def page(
         self,
@@ -257,54 +339,56 @@ class LocalEngine(CountsEach):
         where: Filter,
         *,
         limit: int,
+        tenant: str | None = None,
         cursor: Any = None,
         newest_by: str | None = None,
         payload: bool = True,
     ) -> Page:
-        if newest_by is None and where == Filter():
-            return self._slice(collection, cursor or 0, limit, payload=payload)
-        models = self._models
-        order = newest_by and models.OrderBy(key=newest_by, direction=models.Direction.DESC)
+        """See Engine.page."""
+        narrowed = self._narrowed(collection, where, tenant)
+        if newest_by is None and narrowed == Filter():  # which scroll() would sort anew for every page
+            held, ids = LocalCollection(self._client, collection), self._sorted.get(collection)
+            if ids is None:
+                ids = self._sorted[collection] = held.ids()
+            start = bisect_left(ids, cursor or "")
+            found = ids[start : start + limit + 1]
+            records = [Record(each, copied(held.payload(each)) if payload else {}) for each in found[:limit]]
+            return Page(records, found[limit] if len(found) > limit else None)
         with backend_errors(self, "page"):
-            records, following = self._client.scroll(
-                collection,
-                scroll_filter=client_filter(self._models, where),
-                limit=limit,
-                order_by=order,
-                offset=cursor,
-                with_payload=payload or (False if newest_by is None else [newest_by]),
+            asked = self._models.page(
+                self._models.filter(narrowed), limit, cursor, newest_by, payload=payload
             )
-        return Page([Record(str(record.id), record.payload or {}) for record in records], following)
+            return client_page(self._client.scroll(collection, **asked))
 
-    def _slice(self, collection: str, start: int, limit: int, *, payload: bool) -> Page:
-        """All points in the order of their coming: scroll() would sort them anew for every page."""
-        held = self._client.collections[collection]
-        stop = min(start + limit, len(held.ids_inv))
-        rows = (row for row in range(start, stop) if not held.deleted[row])
-        records = [Record(str(held.ids_inv[row]), held.payload[row] if payload else {}) for row in rows]
-        return Page(records, stop if stop < len(held.ids_inv) else None)
-
-    async def search(self, collection: str, vector: list[float], where: Filter, limit: int) -> list[Record]:
+    async def search(
+        self,
+        collection: str,
+        vector: Sequence[float],
+        where: Filter,
+        limit: int,
+        *,
+        tenant: str | None = None,
+    ) -> list[Record]:
+        """See Engine.search."""
+        narrowed = self._narrowed(collection, where, tenant)
         with backend_errors(self, "search"):
-            found = self._client.query_points(
-                collection, query=vector, query_filter=client_filter(self._models, where), limit=limit
-            )
-        return [Record(str(point.id), point.payload or {}, point.score) for point in found.points]
+            arguments = self._models.search(vector, self._models.filter(narrowed), limit)
+            return client_records(self._client.query_points(collection, **arguments).points)
 
-    async def count(self, collection: str, where: Filter) -> int:
-        if where == Filter():
-            held = self._client.collections[collection]
-            return len(held.ids) - int(held.deleted.sum())
+    async def count(self, collection: str, where: Filter, *, tenant: str | None = None) -> int:
+        """See Engine.count."""
+        narrowed = self._narrowed(collection, where, tenant)
+        if narrowed == Filter():
+            return LocalCollection(self._client, collection).count()
         with backend_errors(self, "count"):
-            return cast(
-                "int", self._client.count(collection, count_filter=client_filter(self._models, where)).count
-            )
+            counted = self._client.count(collection, count_filter=self._models.filter(narrowed))
+            return cast("int", counted.count)
 
     async def close(self) -> None:
         with backend_errors(self, "close"):
             self._disconnect()
 
     def abandon(self) -> None:
-        """Close the lock file unlocked: unlocking would let others into the parent's directory."""
+        """See Files.abandon."""
         if self._connected is not None:
-            self._connected._flock_file.close()
+            abandon_local(self._connected)

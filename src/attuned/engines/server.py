@@ -42,17 +42,20 @@ from attuned.connections.http import (
 from attuned.connections.pools import ConnectionPools
 from attuned.connections.resilience import Resilience
 from attuned.connections.runtime import Waits, run
-from attuned.engines.client_models import client_filter, import_qdrant_client
+from attuned.engines.client_models import ClientModels, client_page, client_records, import_qdrant_client
+from attuned.engines.filters import AnyOf, Filter
 from attuned.engines.waist import (
-    AnyOf,
     CollectionSpec,
+    CollectionStatus,
     ExecutionMode,
-    Filter,
-    IndexKind,
+    Matching,
     Page,
     Put,
     Record,
     backend_errors,
+    not_open,
+    with_tenant,
+    within,
 )
 from attuned.snapshots.directory import NativeSnapshotWriter, RemoteSnapshot
 
@@ -109,7 +112,7 @@ class ServerEngine:
     compact = False
 
     def __init__(self, config: QdrantStoreConfig, waits: Waits) -> None:
-        self._models = import_qdrant_client().models
+        self._models = ClientModels(import_qdrant_client().models)
         import ssl
 
         import httpx
@@ -117,6 +120,7 @@ class ServerEngine:
         self.runs: ExecutionMode = "in place" if waits.blocking else "on loop"
         self._waits = waits
         self._config = config
+        self._tenants: dict[str, str | None] = {}  # the keys that hold them, by collection
         self._url = cast("str", config.url)
         self._blocking = waits.blocking
         headers = {} if config.api_key is None else {"api-key": config.api_key}  # as api_key= it would warn
@@ -127,6 +131,8 @@ class ServerEngine:
             if isinstance(verify, str)
             else httpx.create_ssl_context(verify)
         )
+        self._read_options = {"consistency": config.read_consistency}
+        self._write_options = {"ordering": config.write_ordering, "wait": True}
         self._shared: dict[str, Any] = {"headers": headers, "limits": limits, "verify": trusted}
         clients = self._make_clients()  # the first take 0.1 s, for which no event loop is to be held up
         self._prepared = [clients]
@@ -200,7 +206,8 @@ class ServerEngine:
 
         return await self.resilience.send(operation, translated)
 
-    async def open_collection(self, collection: CollectionSpec) -> Mapping[str, Any]:
+    async def open(self, collection: CollectionSpec) -> Mapping[str, Any]:
+        """See Engine.open."""
         await self._check_version()
         info = await self._describe(collection.name)
         if info is None:
@@ -217,13 +224,25 @@ class ServerEngine:
         collection.accept(metadata)
         vectors = info.config.params.vectors
         found = getattr(vectors, "size", None), getattr(vectors, "distance", None)
-        if found != (metadata.get("vector_size"), self._models.Distance.COSINE):
+        if found != (metadata.get("vector_size"), self._models.models.Distance.COSINE):
             raise SchemaMismatchError(
                 f"{self._url}: collection {collection.name!r} has {found[0]} dimensions, {found[1]}; "
                 f"{metadata.get('vector_size')} and Cosine are needed"
             )
         await self._create_indexes(collection, set(info.payload_schema))
+        self._tenants[collection.name] = collection.tenant
         return metadata
+
+    async def collections(self) -> Mapping[str, Mapping[str, Any]]:
+        """See Engine.collections; each is asked for its metadata, and left out where it goes meanwhile."""
+        listed = (await self._send("list", self._client.get_collections)).collections
+        found = {each.name: await self._describe(each.name) for each in listed}
+        return {name: dict(info.config.metadata or {}) for name, info in found.items() if info is not None}
+
+    async def drop(self, collection: str) -> None:
+        """See Engine.drop."""
+        self._tenants.pop(collection, None)
+        await self._send("drop", lambda: self._client.delete_collection(collection))
 
     async def _check_version(self) -> None:
         version = (await self._send("info", self._client.info)).version
@@ -241,14 +260,13 @@ class ServerEngine:
             raise
 
     async def _create(self, collection: CollectionSpec) -> None:
-        models, config = self._models, self._config
-        vectors = models.VectorParams(size=collection.vector_size, distance=models.Distance.COSINE)
+        config = self._config
         try:
             await self._send(
                 "create",
                 lambda: self._client.create_collection(
                     collection.name,
-                    vectors_config=vectors,
+                    vectors_config=self._models.vectors(collection.vector_size),
                     shard_number=config.shard_number,
                     replication_factor=config.replication_factor,
                     write_consistency_factor=config.write_consistency_factor,
@@ -260,65 +278,59 @@ class ServerEngine:
                 raise
 
     async def _create_indexes(self, collection: CollectionSpec, there: set[str]) -> None:
-        for key, kind in collection.indexes.items():
-            if key not in there:
-                await self._create_index(collection.name, key, kind)
-
-    async def _create_index(self, name: str, key: str, kind: IndexKind) -> None:
-        models = self._models
-        schema = (
-            models.KeywordIndexParams(type="keyword", is_tenant=True)
-            if kind == "tenant"
-            else models.PayloadSchemaType(kind)
-        )
-        await self._send(
-            "index", lambda: self._client.create_payload_index(name, key, field_schema=schema, wait=True)
-        )
-
-    async def put(self, collection: str, puts: Sequence[Put]) -> None:
-        operations = [self._upsert(put) for put in puts]
-        ordering = self._config.write_ordering
-        if len(operations) == 1:
-            only = operations[0]
+        models, name = self._models.models, collection.name
+        schemas = {key: models.PayloadSchemaType(kind) for key, kind in collection.indexes.items()}
+        if collection.tenant is not None:
+            schemas[collection.tenant] = models.KeywordIndexParams(type="keyword", is_tenant=True)
+        for key in [key for key in schemas if key not in there]:
+            index = {"field_name": key, "field_schema": schemas[key]}
             await self._send(
-                "upsert",
-                lambda: self._client.upsert(
-                    collection,
-                    points=only.points,
-                    update_filter=only.update_filter,
-                    update_mode=only.update_mode,
-                    ordering=ordering,
-                    wait=True,
-                ),
-            )
-        else:
-            batch = [self._models.UpsertOperation(upsert=operation) for operation in operations]
-            await self._send(
-                "upsert",
-                lambda: self._client.batch_update_points(collection, batch, ordering=ordering, wait=True),
+                "index", functools.partial(self._client.create_payload_index, name, **index, wait=True)
             )
 
-    def _upsert(self, put: Put) -> Any:
-        models = self._models
+    async def apply(
+        self, collection: str, puts: Sequence[Put] = (), deletes: Sequence[str] | Matching = ()
+    ) -> None:
+        """See Engine.apply; several steps are one request too, in which they come one after another."""
+        key, models, options = self._key_of(collection), self._models.models, self._write_options
+        upserts = [self._upsert(put, key) for put in puts if put.points]
+        selector = None
+        if isinstance(deletes, Matching):
+            narrowed = within(deletes.where, key, deletes.tenant)
+            selector = models.FilterSelector(filter=self._models.filter(narrowed))
+        elif deletes:
+            selector = models.PointIdsList(points=list(deletes))
+        if len(upserts) == 1 and selector is None:
+            asked = {name: getattr(upserts[0], name) for name in ("points", "update_filter", "update_mode")}
+            await self._send("upsert", lambda: self._client.upsert(collection, **asked, **options))
+        elif upserts:
+            steps = [models.UpsertOperation(upsert=each) for each in upserts]
+            steps += [] if selector is None else [models.DeleteOperation(delete=selector)]
+            await self._send("upsert", lambda: self._client.batch_update_points(collection, steps, **options))
+        elif selector is not None:
+            await self._send("delete", lambda: self._client.delete(collection, selector, **options))
+
+    def _upsert(self, put: Put, key: str | None) -> Any:
+        models, points = self._models.models, [with_tenant(point, key) for point in put.points]
         return models.PointsList(
             points=[
-                models.PointStruct(id=point.id, vector=point.vector, payload=point.payload)
-                for point in put.points
+                models.PointStruct(id=point.id, vector=list(point.vector), payload=point.payload)
+                for point in points
             ],
-            update_filter=None if put.over is None else client_filter(models, put.over),
+            update_filter=None if put.over is None else self._models.filter(put.over),
             update_mode=None if put.mode == "upsert" else models.UpdateMode(f"{put.mode}_only"),
         )
 
-    async def delete(self, collection: str, where: Filter | Sequence[str]) -> None:
-        models = self._models
-        selector = (
-            models.FilterSelector(filter=client_filter(models, where))
-            if isinstance(where, Filter)
-            else models.PointIdsList(points=list(where))
-        )
-        ordering = self._config.write_ordering
-        await self._send(
-            "delete", lambda: self._client.delete(collection, selector, ordering=ordering, wait=True)
+    def _key_of(self, collection: str) -> str | None:
+        try:
+            return self._tenants[collection]
+        except KeyError:
+            raise not_open(self.name, collection) from None
+
+    def _narrowed(self, collection: str, where: Filter, tenant: str | None) -> Any:
+        """A filter of one tenant's points; those of all may be asked for of what is not open here too."""
+        return self._models.filter(
+            where if tenant is None else within(where, self._key_of(collection), tenant)
         )
 
     async def mark(self, collection: str, key: str, value: str | None) -> None:
@@ -332,14 +344,13 @@ class ServerEngine:
     async def finish(self, last: Awaitable[object]) -> None:
         await self._waits.shielded(last)
 
-    async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[Record]:
-        found = await self._send(
-            "retrieve",
-            lambda: self._client.retrieve(
-                collection, list(ids), with_payload=payload, consistency=self._config.read_consistency
-            ),
-        )
-        return [Record(str(record.id), record.payload or {}) for record in found]
+    async def retrieve(
+        self, collection: str, ids: Sequence[str], *, payload: bool = True, vector: bool = False
+    ) -> list[Record]:
+        """See Engine.retrieve."""
+        asked = {"with_payload": payload, "with_vectors": vector, **self._read_options}
+        found = await self._send("retrieve", lambda: self._client.retrieve(collection, list(ids), **asked))
+        return client_records(found)
 
     async def page(
         self,
@@ -347,86 +358,66 @@ class ServerEngine:
         where: Filter,
         *,
         limit: int,
+        tenant: str | None = None,
         cursor: Any = None,
         newest_by: str | None = None,
         payload: bool = True,
     ) -> Page:
-        models = self._models
-        order = newest_by and models.OrderBy(key=newest_by, direction=models.Direction.DESC)
-        records, following = await self._send(
-            "page",
-            lambda: self._client.scroll(
-                collection,
-                scroll_filter=client_filter(models, where),
-                limit=limit,
-                offset=cursor,
-                order_by=order,
-                with_payload=payload or [newest_by],
-                consistency=self._config.read_consistency,
-            ),
-        )
-        return Page([Record(str(record.id), record.payload or {}) for record in records], following)
+        """See Engine.page."""
+        narrowed = self._narrowed(collection, where, tenant)
+        asked = self._models.page(narrowed, limit, cursor, newest_by, payload=payload) | self._read_options
+        return client_page(await self._send("page", lambda: self._client.scroll(collection, **asked)))
 
-    async def search(self, collection: str, vector: list[float], where: Filter, limit: int) -> list[Record]:
-        found = await self._send(
-            "search",
-            lambda: self._client.query_points(
-                collection,
-                query=vector,
-                query_filter=client_filter(self._models, where),
-                limit=limit,
-                consistency=self._config.read_consistency,
-            ),
-        )
-        return [Record(str(point.id), point.payload or {}, point.score) for point in found.points]
+    async def search(
+        self,
+        collection: str,
+        vector: Sequence[float],
+        where: Filter,
+        limit: int,
+        *,
+        tenant: str | None = None,
+    ) -> list[Record]:
+        """See Engine.search."""
+        narrowed = self._narrowed(collection, where, tenant)
+        asked = self._models.search(vector, narrowed, limit) | self._read_options
+        found = await self._send("search", lambda: self._client.query_points(collection, **asked))
+        return client_records(found.points)
 
-    async def count(self, collection: str, where: Filter) -> int:
-        counted = await self._send(
-            "count", lambda: self._client.count(collection, client_filter(self._models, where), exact=True)
-        )
+    async def count(self, collection: str, where: Filter, *, tenant: str | None = None) -> int:
+        """See Engine.count."""
+        narrowed = self._narrowed(collection, where, tenant)
+        counted = await self._send("count", lambda: self._client.count(collection, narrowed, exact=True))
         return cast("int", counted.count)
 
     async def count_by(
         self, collection: str, key: str, values: Sequence[str], where: Filter
     ) -> Mapping[str, int]:
-        narrowed = client_filter(self._models, where._replace(must=(AnyOf(key, values), *where.must)))
-        found = await self._send(
-            "count",
-            lambda: self._client.facet(
-                collection,
-                key,
-                facet_filter=narrowed,
-                limit=len(values),
-                exact=True,
-                consistency=self._config.read_consistency,
-            ),
-        )
+        """See Engine.count_by; in one request."""
+        if not values:
+            return {}
+        narrowed = self._models.filter(where._replace(must=(AnyOf(key, values), *where.must)))
+        asked = {"facet_filter": narrowed, "limit": len(values), "exact": True, **self._read_options}
+        found = await self._send("count", lambda: self._client.facet(collection, key, **asked))
         return {hit.value: hit.count for hit in found.hits}
 
-    def is_absent(self, collection: str, error: BackendError) -> bool:
-        """See SharedEngine.is_absent."""
-        cause: Any = error.__cause__  # a gateway, too, answers 404: what counts is what Qdrant says
-        absent = http_status_of(error) == HTTPStatus.NOT_FOUND
-        return absent and f"Collection `{collection}` doesn't exist".encode() in cause.content
-
-    async def status(self, collection: str, seconds: float) -> Mapping[str, Any]:
-        """Asked without retry and breaker."""
+    async def status(self, collection: str, where: Filter, seconds: float) -> CollectionStatus:
+        """See Engine.status; without retry and breaker."""
         with report_request(self.reporter, "server", "health"):
-            return await self._status(collection, time.monotonic() + seconds)
+            return await self._status(collection, where, time.monotonic() + seconds)
 
-    async def _status(self, collection: str, deadline: float) -> Mapping[str, Any]:
+    async def _status(self, collection: str, where: Filter, deadline: float) -> CollectionStatus:
         place = f"collections/{urlquote(collection, safe='')}"
-        latest = {"filter": {"must": [{"key": "kind", "match": {"value": "latest"}}]}, "exact": True}
+        counting = {"filter": self._models.filter(where).model_dump(exclude_none=True), "exact": True}
         try:
-            found: dict[str, Any] = {"version": (await self._ask("GET", "", deadline))["version"]}
+            version = (await self._ask("GET", "", deadline))["version"]
             described = await self._ask("GET", place, deadline, absent_ok=True)
-            if described:
-                found["collection"] = dict(described["result"])
-                counted = await self._ask("POST", f"{place}/points/count", deadline, json=latest)
-                found["users"] = int(counted["result"]["count"])
+            if not described:
+                return CollectionStatus(None, version=version)
+            counted = await self._ask("POST", f"{place}/points/count", deadline, json=counting)
+            details, matching = dict(described["result"]), int(counted["result"]["count"])
+            return CollectionStatus(details.get("points_count", 0), matching, version, details)
         except (KeyError, TypeError, ValueError) as error:
             raise server_error(error, "health", self._url) from error
-        return found
 
     async def _ask(
         self, method: str, path: str, deadline: float, *, absent_ok: bool = False, **options: Any

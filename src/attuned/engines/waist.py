@@ -1,19 +1,26 @@
-"""What an engine of points offers: the narrow waist between states and databases."""
+"""What an engine of points offers: the narrow waist between what is kept and the databases.
+
+An engine knows collections, points, tenants and filters; it knows nothing of users, states and documents.
+To write one, offer what ``Engine`` asks for, and of ``Files``, ``Marks`` and ``NativeSnapshots`` what the
+database has; ``MemoryEngine`` is the example, and tests/test_waist.py says whether it is right.
+
+Methods are coroutines, so that one body of code stands above all engines. Those of an engine in this process
+never suspend. Whoever drives it makes one call at a time, under a lock; only ``flush`` and ``flush_due`` may
+be used meanwhile. An engine over a connection is called by many threads or tasks at once.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast
 
 import attrs
 
-from attuned.base.errors import BackendError, StoreError, T
+from attuned.base.errors import BackendError, BackendRejectedError, CollectionNotFoundError, StoreError, T
 from attuned.base.telemetry import Telemetry, report_request
-
-# The narrow waist. An engine knows collections, points and neutral filters; it knows nothing of users and
-# states. Its methods are coroutines; those of an embedded engine never suspend.
 from attuned.connections.files import Files
+from attuned.engines.filters import Equal, Filter, matches
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
@@ -23,53 +30,29 @@ if TYPE_CHECKING:
 
 
 class Point(NamedTuple):
+    """A point as it is written: ``id`` is a UUID as text, and the same in all tenants.
+
+    The payload is JSON with a mapping at the top. Of the vector the direction is kept, in single precision.
+    The tenant becomes part of the payload, under the key that ``CollectionSpec.tenant`` names.
+    """
+
     id: str
-    vector: list[float]
-    payload: dict[str, Any]
+    vector: Sequence[float]
+    payload: Mapping[str, Any]
+    tenant: str | None = None
 
 
 class Record(NamedTuple):
-    """A point as read: ``score`` where it was searched for, an empty payload where none was asked for.
+    """A point as it was read, which never changes any more.
 
+    ``score`` is its cosine where it was searched for; payload and vector are empty where not asked for.
     ``id`` is as the engine gives it, a string or a UUID.
     """
 
     id: object
     payload: Mapping[str, Any]
     score: float = 0.0
-
-
-class Equal(NamedTuple):
-    key: str
-    value: str | int  # not bool, which Qdrant Edge 0.9 takes for an integer
-
-
-class AnyOf(NamedTuple):
-    key: str
-    values: Sequence[str] | Sequence[int]
-
-
-class Range(NamedTuple):
-    key: str
-    least: float | None = None
-    most: float | None = None
-
-
-class Text(NamedTuple):
-    key: str
-    words: str
-
-
-class Absent(NamedTuple):
-    key: str
-
-
-Condition = Equal | AnyOf | Range | Text | Absent
-
-
-class Filter(NamedTuple):
-    must: tuple[Condition, ...] = ()
-    must_not: tuple[Condition, ...] = ()
+    vector: Sequence[float] = ()
 
 
 class Page(NamedTuple):
@@ -79,15 +62,40 @@ class Page(NamedTuple):
     cursor: Any
 
 
-IndexKind = Literal["tenant", "keyword", "integer", "float", "bool", "datetime", "text"]
+class Put(NamedTuple):
+    """Points to be written where a guard allows it, which is judged for each point by itself.
+
+    ``mode``: "insert" leaves points that exist alone, "update" those that do not; of those that exist, only
+    ones that match ``over`` are replaced. One that does not exist is inserted whatever ``over`` says.
+    """
+
+    points: Sequence[Point]
+    mode: Literal["upsert", "insert", "update"] = "upsert"
+    over: Filter | None = None
+
+    @property
+    def guarded(self) -> bool:
+        """Whether there is anything to be judged."""
+        return self.mode != "upsert" or self.over is not None
+
+
+class Matching(NamedTuple):
+    """All points of a tenant, or of all tenants, that match a filter."""
+
+    where: Filter
+    tenant: str | None = None
+
+
+IndexKind = Literal["keyword", "integer", "float", "text"]
 
 
 @attrs.frozen
 class CollectionSpec:
     """What a collection is opened with.
 
-    ``metadata`` is recorded when it is created; ``accept`` raises where that of one that exists will not do,
-    and is asked before anything is touched.
+    ``tenant`` is the key of the payload that holds a point's tenant. ``indexes`` are the keys that are
+    filtered on or ordered by, with what they hold. ``metadata`` is recorded when the collection is created;
+    ``accept`` raises where that of one that exists will not do, and is asked before anything is touched.
     """
 
     name: str
@@ -95,31 +103,60 @@ class CollectionSpec:
     indexes: Mapping[str, IndexKind]
     metadata: Mapping[str, Any]
     accept: Callable[[Mapping[str, Any]], object] = dict
+    tenant: str | None = None
+
+
+@attrs.frozen
+class CollectionStatus:
+    """How a collection is; ``details`` are the database's own words."""
+
+    points: int | None  # None where there is none, or, in this process, none is open
+    matching: int = 0
+    version: str | None = None  # of the server
+    details: Mapping[str, Any] = {}
 
 
 ExecutionMode = Literal["in place", "in thread", "on loop"]
 
 
 class Engine(Protocol):
-    """What stands between the core and a database of points.
+    """What stands between what is kept and a database of points.
 
-    ``indexed``: filters and orders are answered from indexes, not by looking at every point.
-    ``runs``: how an asynchronous store calls it. "in place": calls are short and hold the interpreter, so
-    that a thread would gain nothing; "in thread": they block; "on loop": its coroutines suspend.
-    ``compact``: nested payload values cost more than strings. ``reporter``: where its requests are reported.
+    A collection is opened before anything else is done with it; until then, and once it is dropped, what is
+    asked of it raises CollectionNotFoundError. What a database raises comes as BackendError. ``tenant=None``
+    reads the points of all tenants.
+
+    What it can do is said by attributes, which never change:
+
+    ``runs``: how an asynchronous store calls it. "in place": calls are short, and a thread would gain
+    nothing; "in thread": they block; "on loop": its coroutines suspend.
+    ``indexed``: pages, orders and counts of a filter are found without looking at every point. Where not,
+    what stands above keeps in memory what it would have to ask for often.
+    ``compact``: nested values in a payload cost more than one string of the same content.
+    ``reporter``: what requests are reported to, None for nothing.
     """
 
     name: str
-    indexed: bool
     runs: ExecutionMode
+    indexed: bool
     compact: bool
     reporter: Telemetry | None
 
-    async def open_collection(self, collection: CollectionSpec) -> Mapping[str, Any]:
+    async def open(self, collection: CollectionSpec) -> Mapping[str, Any]:
         """Open a collection, creating it where absent; returns the metadata that it was created with."""
         ...
 
-    async def retrieve(self, collection: str, ids: Sequence[str], *, payload: bool = True) -> list[Record]:
+    async def collections(self) -> Mapping[str, Mapping[str, Any]]:
+        """The collections that there are, opened or not, and their metadata."""
+        ...
+
+    async def drop(self, collection: str) -> None:
+        """Remove a collection, if there is one."""
+        ...
+
+    async def retrieve(
+        self, collection: str, ids: Sequence[str], *, payload: bool = True, vector: bool = False
+    ) -> list[Record]:
         """The points with these ids that there are, in any order."""
         ...
 
@@ -129,18 +166,32 @@ class Engine(Protocol):
         where: Filter,
         *,
         limit: int,
+        tenant: str | None = None,
         cursor: Any = None,
         newest_by: str | None = None,
         payload: bool = True,
     ) -> Page:
-        """Points one page after another; or, with ``newest_by``, the first in descending order of a key."""
+        """Points one page after another; or, with ``newest_by``, the first in descending order of a key.
+
+        What is there from the first page to the last comes once; what is written meanwhile comes or not. A
+        page may hold fewer than ``limit``, or none, and still have a cursor. In an order come the points
+        alone that hold a number there; without their payloads they hold that key.
+        """
         ...
 
-    async def search(self, collection: str, vector: list[float], where: Filter, limit: int) -> list[Record]:
-        """The nearest points, best first."""
+    async def search(
+        self,
+        collection: str,
+        vector: Sequence[float],
+        where: Filter,
+        limit: int,
+        *,
+        tenant: str | None = None,
+    ) -> list[Record]:
+        """The nearest points by cosine, best first."""
         ...
 
-    async def count(self, collection: str, where: Filter) -> int:
+    async def count(self, collection: str, where: Filter, *, tenant: str | None = None) -> int:
         """How many points match."""
         ...
 
@@ -150,49 +201,35 @@ class Engine(Protocol):
         """How many points match for each of these values of a keyword; 0 may be left out."""
         ...
 
+    async def apply(
+        self, collection: str, puts: Sequence[Put] = (), deletes: Sequence[str] | Matching = ()
+    ) -> None:
+        """Write points, one put after another, then delete others, by their ids or all that match.
+
+        The points of one put are judged against what there was before it; of one id twice in a put the last
+        wins. In this process all is seen at one moment. On a server it is one request, but others may come
+        between its points: what must hold is said by guards.
+        """
+        ...
+
+    async def status(self, collection: str, where: Filter, seconds: float) -> CollectionStatus:
+        """How a collection is, and how many of its points match; asked once, within so many seconds.
+
+        On a server the collection need not have been opened.
+        """
+        ...
+
     async def close(self) -> None:
         """Flush and release everything."""
         ...
 
 
 class EmbeddedEngine(Engine, Files, Protocol):
-    """An engine in this process, which owns its files."""
-
-    async def write(self, collection: str, points: Sequence[Point], deleted: Sequence[str] = ()) -> None:
-        """Put points, then delete others by id; the points appear all at one moment."""
-        ...
-
-    async def drop(self, collection: str) -> None:
-        """Remove a collection, if there is one."""
-        ...
-
-    async def replace(self, collection: str, by: str) -> None:
-        """Let another open collection take the place of one, at one moment; its own name is then free."""
-        ...
+    """An engine in this process that owns its files."""
 
 
-class Put(NamedTuple):
-    """Points to be put where a guard allows it, which is judged for each point by itself.
-
-    ``mode``: "insert" leaves points that exist alone, "update" those that do not; of those that exist,
-    only ones that match ``over`` are replaced.
-    """
-
-    points: Sequence[Point]
-    mode: Literal["upsert", "insert", "update"] = "upsert"
-    over: Filter | None = None
-
-
-class SharedEngine(Engine, Protocol):
-    """An engine that other processes write to as well: changes are guarded, requests may be repeated."""
-
-    async def put(self, collection: str, puts: Sequence[Put]) -> None:
-        """Put points, one put after another, in one request."""
-        ...
-
-    async def delete(self, collection: str, where: Filter | Sequence[str]) -> None:
-        """Delete what matches a filter, or has these ids."""
-        ...
+class Marks(Protocol):
+    """What an engine offers whose collections can be marked for all that use them."""
 
     async def mark(self, collection: str, key: str, value: str | None) -> None:
         """Record something in the metadata of a collection, or remove it."""
@@ -202,45 +239,48 @@ class SharedEngine(Engine, Protocol):
         """What ``mark`` recorded; None where there is nothing, or no collection."""
         ...
 
-    async def finish(self, last: Awaitable[object]) -> None:
-        """Await something though being cancelled."""
-        ...
+
+class NativeSnapshots(Protocol):
+    """What an engine offers whose database makes snapshots of its own."""
 
     async def resolve(self, collection: str) -> str:
         """The name of the collection that an alias stands for, or the same."""
         ...
 
     async def is_whole(self, collection: str) -> bool:
-        """Whether the node that answers has every shard of a collection."""
+        """Whether the node that answers has every shard of a collection, so that its snapshot has all."""
         ...
 
     async def create_snapshot(self, collection: str) -> RemoteSnapshot:
-        """Let the server make a snapshot of a collection."""
+        """Let the database make a snapshot of a collection."""
         ...
 
     async def download_snapshot(self, collection: str, name: str, taking: NativeSnapshotWriter) -> None:
-        """Read a snapshot of the server."""
+        """Read a snapshot of the database."""
         ...
 
     async def delete_snapshot(self, collection: str, name: str) -> None:
-        """Remove a snapshot from the server."""
+        """Remove a snapshot from the database."""
         ...
 
     async def upload_snapshot(self, collection: str, path: Path, sha256: str) -> None:
-        """Let the server replace a collection, or make it, by what a snapshot file holds."""
+        """Let the database replace a collection, or make it, by what a snapshot file holds."""
+        ...
+
+    async def finish(self, last: Awaitable[object]) -> None:
+        """Await something though being cancelled."""
         ...
 
     async def apart(self, call: Callable[[], T]) -> T:
         """Make a call that blocks, where it holds up nobody else."""
         ...
 
-    async def status(self, collection: str, seconds: float) -> Mapping[str, Any]:
-        """What the server says of itself and of the collection, asked once and without waiting long."""
-        ...
 
-    def is_absent(self, collection: str, error: BackendError) -> bool:
-        """Whether an operation failed because there is no such collection, and for no other reason."""
-        ...
+class SharedEngine(Engine, Marks, NativeSnapshots, Protocol):
+    """An engine over a connection to a database that other processes write to as well."""
+
+
+# What engines share
 
 
 @contextlib.contextmanager
@@ -256,23 +296,133 @@ def backend_errors(engine: Engine, operation: str) -> Generator[None]:
         raise BackendError(message, backend=engine.name, operation=operation) from error
 
 
-def check_dimensions(points: Sequence[Point], vector_size: int) -> None:
-    """Refuse a point that does not fit before an engine has taken in those before it."""
-    for point in points:
-        if len(point.vector) != vector_size:
-            raise ValueError(f"point {point.id} has {len(point.vector)} dimensions, not {vector_size}")
+def not_open(backend: str, collection: str) -> CollectionNotFoundError:
+    """The error of an operation on a collection that has not been opened, or has been dropped."""
+    message = f"{backend}: collection {collection!r} is not open"
+    return CollectionNotFoundError(message, backend=backend, operation="find")
 
 
-class CountsEach(ABC):
-    """Counts value by value, which is quickest within the process."""
+def within(where: Filter, key: str | None, tenant: str | None) -> Filter:
+    """A filter that only points of one tenant match, whose collection keeps it under a key."""
+    if tenant is None:
+        return where
+    if key is None:
+        raise ValueError("the collection has no tenants")
+    return where._replace(must=(Equal(key, tenant), *where.must))
 
-    @abstractmethod
-    async def count(self, collection: str, where: Filter) -> int:
-        """See Engine.count."""
+
+def with_tenant(point: Point, key: str | None) -> Point:
+    """A point whose payload holds its tenant."""
+    if (point.tenant is None) != (key is None):
+        raise ValueError(f"point {point.id}: points have a tenant where their collection has a key for it")
+    return point if key is None else point._replace(payload={**point.payload, key: point.tenant})
+
+
+def copied(value: Any) -> Any:
+    """JSON that shares nothing with the original."""
+    if isinstance(value, dict):
+        return {key: copied(each) for key, each in cast("dict[str, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [copied(each) for each in cast("Sequence[Any]", value)]
+    return value
+
+
+class Opened(NamedTuple):
+    """What is known of an open collection."""
+
+    vector_size: int
+    tenant: str | None  # the key that holds it
+
+
+class EngineInProcess(ABC):
+    """What the engines in this process do alike: they judge guards here, and count value by value."""
+
+    name: str
+    runs: ExecutionMode
+    indexed: bool
+    compact: bool
+    reporter: Telemetry | None = None
+
+    def __init__(self) -> None:
+        self._open: dict[str, Opened] = {}
+
+    def _opened(self, collection: str) -> Opened:
+        try:
+            return self._open[collection]
+        except KeyError:
+            raise not_open(self.name, collection) from None
+
+    def _narrowed(self, collection: str, where: Filter, tenant: str | None) -> Filter:
+        return within(where, self._opened(collection).tenant, tenant)
+
+    async def _judge(
+        self, collection: str, puts: Sequence[Put], deletes: Sequence[str] | Matching
+    ) -> tuple[list[Point], list[str]]:
+        """What ``apply`` is to write, and the ids of what it is to delete then."""
+        vector_size, key = self._opened(collection)
+        asked = [point.id for put in puts if put.guarded for point in put.points]
+        found = await self.retrieve(collection, asked) if asked else []
+        there = {str(record.id): record.payload for record in found}
+        written: dict[str, Point] = {}
+        for put in puts:
+            points = [with_tenant(point, key) for point in put.points]
+            if put.guarded:
+                points = [point for point in points if _allows(put, there.get(point.id))]
+            if asked:
+                there.update((point.id, point.payload) for point in points)
+            written.update((point.id, point) for point in points)
+        for point in written.values():  # before any of them is taken in
+            if len(point.vector) != vector_size:
+                message = f"point {point.id} has {len(point.vector)} dimensions, not {vector_size}"
+                raise BackendRejectedError(message, backend=self.name, operation="write")
+        if not isinstance(deletes, Matching):
+            return list(written.values()), list(deletes)
+        where, cursor = within(deletes.where, key, deletes.tenant), None
+        gone = [point.id for point in written.values() if matches(where, point.payload)]
+        while True:
+            page = await self.page(collection, where, limit=1_000, cursor=cursor, payload=False)
+            gone += [point_id for record in page.records if (point_id := str(record.id)) not in written]
+            if (cursor := page.cursor) is None:
+                return list(written.values()), gone
+
+    async def status(self, collection: str, where: Filter, seconds: float) -> CollectionStatus:
+        """See Engine.status."""
+        del seconds  # the answer is at hand
+        if collection not in self._open:
+            return CollectionStatus(None)
+        return CollectionStatus(await self.count(collection, Filter()), await self.count(collection, where))
 
     async def count_by(
         self, collection: str, key: str, values: Sequence[str], where: Filter
     ) -> Mapping[str, int]:
-        """See Engine.count_by."""
+        """See Engine.count_by; value by value, which is quickest within the process."""
         narrowed = ((value, where._replace(must=(Equal(key, value), *where.must))) for value in values)
         return {value: await self.count(collection, each) for value, each in narrowed}
+
+    @abstractmethod
+    async def retrieve(
+        self, collection: str, ids: Sequence[str], *, payload: bool = True, vector: bool = False
+    ) -> list[Record]: ...
+
+    @abstractmethod
+    async def page(
+        self,
+        collection: str,
+        where: Filter,
+        *,
+        limit: int,
+        tenant: str | None = None,
+        cursor: Any = None,
+        newest_by: str | None = None,
+        payload: bool = True,
+    ) -> Page: ...
+
+    @abstractmethod
+    async def count(self, collection: str, where: Filter, *, tenant: str | None = None) -> int: ...
+
+
+def _allows(put: Put, there: Mapping[str, Any] | None) -> bool:
+    """Whether a guard lets a point be written where there is one with such a payload, or none."""
+    if there is None:
+        return put.mode != "update"
+    return put.mode != "insert" and (put.over is None or matches(put.over, there))

@@ -8,12 +8,13 @@ import itertools
 import operator
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any
 
 from attuned.base.codec import Schema
 from attuned.base.errors import ReenteredError, closed_error
 from attuned.base.values import ANY, Expected, Health, Match, StateSnapshot, check_user_id, time_of
 from attuned.connections.files import OPEN
+from attuned.engines.vectors import Vectors, make_vectors
 from attuned.states.contract import (
     BATCH_SIZE,
     Cursor,
@@ -31,72 +32,6 @@ if TYPE_CHECKING:
     from attuned.base.config import MemoryStoreConfig
     from attuned.base.errors import T
     from attuned.connections.runtime import Waits
-
-
-class Vectors(Protocol):
-    """Unit vectors in numbered rows."""
-
-    def put(self, row: int, direction: Sequence[float]) -> None:
-        """Write a row, which is there or the next one."""
-        ...
-
-    def scores(self, direction: Sequence[float], rows: int) -> Any:
-        """The cosines of the first so many rows with a direction."""
-        ...
-
-    def best(self, scores: Any, number: int) -> Iterable[int]:
-        """The rows of the best scores, best first, at least ``number`` of them or all."""
-        ...
-
-
-class _PlainVectors:
-    """Rows as lists, where numpy is absent."""
-
-    def __init__(self) -> None:
-        self._rows: list[Sequence[float]] = []
-
-    def put(self, row: int, direction: Sequence[float]) -> None:
-        self._rows[row : row + 1] = [direction]
-
-    def scores(self, direction: Sequence[float], rows: int) -> list[float]:
-        return [sum(map(operator.mul, direction, row)) for row in self._rows[:rows]]
-
-    def best(self, scores: list[float], number: int) -> Iterable[int]:  # noqa: ARG002 - sorts all anyhow
-        return sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
-
-
-class _NumpyVectors:
-    """Rows as a matrix."""
-
-    def __init__(self, vector_size: int) -> None:
-        import numpy as np
-
-        self._numpy = np
-        self._matrix = np.zeros((64, vector_size), dtype=np.float32)
-
-    def put(self, row: int, direction: Sequence[float]) -> None:
-        if row >= len(self._matrix):
-            self._matrix = self._numpy.concatenate([self._matrix, self._numpy.zeros_like(self._matrix)])
-        self._matrix[row] = direction
-
-    def scores(self, direction: Sequence[float], rows: int) -> Any:
-        return self._matrix[:rows] @ self._numpy.asarray(direction, dtype=self._numpy.float32)
-
-    def best(self, scores: Any, number: int) -> Iterable[int]:
-        if number < len(scores):
-            rows = self._numpy.argpartition(-scores, number)[:number]
-            rows = rows[self._numpy.argsort(-scores[rows])]
-        else:
-            rows = self._numpy.argsort(-scores)
-        return cast("list[int]", rows.tolist())
-
-
-def make_vectors(vector_size: int) -> Vectors:
-    """Vectors with numpy, or without where it is absent."""
-    try:
-        return _NumpyVectors(vector_size)
-    except ImportError:
-        return _PlainVectors()
 
 
 class VectorIndex:

@@ -13,7 +13,8 @@ from cachetools import FIFOCache
 from attuned.base.codec import make_point_id
 from attuned.base.errors import StoreError, T
 from attuned.base.values import MAX_TIME_MS, StateSnapshot, time_of
-from attuned.engines.waist import EmbeddedEngine, Filter, Point, Record
+from attuned.engines.filters import Filter
+from attuned.engines.waist import EmbeddedEngine, Point, Put, Record
 from attuned.states.contract import Cursor, HistoryWindow, Retention, conflict_error, page_of_ids
 from attuned.states.points import PointsBackend, decode_snapshot, payload_field
 
@@ -217,7 +218,8 @@ class OwnedBackend(PointsBackend):
         """The latest point, made from the same snapshot's point in history where there is one."""
         if twin is None:
             return self._point(latest, "latest")
-        return Point(make_point_id(latest.user_id, "latest"), twin.vector, {**twin.payload, "kind": "latest"})
+        payload = {**twin.payload, "kind": "latest"}
+        return twin._replace(id=make_point_id(latest.user_id, "latest"), payload=payload)
 
     async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None:
         latest = await self.get_latest(snapshot.user_id)
@@ -275,7 +277,7 @@ class OwnedBackend(PointsBackend):
     ) -> None:
         """Write, then bring what is known of these users up to date."""
         try:
-            await self._files.write(self._collection, points, deleted)
+            await self._files.apply(self._collection, [Put(points)], deleted)
             remember()
         except BaseException:
             # How much of it was done is unknown, also after an interrupt: look again at the next use.

@@ -11,18 +11,8 @@ from attuned.base.codec import FORMAT_VERSION, Schema, make_point_id, pack_axes,
 from attuned.base.config import QdrantStoreConfig, check_axis_names
 from attuned.base.errors import BackendError, SchemaMismatchError, T, ValidationError
 from attuned.base.values import MAX_VECTOR_SIZE, Health, Match, StateSnapshot, check_integer, stored_snapshot
-from attuned.engines.waist import (
-    AnyOf,
-    CollectionSpec,
-    Condition,
-    Engine,
-    Equal,
-    Filter,
-    IndexKind,
-    Point,
-    Range,
-    Record,
-)
+from attuned.engines.filters import AnyOf, Condition, Equal, Filter, Range
+from attuned.engines.waist import CollectionSpec, Engine, IndexKind, Point, Record
 from attuned.states.contract import (
     BATCH_SIZE,
     Cursor,
@@ -36,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 
 _INDEXES: Mapping[str, IndexKind] = {
-    "user_id": "tenant",
     "kind": "keyword",
     "updated_at_unix_ms": "integer",
     "source": "keyword",
@@ -65,14 +54,13 @@ WHOLE_HISTORY = 1_000_000  # more entries than the history of one user can sensi
 
 
 def encode_snapshot(snapshot: StateSnapshot, kind: str, *, compact: bool) -> dict[str, Any]:
-    """The payload of a point, its axes nested or, where that is cheaper, as a text.
+    """The payload of a point, without the user: its axes nested or, where that is cheaper, as a text.
 
     Qdrant Edge may change a float in its last bit; in the compact form there is a text of the confidence too.
     """
     axes = snapshot.axes
     exact = {"exact_confidence": repr(snapshot.confidence)} if compact and snapshot.confidence != 1.0 else {}
     return {
-        "user_id": snapshot.user_id,
         "updated_at_unix_ms": snapshot.updated_at_unix_ms,
         "source": snapshot.source.value,
         "confidence": snapshot.confidence,
@@ -112,12 +100,10 @@ def payload_field(record: Record, field: str) -> Any:
 
 def _where(search: SearchRequest) -> Filter:
     must: list[Condition] = [HISTORY if search.history else LATEST]
-    if search.user_id is not None:
-        must.append(Equal("user_id", search.user_id))
     if search.source is not None:
         must.append(Equal("source", search.source.value))
     if search.min_confidence is not None:
-        must.append(Range("confidence", least=search.min_confidence - LAST_BITS))
+        must.append(Range("confidence", gte=search.min_confidence - LAST_BITS))
     if search.since is not None or search.until is not None:
         must.append(Range("updated_at_unix_ms", search.since, search.until))
     excluded = () if search.exclude_user_id is None else (Equal("user_id", search.exclude_user_id),)
@@ -222,8 +208,10 @@ class PointsBackend(ABC):
             "vector_size": fresh.vector_size,
         }
         accept = functools.partial(_recorded_schema, self.config)
-        collection = CollectionSpec(self._collection, fresh.vector_size, _INDEXES, wanted, accept)
-        return accept(await self.engine.open_collection(collection))
+        collection = CollectionSpec(
+            self._collection, fresh.vector_size, _INDEXES, wanted, accept, tenant="user_id"
+        )
+        return accept(await self.engine.open(collection))
 
     @abstractmethod
     async def open(self) -> None:
@@ -241,7 +229,7 @@ class PointsBackend(ABC):
         vector, where = self.schema.vector(request.axes), _where(request)
         limit = min(request.limit, _MOST_MATCHES)
         while True:
-            records = await self.engine.search(self._collection, vector, where, limit)
+            records = await self.engine.search(self._collection, vector, where, limit, tenant=request.user_id)
             found = ((decode_snapshot(record.payload), record.score) for record in records)
             matches = [Match(entry, clamp_score(score)) for entry, score in found if request.admits(entry)]
             if request.history:
@@ -358,9 +346,12 @@ class PointsBackend(ABC):
         there is was left by a writer that did not know.
         """
         since = (Range("updated_at_unix_ms", least),) if least else ()
-        where = Filter((Equal("user_id", user_id), *since))
         page = await self.engine.page(
-            self._collection, where, limit=wanted + 1, newest_by="updated_at_unix_ms"
+            self._collection,
+            Filter(since),
+            limit=wanted + 1,
+            tenant=user_id,
+            newest_by="updated_at_unix_ms",
         )
         if not any(payload_field(record, "kind") == "latest" for record in page.records):
             return []
@@ -373,18 +364,24 @@ class PointsBackend(ABC):
         return [decode_snapshot(record.payload) for record in itertools.islice(distinct.values(), wanted)]
 
     async def _history_times(self, user_id: str) -> list[int]:
-        where = Filter((Equal("user_id", user_id), HISTORY))
         page = await self.engine.page(
-            self._collection, where, limit=WHOLE_HISTORY, newest_by="updated_at_unix_ms", payload=False
+            self._collection,
+            Filter((HISTORY,)),
+            limit=WHOLE_HISTORY,
+            tenant=user_id,
+            newest_by="updated_at_unix_ms",
+            payload=False,
         )
         return [payload_field(record, "updated_at_unix_ms") for record in reversed(page.records)]
 
     def _point(self, snapshot: StateSnapshot, suffix: str | int, **extra: Any) -> Point:
         kind = "latest" if suffix == "latest" else "history"
         payload = encode_snapshot(snapshot, kind, compact=self.engine.compact)
-        vector = self.schema.vector(snapshot.axes)
         return Point(
-            make_point_id(snapshot.user_id, suffix), vector, {**payload, **extra} if extra else payload
+            make_point_id(snapshot.user_id, suffix),
+            self.schema.vector(snapshot.axes),
+            {**payload, **extra} if extra else payload,
+            snapshot.user_id,
         )
 
 

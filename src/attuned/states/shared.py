@@ -13,14 +13,15 @@ from attuned.base.codec import make_point_id
 from attuned.base.errors import (
     LOGGER,
     BackendError,
-    BackendRejectedError,
+    CollectionNotFoundError,
     ConflictError,
     SnapshotError,
     T,
     short_id,
 )
 from attuned.base.values import MAX_TIME_MS, Health, SnapshotReport, StateSnapshot
-from attuned.engines.waist import Absent, Equal, Filter, Point, Put, Range, SharedEngine
+from attuned.engines.filters import Absent, Equal, Filter, Range
+from attuned.engines.waist import Matching, Point, Put, SharedEngine
 from attuned.snapshots.directory import NativeSnapshotWriter, SnapshotOrigin, SnapshotRequest
 from attuned.states.contract import HistoryWindow, conflict_error
 from attuned.states.points import LATEST, LINEAGE, MAX_COUNTED, PointsBackend, decode_snapshot, same_state
@@ -63,9 +64,8 @@ class SharedBackend(PointsBackend):
         schema = self.schema
         try:
             return await operation(self)
-        except BackendRejectedError as error:
-            if not self._server.is_absent(self._collection, error):
-                raise
+        except CollectionNotFoundError:
+            pass  # made again below, out of reach of this error
         if self.schema is schema:  # else another thread or task has opened it again already
             self.is_open = False
         await self.open()
@@ -110,11 +110,11 @@ class SharedBackend(PointsBackend):
         return [entry for entry in newest if entry.updated_at_unix_ms <= window.until][: window.limit]
 
     async def look(self, seconds: float) -> Health:
-        status = await self._server.status(self._collection, seconds)
-        collection = status.get("collection")
-        if collection is None:
+        status = await self.engine.status(self._collection, Filter((LATEST,)), seconds)
+        if status.points is None:
             message = f"collection {self._collection!r} will be made by the first operation"
-            return Health("healthy", self.engine.name, 0.0, 0, 0, message=message, version=status["version"])
+            return Health("healthy", self.engine.name, 0.0, 0, 0, message=message, version=status.version)
+        collection = status.details
         color = str(collection.get("status"))
         signs = [f"the collection is {color}"] if color != "green" else []
         if _is_marked(collection):
@@ -123,10 +123,10 @@ class SharedBackend(PointsBackend):
             "unhealthy" if color == "red" else "degraded" if signs else "healthy",
             self.engine.name,
             0.0,
-            status["users"],
-            collection.get("points_count"),
+            status.matching,
+            status.points,
             message="; ".join(signs),
-            version=status["version"],
+            version=status.version,
             collection_status=color,
             indexed_vectors=collection.get("indexed_vectors_count"),
         )
@@ -141,7 +141,7 @@ class SharedBackend(PointsBackend):
                 newest[snapshot.user_id] = snapshot
         entries = {(entry.user_id, entry.updated_at_unix_ms): entry for entry in snapshots}
         history = [self._point(entry, time_ms) for (_, time_ms), entry in entries.items()]
-        await self._server.put(self._collection, self._puts(newest.values(), history))
+        await self.engine.apply(self._collection, self._puts(newest.values(), history))
         entries_of = Counter(user_id for user_id, _ in entries)
         for user_id in newest:
             self._latest.pop(user_id, None)
@@ -152,7 +152,7 @@ class SharedBackend(PointsBackend):
         puts = [
             Put(
                 [self._latest_point(entry)],
-                over=Filter((Range("updated_at_unix_ms", most=entry.updated_at_unix_ms),)),
+                over=Filter((Range("updated_at_unix_ms", lte=entry.updated_at_unix_ms),)),
             )
             for entry in newest
         ]
@@ -188,11 +188,11 @@ class SharedBackend(PointsBackend):
         puts = [Put([self._point(snapshot, snapshot.updated_at_unix_ms)])]
         if followed is not None and followed.updated_at_unix_ms != snapshot.updated_at_unix_ms:
             puts.append(Put([self._point(followed, followed.updated_at_unix_ms)], mode="insert"))
-        await self._server.put(self._collection, puts)
+        await self.engine.apply(self._collection, puts)
         try:
             if not await self._is_there(snapshot.user_id):
                 ids = [point.id for put in puts for point in put.points]
-                await self._server.delete(self._collection, ids)
+                await self.engine.apply(self._collection, deletes=ids)
         except BackendError as error:  # what was to be written has been, and is not undone by raising this
             LOGGER.warning("looking after the history of a user failed: %s", error)
 
@@ -210,7 +210,7 @@ class SharedBackend(PointsBackend):
         else:
             unchanged = Equal("revision", replaced) if replaced else Absent("revision")
             put = Put([point], mode="update", over=Filter((unchanged,)))
-        await self._server.put(self._collection, [put])
+        await self.engine.apply(self._collection, [put])
         after = await self._latest_payload(snapshot.user_id) or {}
         seen = [after.get("revision"), *after.get("replaces", ())]
         if point.payload["revision"] in seen:
@@ -225,7 +225,7 @@ class SharedBackend(PointsBackend):
 
     async def delete(self, user_id: str) -> bool:
         there = await self._is_there(user_id)
-        await self._server.delete(self._collection, Filter((Equal("user_id", user_id),)))
+        await self.engine.apply(self._collection, deletes=Matching(Filter(), user_id))
         self._latest.pop(user_id, None)
         return there
 
@@ -253,7 +253,7 @@ class SharedBackend(PointsBackend):
 
     async def _remove(self, times: Mapping[str, list[int]]) -> None:
         ids = [make_point_id(user_id, time_ms) for user_id, old in times.items() for time_ms in old]
-        await self._server.delete(self._collection, ids)
+        await self.engine.apply(self._collection, deletes=ids)
 
     async def create_native(self, order: SnapshotRequest, target: str) -> SnapshotReport | None:
         """Take a snapshot of the server's own making; None where a portable one will do and is needed.
@@ -305,7 +305,7 @@ class SharedBackend(PointsBackend):
         restoring = cast("RestoringBackend", staged)
         written = Equal("restored", restoring.token)
         await self._check_restored(restoring)
-        await self._server.delete(self._collection, Filter(must_not=(written,)))
+        await self.engine.apply(self._collection, deletes=Matching(Filter(must_not=(written,))))
         await self._check_restored(restoring)
         await self._server.mark(self._collection, "restoring", None)
         self.forget_everything()
@@ -356,7 +356,7 @@ class RestoringBackend(SharedBackend):
         points = [self._latest_point(snapshot, restored=self.token) for snapshot in last.values()]
         if self._retention.maximum:
             points += [self._point(each, each.updated_at_unix_ms, restored=self.token) for each in snapshots]
-        await self._server.put(self._collection, [Put(points)])
+        await self.engine.apply(self._collection, [Put(points)])
         self.users_written += len(last) - (self._last in last)
         self._last = snapshots[-1].user_id
 
