@@ -952,7 +952,7 @@ def test_keep_counts_good_snapshots_of_the_past_alone(tmp_path: Path, clock: Clo
     stamp = made[0].name.index("-")
     strange = {
         "29990101T000000.000Z": made[0].read_bytes(),  # the future
-        "20260199T000000.000Z": made[0].read_bytes(),  # no date
+        "20250199T000000.000Z": made[0].read_bytes(),  # no date
         "20260101T000000.001Z": b"",
         "20260101T000000.002Z": b"hello",
         "20260101T000000.003Z": made[0].read_bytes()[:-1],
