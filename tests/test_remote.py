@@ -2180,7 +2180,7 @@ def test_of_two_of_one_time_history_shows_the_latest(server: QdrantServer) -> No
     crossed = attrs.evolve(latest, axes={"warmth": 0.123})
     core: Any = store._core
     store._drive(
-        "put", lambda _: core._server.put(C, [Put([core._point(crossed, latest.updated_at_unix_ms)])])
+        "put", lambda _: core.engine.apply(C, [Put([core._point(crossed, latest.updated_at_unix_ms)])])
     )
 
     assert store.get_history("ann") == [latest, state("ann", 1)]
