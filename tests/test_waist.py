@@ -228,13 +228,13 @@ def test_a_collection_that_will_not_do_is_left_alone(place: Place, shelf: str) -
 
 def test_collections_are_listed_with_their_metadata(place: Place) -> None:
     """Every collection is listed, opened or not, until it is dropped."""
-    first, second = place.create(), place.create(metadata={"of": ["others"], "vector_size": 2})
+    first, second = place.create(), place.create(metadata={"of": ["others"]})
     place.again()
     place.open(spec(first))
 
     listed = place.collections()
     assert listed[first] == {"made_by": "a test", "vector_size": 2}
-    assert listed[second] == {"of": ["others"], "vector_size": 2}
+    assert listed[second] == {"of": ["others"]}
     place.drop(first)
     assert first not in place.collections()
     assert second in place.collections()
@@ -262,7 +262,7 @@ def test_a_collection_that_was_dropped_can_be_made_anew(place: Place, shelf: str
 
 @pytest.mark.parametrize("kind", engines("edge", "local"), indirect=True)
 def test_a_collection_takes_the_place_of_another(place: Place, shelf: str) -> None:
-    """What replaces a collection is there under its name, now and later, and can be replaced or dropped too."""
+    """What replaces a collection is there under its name, now and later, and can be replaced or dropped."""
     for number in (50, 51):
         beside = place.create(document(number))
         place.replace(shelf, beside)

@@ -236,10 +236,11 @@ class ServerEngine:
         collection.accept(metadata)
         vectors = info.config.params.vectors
         found = getattr(vectors, "size", None), getattr(vectors, "distance", None)
-        if found != (metadata.get("vector_size"), self._models.models.Distance.COSINE):
+        wanted = metadata.get("vector_size", collection.vector_size)
+        if found != (wanted, self._models.models.Distance.COSINE):
             raise SchemaMismatchError(
                 f"{self._url}: collection {collection.name!r} has {found[0]} dimensions, {found[1]}; "
-                f"{metadata.get('vector_size')} and Cosine are needed"
+                f"{wanted} and Cosine are needed"
             )
         await self._create_indexes(collection, set(info.payload_schema))
         self._tenants[collection.name] = collection.tenant
