@@ -345,6 +345,10 @@ class BackendRejectedError(BackendError):
 class CollectionNotFoundError(BackendRejectedError):
     """There is no such collection, or it has not been opened."""
 
+    def __init__(self, message: str, *, collection: str, backend: str, operation: str) -> None:
+        super().__init__(message, backend=backend, operation=operation)
+        self.collection = collection
+
 
 class WaitError(BackendError):
     """A failure with a known time to wait."""
@@ -3395,8 +3399,9 @@ def status_error(status: int, content: bytes, asked: str, where: ErrorOrigin) ->
         )
         return BackendUnavailableError(message, retryable=retryable, **where)
     # A gateway, too, answers 404: what counts is what Qdrant says.
-    if status == HTTPStatus.NOT_FOUND and re.search(r"Collection `.*` doesn't exist", said):
-        return CollectionNotFoundError(message, **where)
+    absent = re.search(r"Collection `(.*)` doesn't exist", said)
+    if status == HTTPStatus.NOT_FOUND and absent:
+        return CollectionNotFoundError(message, collection=absent[1], **where)
     return BackendRejectedError(message, **where)
 
 
@@ -3422,7 +3427,10 @@ def is_file_name(name: object) -> bool:
 
 
 class RemainingTime(dict[str, float]):
-    """What httpx looks up a timeout in when a phase of a request begins: each gets what is left by then."""
+    """What httpcore looks up a timeout in when a phase of a request begins: each gets what is left by then.
+
+    That it asks when each phase begins is no part of its interface; tests/test_canaries.py watches it.
+    """
 
     def __init__(self, deadline: float) -> None:
         self._deadline = deadline
@@ -4674,7 +4682,7 @@ def backend_errors(engine: Engine, operation: str) -> Generator[None]:
 def not_open(backend: str, collection: str) -> CollectionNotFoundError:
     """The error of an operation on a collection that has not been opened, or has been dropped."""
     message = f"{backend}: collection {collection!r} is not open"
-    return CollectionNotFoundError(message, backend=backend, operation="find")
+    return CollectionNotFoundError(message, collection=collection, backend=backend, operation="find")
 
 
 def within(where: Filter, key: str | None, tenant: str | None) -> Filter:
@@ -4709,13 +4717,9 @@ class Opened(NamedTuple):
     tenant: str | None  # the key that holds it
 
 
-class EngineInProcess(ABC):
+class EngineInProcess(Engine):
     """What the engines in this process do alike: they judge guards here, and count value by value."""
 
-    name: str
-    runs: ExecutionMode
-    indexed: bool
-    compact: bool
     reporter: Telemetry | None = None
 
     def __init__(self) -> None:
@@ -4773,27 +4777,6 @@ class EngineInProcess(ABC):
         """See Engine.count_by; value by value, which is quickest within the process."""
         narrowed = ((value, where._replace(must=(Equal(key, value), *where.must))) for value in values)
         return {value: await self.count(collection, each) for value, each in narrowed}
-
-    @abstractmethod
-    async def retrieve(
-        self, collection: str, ids: Sequence[str], *, payload: bool = True, vector: bool = False
-    ) -> list[Record]: ...
-
-    @abstractmethod
-    async def page(
-        self,
-        collection: str,
-        where: Filter,
-        *,
-        limit: int,
-        tenant: str | None = None,
-        cursor: Any = None,
-        newest_by: str | None = None,
-        payload: bool = True,
-    ) -> Page: ...
-
-    @abstractmethod
-    async def count(self, collection: str, where: Filter, *, tenant: str | None = None) -> int: ...
 
 
 def _allows(put: Put, there: Mapping[str, Any] | None) -> bool:
@@ -4899,6 +4882,30 @@ def import_qdrant_edge() -> Any:
             'this store needs Qdrant Edge: pip install qdrant-edge-py; or choose engine="local"'
         ) from error
     return qdrant_edge
+
+
+# Relied on in Qdrant Edge beyond its public interface; tests/test_canaries.py watches it. Elsewhere, too, it
+# is relied on that closing a shard flushes it, that one that was closed can be moved and loaded again, and
+# that an ordered page tells the value it was ordered by without its payload.
+
+
+def abandon_shards(shards: Iterable[Any], directories: Iterable[Path]) -> None:
+    """Keep shards for ever, as dropping one writes to the parent's files; let go of their locks.
+
+    These are on the directories of their write-ahead logs.
+    """
+    import ctypes
+
+    for shard in shards:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(shard))
+    logs = [(directory / "wal").stat() for directory in directories]
+    for descriptor in Path("/dev/fd").iterdir() if Path("/dev/fd").is_dir() else ():
+        with contextlib.suppress(OSError):
+            if any(os.path.samestat(descriptor.stat(), log) for log in logs):
+                os.close(int(descriptor.name))
+
+
+# ------------------------------------------------------------------------------
 
 
 class EdgeEngine(EngineInProcess):
@@ -5051,11 +5058,11 @@ class EdgeEngine(EngineInProcess):
 
     @property
     def flush_due(self) -> bool:
-        """See EmbeddedEngine.flush_due."""
+        """See Files.flush_due."""
         return any(self._done[name] - self._flushed[name] >= self._FLUSH_EVERY for name in self._shards)
 
     def flush(self) -> None:
-        """See EmbeddedEngine.flush; a shard that has not been written to since the last one needs none."""
+        """See Files.flush; a shard that has not been written to since the last one needs none."""
         with backend_errors(self, "flush"):
             for name, shard in list(self._shards.items()):
                 done = self._done[name]
@@ -5213,16 +5220,8 @@ class EdgeEngine(EngineInProcess):
             self._open.clear()
 
     def abandon(self) -> None:
-        """Keep the shards for ever, as dropping one writes to the parent's files; let go of their locks."""
-        import ctypes
-
-        for shard in self._shards.values():
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(shard))
-        logs = [(directory / "wal").stat() for directory in self._directories.values()]
-        for descriptor in Path("/dev/fd").iterdir() if Path("/dev/fd").is_dir() else ():
-            with contextlib.suppress(OSError):
-                if any(os.path.samestat(descriptor.stat(), log) for log in logs):
-                    os.close(int(descriptor.name))
+        """See Files.abandon."""
+        abandon_shards(self._shards.values(), self._directories.values())
 
     def _filter(self, where: Filter) -> Any:
         api = self._api
@@ -5494,7 +5493,7 @@ class LocalEngine(EngineInProcess):
         self.writes += 1
 
     def flush(self) -> None:
-        """See EmbeddedEngine.flush.
+        """See Files.flush.
 
         What has been committed is in SQLite's log, until SQLite has brought it into the file and synced that.
         No lock of SQLite's is on the log, so that it may be opened and closed here.
@@ -5952,6 +5951,24 @@ async def _until_the_end(
             await clients.plain.aclose()
 
 
+# Relied on in qdrant-client and httpx beyond their public interfaces; tests/test_canaries.py watches it
+
+
+def tune_client(client: Any, timeout: Any, transport: Any) -> str:
+    """Set what no parameter of qdrant-client offers; returns the base url of its requests.
+
+    Its ``timeout`` is one for all phases, and ``transport=`` would turn the proxies of the environment off.
+    """
+    remote = client._client
+    wrapped = remote.openapi_client.client
+    http = getattr(wrapped, "_client", None) or wrapped._async_client
+    http.timeout, http._transport = timeout, transport
+    return cast("str", remote.rest_uri)
+
+
+# ------------------------------------------------------------------------------
+
+
 class ServerEngine:
     """A Qdrant server or cluster over REST: qdrant-client, blocking or asynchronous, behind one form.
 
@@ -5998,15 +6015,10 @@ class ServerEngine:
         package, config, blocking = import_qdrant_client(), self._config, self._blocking
         kind = package.QdrantClient if blocking else package.AsyncQdrantClient
         client = kind(url=self._url, check_compatibility=False, **self._shared)
-        http = client._client.openapi_client.client  # no public parameter tells the two timeouts apart
         timeout = self._timeout(config.request_timeout)
-        http = http._client if blocking else http._async_client
-        http.timeout = timeout
-        http._transport = ConnectionPools(
-            self._make_pool, config.pool_size
-        )  # as transport= it would turn proxies off
+        base_url = tune_client(client, timeout, ConnectionPools(self._make_pool, config.pool_size))
         plain = (httpx.Client if blocking else httpx.AsyncClient)(
-            base_url=client._client.rest_uri, timeout=timeout, **self._shared
+            base_url=base_url, timeout=timeout, **self._shared
         )
         return (
             _Clients(BlockingClient(client), BlockingClient(plain)) if blocking else _Clients(client, plain)
@@ -6076,10 +6088,11 @@ class ServerEngine:
         collection.accept(metadata)
         vectors = info.config.params.vectors
         found = getattr(vectors, "size", None), getattr(vectors, "distance", None)
-        if found != (metadata.get("vector_size"), self._models.models.Distance.COSINE):
+        wanted = metadata.get("vector_size", collection.vector_size)
+        if found != (wanted, self._models.models.Distance.COSINE):
             raise SchemaMismatchError(
                 f"{self._url}: collection {collection.name!r} has {found[0]} dimensions, {found[1]}; "
-                f"{metadata.get('vector_size')} and Cosine are needed"
+                f"{wanted} and Cosine are needed"
             )
         await self._create_indexes(collection, set(info.payload_schema))
         self._tenants[collection.name] = collection.tenant
@@ -8310,8 +8323,9 @@ class SharedBackend(PointsBackend):
         schema = self.schema
         try:
             return await operation(self)
-        except CollectionNotFoundError:
-            pass  # made again below, out of reach of this error
+        except CollectionNotFoundError as error:
+            if error.collection != self._collection:
+                raise
         if self.schema is schema:  # else another thread or task has opened it again already
             self.is_open = False
         await self.open()

@@ -2174,7 +2174,7 @@ def test_of_two_of_one_time_history_shows_the_latest(server: QdrantServer) -> No
     latest = store["ann"]
     crossed = attrs.evolve(latest, axes={"warmth": 0.123})
     backend: Any = store._operations.backend
-    attuned_store.run(backend._server.put(C, [Put([backend._point(crossed, latest.updated_at_unix_ms)])]))
+    attuned_store.run(backend.engine.apply(C, [Put([backend._point(crossed, latest.updated_at_unix_ms)])]))
 
     assert store.get_history("ann") == [latest, state("ann", 1)]
     copy = attuned_store.MemoryStore()

@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import random
+import shutil
 import uuid
 from typing import TYPE_CHECKING, Any
 
@@ -107,9 +108,16 @@ def spec(name: str, **changes: Any) -> CollectionSpec:
     return attrs.evolve(made, **changes)
 
 
-@pytest.fixture(
-    params=[pytest.param(kind, marks=needs(library)) for kind, (_, library) in KINDS.items()], scope="module"
-)
+def engines(*kinds: str) -> list[Any]:
+    """The engines as parameters, all or some; one whose library is missing is skipped."""
+    return [
+        pytest.param(kind, marks=needs(library))
+        for kind, (_, library) in KINDS.items()
+        if kind in (kinds or KINDS)
+    ]
+
+
+@pytest.fixture(params=engines(), scope="module")
 def kind(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each of the engines."""
     with pytest.MonkeyPatch.context() as patch:
@@ -220,13 +228,13 @@ def test_a_collection_that_will_not_do_is_left_alone(place: Place, shelf: str) -
 
 def test_collections_are_listed_with_their_metadata(place: Place) -> None:
     """Every collection is listed, opened or not, until it is dropped."""
-    first, second = place.create(), place.create(metadata={"of": ["others"], "vector_size": 2})
+    first, second = place.create(), place.create(metadata={"of": ["others"]})
     place.again()
     place.open(spec(first))
 
     listed = place.collections()
     assert listed[first] == {"made_by": "a test", "vector_size": 2}
-    assert listed[second] == {"of": ["others"], "vector_size": 2}
+    assert listed[second] == {"of": ["others"]}
     place.drop(first)
     assert first not in place.collections()
     assert second in place.collections()
@@ -250,6 +258,46 @@ def test_a_collection_that_was_dropped_can_be_made_anew(place: Place, shelf: str
     assert place.count(shelf, where()) == 0
     place.apply(shelf, [Put([document(1, vector=[1.0, 0.0, 0.0])])])
     assert place.collections()[shelf]["made_by"] == "another"
+
+
+@pytest.mark.parametrize("kind", engines("edge", "local"), indirect=True)
+def test_a_collection_takes_the_place_of_another(place: Place, shelf: str) -> None:
+    """What replaces a collection is there under its name, now and later, and can be replaced or dropped."""
+    for number in (50, 51):
+        beside = place.create(document(number))
+        place.replace(shelf, beside)
+        assert walk(place, shelf) == [number]
+        assert beside not in place.collections()
+        with pytest.raises(CollectionNotFoundError):
+            place.count(beside, where())
+    place.again()
+    place.open(spec(shelf))
+    assert walk(place, shelf) == [51]
+    place.drop(shelf)
+    assert shelf not in place.again().collections()
+    place.open(spec(shelf))
+    assert walk(place, shelf) == []
+
+
+@pytest.mark.parametrize("kind", engines("edge"), indirect=True)
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_collection_that_was_half_dropped_is_gone(
+    place: Place, shelf: str, *, replaced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process killed while it dropped a collection leaves none behind, and one can be made anew."""
+    if replaced:
+        place.replace(shelf, place.create(document(50)))
+
+    def killed(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            place.drop(shelf)
+    assert shelf not in place.again().collections()
+    place.open(spec(shelf))
+    assert walk(place, shelf) == []
 
 
 USES: dict[str, Callable[[Place, str], object]] = {

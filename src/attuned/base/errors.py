@@ -186,6 +186,10 @@ class BackendRejectedError(BackendError):
 class CollectionNotFoundError(BackendRejectedError):
     """There is no such collection, or it has not been opened."""
 
+    def __init__(self, message: str, *, collection: str, backend: str, operation: str) -> None:
+        super().__init__(message, backend=backend, operation=operation)
+        self.collection = collection
+
 
 class WaitError(BackendError):
     """A failure with a known time to wait."""

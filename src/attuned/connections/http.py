@@ -98,8 +98,9 @@ def status_error(status: int, content: bytes, asked: str, where: ErrorOrigin) ->
         )
         return BackendUnavailableError(message, retryable=retryable, **where)
     # A gateway, too, answers 404: what counts is what Qdrant says.
-    if status == HTTPStatus.NOT_FOUND and re.search(r"Collection `.*` doesn't exist", said):
-        return CollectionNotFoundError(message, **where)
+    absent = re.search(r"Collection `(.*)` doesn't exist", said)
+    if status == HTTPStatus.NOT_FOUND and absent:
+        return CollectionNotFoundError(message, collection=absent[1], **where)
     return BackendRejectedError(message, **where)
 
 
@@ -125,7 +126,10 @@ def is_file_name(name: object) -> bool:
 
 
 class RemainingTime(dict[str, float]):
-    """What httpx looks up a timeout in when a phase of a request begins: each gets what is left by then."""
+    """What httpcore looks up a timeout in when a phase of a request begins: each gets what is left by then.
+
+    That it asks when each phase begins is no part of its interface; tests/test_canaries.py watches it.
+    """
 
     def __init__(self, deadline: float) -> None:
         self._deadline = deadline

@@ -25,7 +25,7 @@ from attuned.engines.waist import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from attuned.base.telemetry import Telemetry
 
@@ -38,6 +38,30 @@ def import_qdrant_edge() -> Any:
             'this store needs Qdrant Edge: pip install qdrant-edge-py; or choose engine="local"'
         ) from error
     return qdrant_edge
+
+
+# Relied on in Qdrant Edge beyond its public interface; tests/test_canaries.py watches it. Elsewhere, too, it
+# is relied on that closing a shard flushes it, that one that was closed can be moved and loaded again, and
+# that an ordered page tells the value it was ordered by without its payload.
+
+
+def abandon_shards(shards: Iterable[Any], directories: Iterable[Path]) -> None:
+    """Keep shards for ever, as dropping one writes to the parent's files; let go of their locks.
+
+    These are on the directories of their write-ahead logs.
+    """
+    import ctypes
+
+    for shard in shards:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(shard))
+    logs = [(directory / "wal").stat() for directory in directories]
+    for descriptor in Path("/dev/fd").iterdir() if Path("/dev/fd").is_dir() else ():
+        with contextlib.suppress(OSError):
+            if any(os.path.samestat(descriptor.stat(), log) for log in logs):
+                os.close(int(descriptor.name))
+
+
+# ------------------------------------------------------------------------------
 
 
 class EdgeEngine(EngineInProcess):
@@ -190,11 +214,11 @@ class EdgeEngine(EngineInProcess):
 
     @property
     def flush_due(self) -> bool:
-        """See EmbeddedEngine.flush_due."""
+        """See Files.flush_due."""
         return any(self._done[name] - self._flushed[name] >= self._FLUSH_EVERY for name in self._shards)
 
     def flush(self) -> None:
-        """See EmbeddedEngine.flush; a shard that has not been written to since the last one needs none."""
+        """See Files.flush; a shard that has not been written to since the last one needs none."""
         with backend_errors(self, "flush"):
             for name, shard in list(self._shards.items()):
                 done = self._done[name]
@@ -352,16 +376,8 @@ class EdgeEngine(EngineInProcess):
             self._open.clear()
 
     def abandon(self) -> None:
-        """Keep the shards for ever, as dropping one writes to the parent's files; let go of their locks."""
-        import ctypes
-
-        for shard in self._shards.values():
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(shard))
-        logs = [(directory / "wal").stat() for directory in self._directories.values()]
-        for descriptor in Path("/dev/fd").iterdir() if Path("/dev/fd").is_dir() else ():
-            with contextlib.suppress(OSError):
-                if any(os.path.samestat(descriptor.stat(), log) for log in logs):
-                    os.close(int(descriptor.name))
+        """See Files.abandon."""
+        abandon_shards(self._shards.values(), self._directories.values())
 
     def _filter(self, where: Filter) -> Any:
         api = self._api

@@ -272,7 +272,7 @@ class LocalEngine(EngineInProcess):
         self.writes += 1
 
     def flush(self) -> None:
-        """See EmbeddedEngine.flush.
+        """See Files.flush.
 
         What has been committed is in SQLite's log, until SQLite has brought it into the file and synced that.
         No lock of SQLite's is on the log, so that it may be opened and closed here.

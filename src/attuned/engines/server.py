@@ -100,6 +100,24 @@ async def _until_the_end(
             await clients.plain.aclose()
 
 
+# Relied on in qdrant-client and httpx beyond their public interfaces; tests/test_canaries.py watches it
+
+
+def tune_client(client: Any, timeout: Any, transport: Any) -> str:
+    """Set what no parameter of qdrant-client offers; returns the base url of its requests.
+
+    Its ``timeout`` is one for all phases, and ``transport=`` would turn the proxies of the environment off.
+    """
+    remote = client._client
+    wrapped = remote.openapi_client.client
+    http = getattr(wrapped, "_client", None) or wrapped._async_client
+    http.timeout, http._transport = timeout, transport
+    return cast("str", remote.rest_uri)
+
+
+# ------------------------------------------------------------------------------
+
+
 class ServerEngine:
     """A Qdrant server or cluster over REST: qdrant-client, blocking or asynchronous, behind one form.
 
@@ -146,15 +164,10 @@ class ServerEngine:
         package, config, blocking = import_qdrant_client(), self._config, self._blocking
         kind = package.QdrantClient if blocking else package.AsyncQdrantClient
         client = kind(url=self._url, check_compatibility=False, **self._shared)
-        http = client._client.openapi_client.client  # no public parameter tells the two timeouts apart
         timeout = self._timeout(config.request_timeout)
-        http = http._client if blocking else http._async_client
-        http.timeout = timeout
-        http._transport = ConnectionPools(
-            self._make_pool, config.pool_size
-        )  # as transport= it would turn proxies off
+        base_url = tune_client(client, timeout, ConnectionPools(self._make_pool, config.pool_size))
         plain = (httpx.Client if blocking else httpx.AsyncClient)(
-            base_url=client._client.rest_uri, timeout=timeout, **self._shared
+            base_url=base_url, timeout=timeout, **self._shared
         )
         return (
             _Clients(BlockingClient(client), BlockingClient(plain)) if blocking else _Clients(client, plain)
@@ -224,10 +237,11 @@ class ServerEngine:
         collection.accept(metadata)
         vectors = info.config.params.vectors
         found = getattr(vectors, "size", None), getattr(vectors, "distance", None)
-        if found != (metadata.get("vector_size"), self._models.models.Distance.COSINE):
+        wanted = metadata.get("vector_size", collection.vector_size)
+        if found != (wanted, self._models.models.Distance.COSINE):
             raise SchemaMismatchError(
                 f"{self._url}: collection {collection.name!r} has {found[0]} dimensions, {found[1]}; "
-                f"{metadata.get('vector_size')} and Cosine are needed"
+                f"{wanted} and Cosine are needed"
             )
         await self._create_indexes(collection, set(info.payload_schema))
         self._tenants[collection.name] = collection.tenant

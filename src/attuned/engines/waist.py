@@ -12,7 +12,6 @@ be used meanwhile. An engine over a connection is called by many threads or task
 from __future__ import annotations
 
 import contextlib
-from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast
 
 import attrs
@@ -299,7 +298,7 @@ def backend_errors(engine: Engine, operation: str) -> Generator[None]:
 def not_open(backend: str, collection: str) -> CollectionNotFoundError:
     """The error of an operation on a collection that has not been opened, or has been dropped."""
     message = f"{backend}: collection {collection!r} is not open"
-    return CollectionNotFoundError(message, backend=backend, operation="find")
+    return CollectionNotFoundError(message, collection=collection, backend=backend, operation="find")
 
 
 def within(where: Filter, key: str | None, tenant: str | None) -> Filter:
@@ -334,13 +333,9 @@ class Opened(NamedTuple):
     tenant: str | None  # the key that holds it
 
 
-class EngineInProcess(ABC):
+class EngineInProcess(Engine):
     """What the engines in this process do alike: they judge guards here, and count value by value."""
 
-    name: str
-    runs: ExecutionMode
-    indexed: bool
-    compact: bool
     reporter: Telemetry | None = None
 
     def __init__(self) -> None:
@@ -398,27 +393,6 @@ class EngineInProcess(ABC):
         """See Engine.count_by; value by value, which is quickest within the process."""
         narrowed = ((value, where._replace(must=(Equal(key, value), *where.must))) for value in values)
         return {value: await self.count(collection, each) for value, each in narrowed}
-
-    @abstractmethod
-    async def retrieve(
-        self, collection: str, ids: Sequence[str], *, payload: bool = True, vector: bool = False
-    ) -> list[Record]: ...
-
-    @abstractmethod
-    async def page(
-        self,
-        collection: str,
-        where: Filter,
-        *,
-        limit: int,
-        tenant: str | None = None,
-        cursor: Any = None,
-        newest_by: str | None = None,
-        payload: bool = True,
-    ) -> Page: ...
-
-    @abstractmethod
-    async def count(self, collection: str, where: Filter, *, tenant: str | None = None) -> int: ...
 
 
 def _allows(put: Put, there: Mapping[str, Any] | None) -> bool:

@@ -64,8 +64,9 @@ class SharedBackend(PointsBackend):
         schema = self.schema
         try:
             return await operation(self)
-        except CollectionNotFoundError:
-            pass  # made again below, out of reach of this error
+        except CollectionNotFoundError as error:
+            if error.collection != self._collection:
+                raise
         if self.schema is schema:  # else another thread or task has opened it again already
             self.is_open = False
         await self.open()
