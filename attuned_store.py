@@ -3417,6 +3417,7 @@ def http_status_of(error: BackendError) -> int | None:
 
 
 def snapshots_path(collection: str) -> str:
+    """The path of the snapshots of a collection, in the REST interface."""
     return f"/collections/{urlquote(collection, safe='')}/snapshots"
 
 
@@ -3436,6 +3437,7 @@ class RemainingTime(dict[str, float]):
         self._deadline = deadline
 
     def get(self, phase: str, default: Any = None) -> float:  # noqa: ARG002 - the same for every phase
+        """The seconds that are left."""
         return max(0.001, self._deadline - time.monotonic())
 
 
@@ -4106,8 +4108,8 @@ class Directory:
         """Raise BackendError where somebody has removed the directory: what is written is lost."""
         if not self._lock_file.is_there():
             raise BackendError(
-                f"{self.path}: the directory was removed or replaced while it was open: what is written to it "
-                "is lost; close the store and open it again",
+                f"{self.path}: the directory was removed or replaced while it was open: what is written "
+                "to it is lost; close the store and open it again",
                 backend=self.engine.name,
                 operation="write",
             )
@@ -4342,26 +4344,30 @@ class Vectors(Protocol):
         ...
 
 
-class PlainVectors:
+class PlainVectors(Vectors):
     """Rows as lists, where numpy is absent."""
 
     def __init__(self) -> None:
         self._rows: list[Sequence[float]] = []
 
     def put(self, row: int, direction: Sequence[float]) -> None:
+        """See Vectors.put."""
         self._rows[row : row + 1] = [direction]
 
     def get(self, row: int) -> list[float]:
+        """See Vectors.get."""
         return list(self._rows[row])
 
     def scores(self, direction: Sequence[float], rows: int) -> list[float]:
+        """See Vectors.scores."""
         return [sum(map(operator.mul, direction, row)) for row in self._rows[:rows]]
 
     def best(self, scores: list[float], number: int) -> Iterable[int]:  # noqa: ARG002 - sorts all anyhow
+        """See Vectors.best."""
         return sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
 
 
-class NumpyVectors:
+class NumpyVectors(Vectors):
     """Rows as a matrix."""
 
     def __init__(self, vector_size: int) -> None:
@@ -4371,17 +4377,21 @@ class NumpyVectors:
         self._matrix = np.zeros((4, vector_size), dtype=np.float32)  # doubled when full
 
     def put(self, row: int, direction: Sequence[float]) -> None:
+        """See Vectors.put."""
         if row >= len(self._matrix):
             self._matrix = self._numpy.concatenate([self._matrix, self._numpy.zeros_like(self._matrix)])
         self._matrix[row] = direction
 
     def get(self, row: int) -> list[float]:
+        """See Vectors.get."""
         return cast("list[float]", self._matrix[row].tolist())
 
     def scores(self, direction: Sequence[float], rows: int) -> Any:
+        """See Vectors.scores."""
         return self._matrix[:rows] @ self._numpy.asarray(direction, dtype=self._numpy.float32)
 
     def best(self, scores: Any, number: int) -> Iterable[int]:
+        """See Vectors.best."""
         if number < len(scores):
             rows = self._numpy.argpartition(-scores, number)[:number]
             rows = rows[self._numpy.argsort(-scores[rows])]
@@ -4406,9 +4416,9 @@ def make_vectors(vector_size: int) -> Vectors:
 # To write one, offer what ``Engine`` asks for, and of ``Files``, ``Marks`` and ``NativeSnapshots`` what the
 # database has; ``MemoryEngine`` is the example, and tests/test_waist.py says whether it is right.
 #
-# Methods are coroutines, so that one body of code stands above all engines. Those of an engine in this process
-# never suspend. Whoever drives it makes one call at a time, under a lock; only ``flush`` and ``flush_due`` may
-# be used meanwhile. An engine over a connection is called by many threads or tasks at once.
+# Methods are coroutines, so that one body of code stands above all engines. Those of an engine in this
+# process never suspend. Whoever drives it makes one call at a time, under a lock; only ``flush`` and
+# ``flush_due`` may be used meanwhile. An engine over a connection is called by many threads or tasks at once.
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -4793,6 +4803,7 @@ def _allows(put: Put, there: Mapping[str, Any] | None) -> bool:
 
 
 def import_qdrant_client() -> Any:
+    """The package qdrant_client, or MissingDependencyError."""
     try:
         import qdrant_client
     except ImportError as error:
@@ -4875,6 +4886,7 @@ def client_page(found: tuple[Iterable[Any], Any]) -> Page:
 
 
 def import_qdrant_edge() -> Any:
+    """The package qdrant_edge, or MissingDependencyError."""
     try:
         import qdrant_edge
     except ImportError as error:
@@ -5211,6 +5223,7 @@ class EdgeEngine(EngineInProcess):
             return cast("int", self._shards[collection].count(request))
 
     async def close(self) -> None:
+        """See Engine.close."""
         with backend_errors(self, "close"):
             for shard in self._shards.values():
                 shard.flush()
@@ -5606,6 +5619,7 @@ class LocalEngine(EngineInProcess):
             return cast("int", counted.count)
 
     async def close(self) -> None:
+        """See Engine.close."""
         with backend_errors(self, "close"):
             self._disconnect()
 
@@ -5645,6 +5659,7 @@ def engine_class(path: Path, config: QdrantStoreConfig) -> type[EdgeEngine | Loc
 
 
 def engine_of(path: Path) -> Literal["edge", "local"] | None:
+    """The engine whose files a directory holds; None for neither."""
     try:
         edge, local = (path / "collections").exists(), (path / "meta.json").exists()
         of_a_server = edge and _is_of_a_server(path)
@@ -6199,14 +6214,17 @@ class ServerEngine:
         )
 
     async def mark(self, collection: str, key: str, value: str | None) -> None:
+        """See Marks.mark."""
         await self._send("mark", lambda: self._client.update_collection(collection, metadata={key: value}))
 
     async def mark_of(self, collection: str, key: str) -> str | None:
+        """See Marks.mark_of."""
         info = await self._describe(collection)
         metadata: Any = info and info.config.metadata
         return cast("str | None", metadata and metadata.get(key))
 
     async def finish(self, last: Awaitable[object]) -> None:
+        """See NativeSnapshots.finish."""
         await self._waits.shielded(last)
 
     async def retrieve(
@@ -6305,10 +6323,12 @@ class ServerEngine:
             raise server_error(error, "health", self._url) from error
 
     async def resolve(self, collection: str) -> str:
+        """See NativeSnapshots.resolve."""
         aliases = (await self._send("aliases", self._client.get_aliases)).aliases
         return next((each.collection_name for each in aliases if each.alias_name == collection), collection)
 
     async def is_whole(self, collection: str) -> bool:
+        """See NativeSnapshots.is_whole."""
         shards = await self._send("cluster", lambda: self._client.collection_cluster_info(collection))
         here = {shard.shard_id for shard in shards.local_shards if shard.state == "Active"}
         return here.issuperset(shard.shard_id for shard in shards.remote_shards)
@@ -6339,6 +6359,7 @@ class ServerEngine:
         return answer.json()
 
     async def download_snapshot(self, collection: str, name: str, taking: NativeSnapshotWriter) -> None:
+        """See NativeSnapshots.download_snapshot."""
         path = f"{snapshots_path(collection)}/{urlquote(name, safe='')}"
         pour = download_blocking if self._blocking else download_awaiting
         check = functools.partial(self._check_status, "download")
@@ -6350,10 +6371,12 @@ class ServerEngine:
         await self._send("download", download)
 
     async def delete_snapshot(self, collection: str, name: str) -> None:
+        """See NativeSnapshots.delete_snapshot."""
         path = f"{snapshots_path(collection)}/{urlquote(name, safe='')}"
         await self._send("delete", lambda: self._long_request("delete", "DELETE", path))
 
     async def upload_snapshot(self, collection: str, path: Path, sha256: str) -> None:
+        """See NativeSnapshots.upload_snapshot."""
         query = {"priority": "snapshot", "wait": "true", "checksum": sha256}
 
         async def upload() -> None:
@@ -6365,6 +6388,7 @@ class ServerEngine:
         await self._send("restore", upload)
 
     async def apart(self, call: Callable[[], T]) -> T:
+        """See NativeSnapshots.apart."""
         return await self._waits.call(call)
 
     def _check_status(self, operation: str, status: int, body: bytes) -> None:
@@ -6373,6 +6397,7 @@ class ServerEngine:
             raise status_error(status, body, asked, ErrorOrigin(backend="server", operation=operation))
 
     async def close(self) -> None:
+        """See Engine.close."""
         self.resilience.close()
         with backend_errors(self, "close"):
             clients = self._clients_of.get(None if self._blocking else _event_loop())
@@ -7693,16 +7718,20 @@ class PointsBackend(ABC):
         """The latest snapshots of those of these users who have one."""
 
     @abstractmethod
-    async def history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]: ...
+    async def history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]:
+        """See Backend.history."""
 
     @abstractmethod
-    async def write(self, snapshots: Sequence[StateSnapshot]) -> None: ...
+    async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
+        """See Backend.write."""
 
     @abstractmethod
-    async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None: ...
+    async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None:
+        """See Backend.write_expected."""
 
     @abstractmethod
-    async def delete(self, user_id: str) -> bool: ...
+    async def delete(self, user_id: str) -> bool:
+        """See Backend.delete."""
 
     @abstractmethod
     async def stage(self, token: str) -> PointsBackend:
@@ -7751,6 +7780,7 @@ class PointsBackend(ABC):
         return (await self.find([user_id])).get(user_id)
 
     async def search(self, request: SearchRequest) -> list[Match]:
+        """See Backend.search."""
         vector, where = self.schema.vector(request.axes), _where(request)
         limit = min(request.limit, _MOST_MATCHES)
         while True:
@@ -7778,15 +7808,18 @@ class PointsBackend(ABC):
         return snapshot.updated_at_unix_ms in times[self._retention.hidden(times) :]
 
     async def users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
+        """See Backend.users."""
         page = await self.engine.page(
             self._collection, Filter((LATEST,)), limit=self.batch_size, cursor=cursor
         )
         return [str(payload_field(record, "user_id")) for record in page.records], page.cursor
 
     async def count(self) -> int:
+        """See Backend.count."""
         return await self.engine.count(self._collection, Filter((LATEST,)))
 
     async def count_page(self, cursor: Cursor) -> tuple[int, Cursor]:
+        """See Backend.count_page."""
         user_ids, cursor = await self.users(cursor)
         counts = await self._count_by_user(user_ids, self._retention.cutoff())
         return sum(min(self._retention.maximum, count) for count in counts.values()), cursor
@@ -7799,6 +7832,7 @@ class PointsBackend(ABC):
         return await self.engine.count_by(self._collection, "user_id", user_ids, where)
 
     async def prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
+        """See Backend.prune_page."""
         user_ids, cursor = await self.users(cursor)
         hidden, removed = dict[str, list[int]](), 0
         for user_id in await self._overfull(user_ids):
@@ -7972,6 +8006,7 @@ class WriteDraft:
         self.changed = False  # whether there is a new latest snapshot
 
     def add(self, snapshot: StateSnapshot, retention: Retention) -> None:
+        """Take in a snapshot to be written."""
         time_ms = snapshot.updated_at_unix_ms
         if self.latest is None or time_ms >= self.latest.updated_at_unix_ms:
             self.latest, self.changed = snapshot, True
@@ -8047,6 +8082,7 @@ class OwnedBackend(PointsBackend):
             return None
 
     async def find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
+        """See Backend.find."""
         found = {user_id: latest for user_id in user_ids if (latest := self.cached(user_id)) is not None}
         missing = [make_point_id(user_id, "latest") for user_id in user_ids if user_id not in found]
         if missing:
@@ -8057,6 +8093,7 @@ class OwnedBackend(PointsBackend):
         return {user_id: found[user_id] for user_id in user_ids if user_id in found}
 
     async def history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]:
+        """See Backend.history."""
         least = max(window.since, self._retention.cutoff())
         recent = self._recent.get(user_id)
         if recent is None or not covers_window(recent, window, least):
@@ -8088,11 +8125,13 @@ class OwnedBackend(PointsBackend):
         return snapshots
 
     async def users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
+        """See Backend.users."""
         if self.engine.indexed:
             return await super().users(cursor)
         return page_of_ids(iter(list(self._times)) if cursor is None else cursor, self.batch_size)
 
     async def count(self) -> int:
+        """See Backend.count."""
         return await super().count() if self.engine.indexed else len(self._times)
 
     async def _count_by_user(self, user_ids: Sequence[str], least: int = 0) -> Mapping[str, int]:
@@ -8104,6 +8143,7 @@ class OwnedBackend(PointsBackend):
     # Writes
 
     async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
+        """See Backend.write."""
         drafts = await self._drafts(dict.fromkeys(snapshot.user_id for snapshot in snapshots))
         for snapshot in snapshots:
             drafts[snapshot.user_id].add(snapshot, self._retention)
@@ -8130,12 +8170,14 @@ class OwnedBackend(PointsBackend):
         return twin._replace(id=make_point_id(latest.user_id, "latest"), payload=payload)
 
     async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None:
+        """See Backend.write_expected."""
         latest = await self.get_latest(snapshot.user_id)
         if latest != expected:
             raise conflict_error(snapshot.user_id, expected, latest)
         await self.write([snapshot])
 
     async def delete(self, user_id: str) -> bool:
+        """See Backend.delete."""
         latest, times = await self.get_latest(user_id), await self._times_of(user_id)
         if latest is None and not times:
             return False
@@ -8347,6 +8389,7 @@ class SharedBackend(PointsBackend):
         return latest if time.monotonic() < until else None
 
     async def find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
+        """See Backend.find."""
         ids = [make_point_id(user_id, "latest") for user_id in user_ids]
         records = await self.engine.retrieve(self._collection, ids) if ids else []
         snapshots = [decode_snapshot(record.payload) for record in records]
@@ -8362,6 +8405,7 @@ class SharedBackend(PointsBackend):
             self._latest[snapshot.user_id] = (time.monotonic() + self.config.cache_ttl, snapshot)
 
     async def history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]:
+        """See Backend.history."""
         maximum = self._retention.maximum
         wanted = min(maximum, window.limit) if window.until == MAX_TIME_MS else maximum
         if wanted == 0 or window.limit == 0:
@@ -8370,6 +8414,7 @@ class SharedBackend(PointsBackend):
         return [entry for entry in newest if entry.updated_at_unix_ms <= window.until][: window.limit]
 
     async def look(self, seconds: float) -> Health:
+        """See Backend.look."""
         status = await self.engine.status(self._collection, Filter((LATEST,)), seconds)
         if status.points is None:
             message = f"collection {self._collection!r} will be made by the first operation"
@@ -8394,6 +8439,7 @@ class SharedBackend(PointsBackend):
     # Writes
 
     async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
+        """See Backend.write."""
         newest: dict[str, StateSnapshot] = {}
         for snapshot in snapshots:
             known = newest.get(snapshot.user_id)
@@ -8426,6 +8472,7 @@ class SharedBackend(PointsBackend):
         return self._point(snapshot, "latest", revision=secrets.token_hex(8), **extra)
 
     async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None:
+        """See Backend.write_expected."""
         self._latest.pop(snapshot.user_id, None)  # what was read for this may be stale
         before = await self._latest_payload(snapshot.user_id)
         found = None if before is None else decode_snapshot(before)
@@ -8484,6 +8531,7 @@ class SharedBackend(PointsBackend):
         return records[0].payload if records else None
 
     async def delete(self, user_id: str) -> bool:
+        """See Backend.delete."""
         there = await self._is_there(user_id)
         await self.engine.apply(self._collection, deletes=Matching(Filter(), user_id))
         self._latest.pop(user_id, None)

@@ -5,11 +5,20 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MADE_ANEW = False
+if not os.environ.get("ATTUNED_TEST_WHEEL"):
+    sys.path.append(str(ROOT / "src"))
+    from make import refresh
+
+    MADE_ANEW = refresh(ROOT)  # before it is imported
 
 pytest.register_assert_rewrite("conformance")
 
@@ -27,6 +36,11 @@ if TYPE_CHECKING:
 _MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory, on Linux
 _ROOM = 4 << 30  # bytes: a fresh Edge shard takes 110 MB there
 _made_here = pytest.StashKey[str]()
+
+
+def pytest_report_header() -> list[str]:
+    """Say where the file under test was stale."""
+    return ["attuned_store.py was stale: made anew from src/attuned"] if MADE_ANEW else []
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -131,7 +131,9 @@ def test_sdist_holds_what_the_tests_need(sdist: Path) -> None:
     present = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if path.is_file()}
     wanted = {
         "attuned_store.py",
-        "py.typed",
+        "src/attuned/py.typed",
+        "src/make.py",
+        "docs/architecture.md",
         "pyproject.toml",
         "tox.ini",
         "README.md",
@@ -140,8 +142,8 @@ def test_sdist_holds_what_the_tests_need(sdist: Path) -> None:
         ".ci/run",
     }
     assert wanted <= present
-    for folder in ("tests", "src/attuned/cli"):
-        assert {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).glob("*.py")} <= present
+    for folder in ("tests", "src"):
+        assert {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.py")} <= present
 
 
 def test_wheel_of_the_sdist_is_the_wheel_of_the_checkout(sdist: Path, wheel: Path, tmp_path: Path) -> None:

@@ -208,8 +208,8 @@ class Directory:
         """Raise BackendError where somebody has removed the directory: what is written is lost."""
         if not self._lock_file.is_there():
             raise BackendError(
-                f"{self.path}: the directory was removed or replaced while it was open: what is written to it "
-                "is lost; close the store and open it again",
+                f"{self.path}: the directory was removed or replaced while it was open: what is written "
+                "to it is lost; close the store and open it again",
                 backend=self.engine.name,
                 operation="write",
             )

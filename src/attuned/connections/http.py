@@ -116,6 +116,7 @@ def http_status_of(error: BackendError) -> int | None:
 
 
 def snapshots_path(collection: str) -> str:
+    """The path of the snapshots of a collection, in the REST interface."""
     return f"/collections/{urlquote(collection, safe='')}/snapshots"
 
 
@@ -135,6 +136,7 @@ class RemainingTime(dict[str, float]):
         self._deadline = deadline
 
     def get(self, phase: str, default: Any = None) -> float:  # noqa: ARG002 - the same for every phase
+        """The seconds that are left."""
         return max(0.001, self._deadline - time.monotonic())
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 def import_qdrant_client() -> Any:
+    """The package qdrant_client, or MissingDependencyError."""
     try:
         import qdrant_client
     except ImportError as error:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 
 def import_qdrant_edge() -> Any:
+    """The package qdrant_edge, or MissingDependencyError."""
     try:
         import qdrant_edge
     except ImportError as error:
@@ -367,6 +368,7 @@ class EdgeEngine(EngineInProcess):
             return cast("int", self._shards[collection].count(request))
 
     async def close(self) -> None:
+        """See Engine.close."""
         with backend_errors(self, "close"):
             for shard in self._shards.values():
                 shard.flush()

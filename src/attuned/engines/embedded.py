@@ -41,6 +41,7 @@ def engine_class(path: Path, config: QdrantStoreConfig) -> type[EdgeEngine | Loc
 
 
 def engine_of(path: Path) -> Literal["edge", "local"] | None:
+    """The engine whose files a directory holds; None for neither."""
     try:
         edge, local = (path / "collections").exists(), (path / "meta.json").exists()
         of_a_server = edge and _is_of_a_server(path)

@@ -385,6 +385,7 @@ class LocalEngine(EngineInProcess):
             return cast("int", counted.count)
 
     async def close(self) -> None:
+        """See Engine.close."""
         with backend_errors(self, "close"):
             self._disconnect()
 

@@ -348,14 +348,17 @@ class ServerEngine:
         )
 
     async def mark(self, collection: str, key: str, value: str | None) -> None:
+        """See Marks.mark."""
         await self._send("mark", lambda: self._client.update_collection(collection, metadata={key: value}))
 
     async def mark_of(self, collection: str, key: str) -> str | None:
+        """See Marks.mark_of."""
         info = await self._describe(collection)
         metadata: Any = info and info.config.metadata
         return cast("str | None", metadata and metadata.get(key))
 
     async def finish(self, last: Awaitable[object]) -> None:
+        """See NativeSnapshots.finish."""
         await self._waits.shielded(last)
 
     async def retrieve(
@@ -454,10 +457,12 @@ class ServerEngine:
             raise server_error(error, "health", self._url) from error
 
     async def resolve(self, collection: str) -> str:
+        """See NativeSnapshots.resolve."""
         aliases = (await self._send("aliases", self._client.get_aliases)).aliases
         return next((each.collection_name for each in aliases if each.alias_name == collection), collection)
 
     async def is_whole(self, collection: str) -> bool:
+        """See NativeSnapshots.is_whole."""
         shards = await self._send("cluster", lambda: self._client.collection_cluster_info(collection))
         here = {shard.shard_id for shard in shards.local_shards if shard.state == "Active"}
         return here.issuperset(shard.shard_id for shard in shards.remote_shards)
@@ -488,6 +493,7 @@ class ServerEngine:
         return answer.json()
 
     async def download_snapshot(self, collection: str, name: str, taking: NativeSnapshotWriter) -> None:
+        """See NativeSnapshots.download_snapshot."""
         path = f"{snapshots_path(collection)}/{urlquote(name, safe='')}"
         pour = download_blocking if self._blocking else download_awaiting
         check = functools.partial(self._check_status, "download")
@@ -499,10 +505,12 @@ class ServerEngine:
         await self._send("download", download)
 
     async def delete_snapshot(self, collection: str, name: str) -> None:
+        """See NativeSnapshots.delete_snapshot."""
         path = f"{snapshots_path(collection)}/{urlquote(name, safe='')}"
         await self._send("delete", lambda: self._long_request("delete", "DELETE", path))
 
     async def upload_snapshot(self, collection: str, path: Path, sha256: str) -> None:
+        """See NativeSnapshots.upload_snapshot."""
         query = {"priority": "snapshot", "wait": "true", "checksum": sha256}
 
         async def upload() -> None:
@@ -514,6 +522,7 @@ class ServerEngine:
         await self._send("restore", upload)
 
     async def apart(self, call: Callable[[], T]) -> T:
+        """See NativeSnapshots.apart."""
         return await self._waits.call(call)
 
     def _check_status(self, operation: str, status: int, body: bytes) -> None:
@@ -522,6 +531,7 @@ class ServerEngine:
             raise status_error(status, body, asked, ErrorOrigin(backend="server", operation=operation))
 
     async def close(self) -> None:
+        """See Engine.close."""
         self.resilience.close()
         with backend_errors(self, "close"):
             clients = self._clients_of.get(None if self._blocking else _event_loop())

@@ -29,26 +29,30 @@ class Vectors(Protocol):
         ...
 
 
-class PlainVectors:
+class PlainVectors(Vectors):
     """Rows as lists, where numpy is absent."""
 
     def __init__(self) -> None:
         self._rows: list[Sequence[float]] = []
 
     def put(self, row: int, direction: Sequence[float]) -> None:
+        """See Vectors.put."""
         self._rows[row : row + 1] = [direction]
 
     def get(self, row: int) -> list[float]:
+        """See Vectors.get."""
         return list(self._rows[row])
 
     def scores(self, direction: Sequence[float], rows: int) -> list[float]:
+        """See Vectors.scores."""
         return [sum(map(operator.mul, direction, row)) for row in self._rows[:rows]]
 
     def best(self, scores: list[float], number: int) -> Iterable[int]:  # noqa: ARG002 - sorts all anyhow
+        """See Vectors.best."""
         return sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
 
 
-class NumpyVectors:
+class NumpyVectors(Vectors):
     """Rows as a matrix."""
 
     def __init__(self, vector_size: int) -> None:
@@ -58,17 +62,21 @@ class NumpyVectors:
         self._matrix = np.zeros((4, vector_size), dtype=np.float32)  # doubled when full
 
     def put(self, row: int, direction: Sequence[float]) -> None:
+        """See Vectors.put."""
         if row >= len(self._matrix):
             self._matrix = self._numpy.concatenate([self._matrix, self._numpy.zeros_like(self._matrix)])
         self._matrix[row] = direction
 
     def get(self, row: int) -> list[float]:
+        """See Vectors.get."""
         return cast("list[float]", self._matrix[row].tolist())
 
     def scores(self, direction: Sequence[float], rows: int) -> Any:
+        """See Vectors.scores."""
         return self._matrix[:rows] @ self._numpy.asarray(direction, dtype=self._numpy.float32)
 
     def best(self, scores: Any, number: int) -> Iterable[int]:
+        """See Vectors.best."""
         if number < len(scores):
             rows = self._numpy.argpartition(-scores, number)[:number]
             rows = rows[self._numpy.argsort(-scores[rows])]

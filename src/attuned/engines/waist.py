@@ -4,9 +4,9 @@ An engine knows collections, points, tenants and filters; it knows nothing of us
 To write one, offer what ``Engine`` asks for, and of ``Files``, ``Marks`` and ``NativeSnapshots`` what the
 database has; ``MemoryEngine`` is the example, and tests/test_waist.py says whether it is right.
 
-Methods are coroutines, so that one body of code stands above all engines. Those of an engine in this process
-never suspend. Whoever drives it makes one call at a time, under a lock; only ``flush`` and ``flush_due`` may
-be used meanwhile. An engine over a connection is called by many threads or tasks at once.
+Methods are coroutines, so that one body of code stands above all engines. Those of an engine in this
+process never suspend. Whoever drives it makes one call at a time, under a lock; only ``flush`` and
+``flush_due`` may be used meanwhile. An engine over a connection is called by many threads or tasks at once.
 """
 
 from __future__ import annotations

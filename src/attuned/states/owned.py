@@ -64,6 +64,7 @@ class WriteDraft:
         self.changed = False  # whether there is a new latest snapshot
 
     def add(self, snapshot: StateSnapshot, retention: Retention) -> None:
+        """Take in a snapshot to be written."""
         time_ms = snapshot.updated_at_unix_ms
         if self.latest is None or time_ms >= self.latest.updated_at_unix_ms:
             self.latest, self.changed = snapshot, True
@@ -139,6 +140,7 @@ class OwnedBackend(PointsBackend):
             return None
 
     async def find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
+        """See Backend.find."""
         found = {user_id: latest for user_id in user_ids if (latest := self.cached(user_id)) is not None}
         missing = [make_point_id(user_id, "latest") for user_id in user_ids if user_id not in found]
         if missing:
@@ -149,6 +151,7 @@ class OwnedBackend(PointsBackend):
         return {user_id: found[user_id] for user_id in user_ids if user_id in found}
 
     async def history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]:
+        """See Backend.history."""
         least = max(window.since, self._retention.cutoff())
         recent = self._recent.get(user_id)
         if recent is None or not covers_window(recent, window, least):
@@ -180,11 +183,13 @@ class OwnedBackend(PointsBackend):
         return snapshots
 
     async def users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
+        """See Backend.users."""
         if self.engine.indexed:
             return await super().users(cursor)
         return page_of_ids(iter(list(self._times)) if cursor is None else cursor, self.batch_size)
 
     async def count(self) -> int:
+        """See Backend.count."""
         return await super().count() if self.engine.indexed else len(self._times)
 
     async def _count_by_user(self, user_ids: Sequence[str], least: int = 0) -> Mapping[str, int]:
@@ -196,6 +201,7 @@ class OwnedBackend(PointsBackend):
     # Writes
 
     async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
+        """See Backend.write."""
         drafts = await self._drafts(dict.fromkeys(snapshot.user_id for snapshot in snapshots))
         for snapshot in snapshots:
             drafts[snapshot.user_id].add(snapshot, self._retention)
@@ -222,12 +228,14 @@ class OwnedBackend(PointsBackend):
         return twin._replace(id=make_point_id(latest.user_id, "latest"), payload=payload)
 
     async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None:
+        """See Backend.write_expected."""
         latest = await self.get_latest(snapshot.user_id)
         if latest != expected:
             raise conflict_error(snapshot.user_id, expected, latest)
         await self.write([snapshot])
 
     async def delete(self, user_id: str) -> bool:
+        """See Backend.delete."""
         latest, times = await self.get_latest(user_id), await self._times_of(user_id)
         if latest is None and not times:
             return False

@@ -168,16 +168,20 @@ class PointsBackend(ABC):
         """The latest snapshots of those of these users who have one."""
 
     @abstractmethod
-    async def history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]: ...
+    async def history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]:
+        """See Backend.history."""
 
     @abstractmethod
-    async def write(self, snapshots: Sequence[StateSnapshot]) -> None: ...
+    async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
+        """See Backend.write."""
 
     @abstractmethod
-    async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None: ...
+    async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None:
+        """See Backend.write_expected."""
 
     @abstractmethod
-    async def delete(self, user_id: str) -> bool: ...
+    async def delete(self, user_id: str) -> bool:
+        """See Backend.delete."""
 
     @abstractmethod
     async def stage(self, token: str) -> PointsBackend:
@@ -226,6 +230,7 @@ class PointsBackend(ABC):
         return (await self.find([user_id])).get(user_id)
 
     async def search(self, request: SearchRequest) -> list[Match]:
+        """See Backend.search."""
         vector, where = self.schema.vector(request.axes), _where(request)
         limit = min(request.limit, _MOST_MATCHES)
         while True:
@@ -253,15 +258,18 @@ class PointsBackend(ABC):
         return snapshot.updated_at_unix_ms in times[self._retention.hidden(times) :]
 
     async def users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
+        """See Backend.users."""
         page = await self.engine.page(
             self._collection, Filter((LATEST,)), limit=self.batch_size, cursor=cursor
         )
         return [str(payload_field(record, "user_id")) for record in page.records], page.cursor
 
     async def count(self) -> int:
+        """See Backend.count."""
         return await self.engine.count(self._collection, Filter((LATEST,)))
 
     async def count_page(self, cursor: Cursor) -> tuple[int, Cursor]:
+        """See Backend.count_page."""
         user_ids, cursor = await self.users(cursor)
         counts = await self._count_by_user(user_ids, self._retention.cutoff())
         return sum(min(self._retention.maximum, count) for count in counts.values()), cursor
@@ -274,6 +282,7 @@ class PointsBackend(ABC):
         return await self.engine.count_by(self._collection, "user_id", user_ids, where)
 
     async def prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
+        """See Backend.prune_page."""
         user_ids, cursor = await self.users(cursor)
         hidden, removed = dict[str, list[int]](), 0
         for user_id in await self._overfull(user_ids):

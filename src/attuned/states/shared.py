@@ -88,6 +88,7 @@ class SharedBackend(PointsBackend):
         return latest if time.monotonic() < until else None
 
     async def find(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
+        """See Backend.find."""
         ids = [make_point_id(user_id, "latest") for user_id in user_ids]
         records = await self.engine.retrieve(self._collection, ids) if ids else []
         snapshots = [decode_snapshot(record.payload) for record in records]
@@ -103,6 +104,7 @@ class SharedBackend(PointsBackend):
             self._latest[snapshot.user_id] = (time.monotonic() + self.config.cache_ttl, snapshot)
 
     async def history(self, user_id: str, window: HistoryWindow) -> list[StateSnapshot]:
+        """See Backend.history."""
         maximum = self._retention.maximum
         wanted = min(maximum, window.limit) if window.until == MAX_TIME_MS else maximum
         if wanted == 0 or window.limit == 0:
@@ -111,6 +113,7 @@ class SharedBackend(PointsBackend):
         return [entry for entry in newest if entry.updated_at_unix_ms <= window.until][: window.limit]
 
     async def look(self, seconds: float) -> Health:
+        """See Backend.look."""
         status = await self.engine.status(self._collection, Filter((LATEST,)), seconds)
         if status.points is None:
             message = f"collection {self._collection!r} will be made by the first operation"
@@ -135,6 +138,7 @@ class SharedBackend(PointsBackend):
     # Writes
 
     async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
+        """See Backend.write."""
         newest: dict[str, StateSnapshot] = {}
         for snapshot in snapshots:
             known = newest.get(snapshot.user_id)
@@ -167,6 +171,7 @@ class SharedBackend(PointsBackend):
         return self._point(snapshot, "latest", revision=secrets.token_hex(8), **extra)
 
     async def write_expected(self, snapshot: StateSnapshot, expected: StateSnapshot | None) -> None:
+        """See Backend.write_expected."""
         self._latest.pop(snapshot.user_id, None)  # what was read for this may be stale
         before = await self._latest_payload(snapshot.user_id)
         found = None if before is None else decode_snapshot(before)
@@ -225,6 +230,7 @@ class SharedBackend(PointsBackend):
         return records[0].payload if records else None
 
     async def delete(self, user_id: str) -> bool:
+        """See Backend.delete."""
         there = await self._is_there(user_id)
         await self.engine.apply(self._collection, deletes=Matching(Filter(), user_id))
         self._latest.pop(user_id, None)
