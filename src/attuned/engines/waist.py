@@ -307,14 +307,16 @@ def within(where: Filter, key: str | None, tenant: str | None) -> Filter:
         return where
     if key is None:
         raise ValueError("the collection has no tenants")
-    return where._replace(must=(Equal(key, tenant), *where.must))
+    return Filter((Equal(key, tenant), *where.must), where.must_not)
 
 
 def with_tenant(point: Point, key: str | None) -> Point:
     """A point whose payload holds its tenant."""
     if (point.tenant is None) != (key is None):
         raise ValueError(f"point {point.id}: points have a tenant where their collection has a key for it")
-    return point if key is None else point._replace(payload={**point.payload, key: point.tenant})
+    if key is None:
+        return point
+    return Point(point.id, point.vector, {**point.payload, key: point.tenant}, point.tenant)
 
 
 def copied(value: Any) -> Any:
