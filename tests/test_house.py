@@ -17,10 +17,16 @@ ALIKE = 6  # lines
 
 
 def functions(tree: ast.Module) -> list[tuple[str, list[str]]]:
-    """The functions of a module by name and line, with the lines of their bodies, without the docstring."""
+    """The functions of a module by name and line, with the lines of their bodies, without the docstring.
+
+    One that is defined within another is a part of that.
+    """
     found = list[tuple[str, list[str]]]()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+    nodes: list[ast.AST] = [tree]
+    for node in nodes:
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            nodes += ast.iter_child_nodes(node)
+        else:
             body = node.body[ast.get_docstring(node) is not None :]
             lines = [line.strip() for statement in body for line in ast.unparse(statement).splitlines()]
             found.append(
