@@ -3737,7 +3737,7 @@ async def run_in_thread(call: Callable[[], T], limiter: Any = None) -> T:
 def require_anyio(what: str) -> None:
     """Raise MissingDependencyError where anyio is not installed, before anything has been done."""
     try:
-        import anyio  # noqa: F401 - whether it is there is all that is asked
+        import_module("anyio")
     except ImportError as error:
         raise MissingDependencyError(f"{what} needs anyio: pip install anyio") from error
 
@@ -3889,9 +3889,10 @@ class Suspending:
             import anyio
         except ImportError:
             return await last
-        with anyio.CancelScope(shield=True):
-            answer = await last
-        return answer  # noqa: RET504 - by its type, a cancel scope may leave the block without one
+        answers: list[T] = []
+        with anyio.CancelScope(shield=True):  # which by its type may swallow what is raised in it
+            answers.append(await last)
+        return answers[0]
 
 
 BLOCKING = Blocking()
@@ -6724,7 +6725,7 @@ def clamp_score(score: float) -> float:
     return max(-1.0, min(1.0, score))
 
 
-def page_of_ids(remaining: Any, size: int) -> tuple[list[str], Any]:
+def page_of_ids(remaining: Iterator[str], size: int) -> tuple[list[str], Cursor]:
     """A page of ids that are in memory, and the cursor to the next one."""
     page = list(itertools.islice(remaining, size))
     return page, remaining if len(page) == size else None
@@ -7500,15 +7501,15 @@ class MemoryOperations(Operations):
 
     backend: MemoryBackend
 
-    def _drive(
+    async def _drive(
         self,
         name: str,  # noqa: ARG002 - nothing is told of it
         operation: Callable[[Any], Coroutine[Any, Any, T]],
         about: object = None,  # noqa: ARG002
         *,
         long: bool = False,  # noqa: ARG002
-    ) -> Coroutine[Any, Any, T]:
-        return operation(self.backend)
+    ) -> T:
+        return await operation(self.backend)
 
     async def upsert_latest(self, snapshot: StateSnapshot, expected: Expected = ANY) -> None:
         """See StateStore.upsert_latest."""
@@ -8942,7 +8943,6 @@ def blocking_twin(place: DirectoryPlace) -> DirectoryPlace:
 class StoreBase:
     """What both forms of a store say of it without waiting for anything."""
 
-    config: MemoryStoreConfig
     _operations: Operations
     _reports: Collection[str] = SPANS.keys()  # the methods that are reported
     _always_on = ""  # the name of the engine, where all stores of a class have the same

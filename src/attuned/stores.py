@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 class StoreBase:
     """What both forms of a store say of it without waiting for anything."""
 
-    config: MemoryStoreConfig
     _operations: Operations
     _reports: Collection[str] = SPANS.keys()  # the methods that are reported
     _always_on = ""  # the name of the engine, where all stores of a class have the same

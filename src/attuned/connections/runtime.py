@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import time
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, Protocol, cast
 
 from attuned.base.errors import MissingDependencyError, T
@@ -47,7 +48,7 @@ async def run_in_thread(call: Callable[[], T], limiter: Any = None) -> T:
 def require_anyio(what: str) -> None:
     """Raise MissingDependencyError where anyio is not installed, before anything has been done."""
     try:
-        import anyio  # noqa: F401 - whether it is there is all that is asked
+        import_module("anyio")
     except ImportError as error:
         raise MissingDependencyError(f"{what} needs anyio: pip install anyio") from error
 
@@ -199,9 +200,10 @@ class Suspending:
             import anyio
         except ImportError:
             return await last
-        with anyio.CancelScope(shield=True):
-            answer = await last
-        return answer  # noqa: RET504 - by its type, a cancel scope may leave the block without one
+        answers: list[T] = []
+        with anyio.CancelScope(shield=True):  # which by its type may swallow what is raised in it
+            answers.append(await last)
+        return answers[0]
 
 
 BLOCKING = Blocking()

@@ -41,7 +41,7 @@ from attuned.base.values import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
     from datetime import datetime
     from pathlib import Path
 
@@ -346,7 +346,7 @@ def clamp_score(score: float) -> float:
     return max(-1.0, min(1.0, score))
 
 
-def page_of_ids(remaining: Any, size: int) -> tuple[list[str], Any]:
+def page_of_ids(remaining: Iterator[str], size: int) -> tuple[list[str], Cursor]:
     """A page of ids that are in memory, and the cursor to the next one."""
     page = list(itertools.islice(remaining, size))
     return page, remaining if len(page) == size else None

@@ -495,15 +495,15 @@ class MemoryOperations(Operations):
 
     backend: MemoryBackend
 
-    def _drive(
+    async def _drive(
         self,
         name: str,  # noqa: ARG002 - nothing is told of it
         operation: Callable[[Any], Coroutine[Any, Any, T]],
         about: object = None,  # noqa: ARG002
         *,
         long: bool = False,  # noqa: ARG002
-    ) -> Coroutine[Any, Any, T]:
-        return operation(self.backend)
+    ) -> T:
+        return await operation(self.backend)
 
     async def upsert_latest(self, snapshot: StateSnapshot, expected: Expected = ANY) -> None:
         """See StateStore.upsert_latest."""
