@@ -333,7 +333,8 @@ def test_no_other_variable_is_read() -> None:
             return default
 
     QdrantStoreConfig.from_env(Environment())
-    source = Path(str(attuned_store.__file__)).read_text("utf-8")
+    command = sorted((Path(__file__).parent.parent / "src" / "attuned" / "cli").glob("*.py"))
+    source = "".join(path.read_text("utf-8") for path in (Path(str(attuned_store.__file__)), *command))
     asked.update(re.findall(r"""environ(?:\.get\(|\[)\s*["'](\w+)""", source))
     assert set(re.findall(r"\b(?:ATTUNED_STORE|QDRANT)(?:_[A-Z]+)*\b", README)) == asked
 
