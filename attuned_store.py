@@ -25,6 +25,7 @@ the asynchronous ones between tasks, under asyncio and trio. What a read returne
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import enum
 import functools
@@ -49,6 +50,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 import unicodedata
 import uuid
 import warnings
@@ -59,6 +61,7 @@ from array import array
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from importlib import import_module
@@ -81,7 +84,7 @@ from typing import (
     cast,
 )
 from urllib.parse import quote as urlquote
-from urllib.parse import urlsplit
+from urllib.parse import quote_plus, urlsplit
 
 try:
     import attrs
@@ -195,8 +198,8 @@ def brief(value: object) -> str:
 
 
 def one_line(text: str) -> str:
-    """Take line ends and terminal controls out of a message."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text).strip()
+    """Take line ends, terminal controls and lone surrogates out of a message."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+", " ", text).strip()
 
 
 def printable(text: object) -> str:
@@ -1216,6 +1219,22 @@ def stored_snapshot(  # noqa: PLR0917 - the fields of a snapshot
     snapshot = StateSnapshot(user_id, axes, 0, source, confidence, schema_version)
     object.__setattr__(snapshot, "updated_at_unix_ms", updated_at_unix_ms)
     return snapshot
+
+
+class States(list[StateSnapshot]):
+    """All states of some users; ``unsettled`` are those whose states may be of several moments."""
+
+    unsettled: Sequence[str] = ()
+
+
+def unsettled_message(user_ids: Sequence[str]) -> str:
+    """What a report says of users who were not read at rest."""
+    if not user_ids:
+        return ""
+    shown = ", ".join(map(short_id, user_ids[:5])) + (", and others" if len(user_ids) > 5 else "")  # noqa: PLR2004
+    return (
+        f"{plural(len(user_ids), 'user')} could not be read at rest, being written to all the while: {shown}"
+    )
 
 
 def distinct_users(snapshots: Iterable[StateSnapshot]) -> list[str]:
@@ -3039,6 +3058,7 @@ class PortableSnapshotWriter(SnapshotWriter):
     def __init__(self, request: SnapshotRequest, origin: SnapshotOrigin, axes: Sequence[str]) -> None:
         super().__init__(request)
         self._origin = origin
+        self._unsettled: list[str] = []
         contents = ArchiveContents(origin.engine, request.created_at, origin.collection, tuple(axes))
         self._archive = ArchiveWriter(self._new.file, contents)
 
@@ -3046,6 +3066,7 @@ class PortableSnapshotWriter(SnapshotWriter):
         """Take in states, all of a user, oldest first; returns how many there are by now."""
         with self._errors():
             self._archive.add(states)
+        self._unsettled += getattr(states, "unsettled", ())
         return self._archive.counted.states
 
     def finish(self) -> SnapshotReport:
@@ -3063,6 +3084,7 @@ class PortableSnapshotWriter(SnapshotWriter):
             axes=archive.contents.axes,
             users=archive.counted.users,
             points=archive.counted.states,
+            message=unsettled_message(self._unsettled),
         )
 
     def _read_back(self, file: IO[bytes]) -> str:
@@ -3351,58 +3373,187 @@ class ErrorOrigin(TypedDict):
 
 
 _SAID_CHARACTERS = 200  # of what a server says, in an error message
+_MAX_WAIT_S = 10**9  # that a server may ask for; more is as good as for ever
 
 
-def server_error(error: Exception, operation: str, url: str) -> BackendError:
-    """What a failed request to a server means; the message says it in one line and holds no secret."""
-    import httpx
-    from qdrant_client.common.client_exceptions import QdrantException, ResourceExhaustedResponse
-    from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
+class ServerErrors:
+    """What failed requests to a server mean, in messages of one line that hold no secret."""
 
-    asked, where = f"Qdrant at {url}: {operation}", ErrorOrigin(backend="server", operation=operation)
-    if isinstance(error, ResourceExhaustedResponse):
-        wait = float(error.retry_after_s)
-        return RateLimitedError(f"{asked}: too many requests, wait {wait:g} s", retry_after_s=wait, **where)
-    if isinstance(error, QdrantException) and "Retry-After" in str(error):  # not a whole number
-        return RateLimitedError(f"{asked}: too many requests", retry_after_s=1.0, **where)
-    if isinstance(error, UnexpectedResponse):
-        return status_error(error.status_code or 0, error.content, asked, where)
-    cause = error.source if isinstance(error, ResponseHandlingException) else error
-    said = one_line(str(cause))[:_SAID_CHARACTERS] or type(cause).__name__
-    if isinstance(cause, httpx.TimeoutException | TimeoutError):
-        message = f"{asked}: no answer in time ({type(cause).__name__})"
-        return BackendTimeoutError(message, retryable=True, **where)
-    if isinstance(cause, httpx.TransportError):
-        hint = "; port 6334 is for gRPC, REST is usually at 6333" if ":6334" in url else ""
-        message = f"{asked}: cannot be reached: {said}{hint}"
-        return BackendUnavailableError(message, retryable=True, **where)
-    return BackendError(f"{asked}: not an answer of Qdrant: {said}", **where)
-
-
-def status_error(status: int, content: bytes, asked: str, where: ErrorOrigin) -> BackendError:
-    """What an answer with an error status means."""
-    try:
-        said = str(json.loads(content)["status"]["error"])
-    except (ValueError, KeyError, TypeError):
-        said = content.decode(errors="replace")
-    hints = {401: "; is api_key right?", 403: "; may this api_key do that?"}
-    message = f"{asked}: HTTP {status}: {one_line(said)[:_SAID_CHARACTERS]}{hints.get(status, '')}"
-    if status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.GATEWAY_TIMEOUT):
-        return BackendTimeoutError(message, retryable=True, **where)
-    if status == HTTPStatus.TOO_MANY_REQUESTS:
-        return RateLimitedError(message, retry_after_s=0.0, **where)
-    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        retryable = status in (
-            HTTPStatus.INTERNAL_SERVER_ERROR,
-            HTTPStatus.BAD_GATEWAY,
-            HTTPStatus.SERVICE_UNAVAILABLE,
+    def __init__(self, url: str, api_key: str | None) -> None:
+        self._url = url
+        self._secrets = re.compile(
+            "|".join(map(re.escape, _written_forms(api_key or ""))) or "(?!)", re.IGNORECASE
         )
-        return BackendUnavailableError(message, retryable=retryable, **where)
-    # A gateway, too, answers 404: what counts is what Qdrant says.
-    absent = re.search(r"Collection `(.*)` doesn't exist", said)
-    if status == HTTPStatus.NOT_FOUND and absent:
-        return CollectionNotFoundError(message, collection=absent[1], **where)
-    return BackendRejectedError(message, **where)
+
+    def hide(self, text: str) -> str:
+        """Put stars in the place of the api key, however it is written."""
+        return self._secrets.sub("***", text)
+
+    def said(self, text: object) -> str:
+        """What a server says, for a message."""
+        return one_line(self.hide(str(text)))[:_SAID_CHARACTERS]
+
+    def cause(self, error: Exception) -> Exception | None:
+        """What an error may show as its cause: the answer without the api key, or nothing."""
+        from qdrant_client.http.exceptions import UnexpectedResponse
+
+        if isinstance(error, UnexpectedResponse):
+            error.content = self.hide(error.content.decode(errors="replace")).encode()
+            error.reason_phrase = self.said(error.reason_phrase)
+        shown = "".join(traceback.format_exception(error))
+        return error if self.hide(shown) == shown else None
+
+    def _origin(self, operation: str) -> tuple[str, ErrorOrigin]:
+        return f"Qdrant at {self._url}: {operation}", ErrorOrigin(backend="server", operation=operation)
+
+    def failure(self, error: Exception, operation: str) -> BackendError:
+        """What a failed request means; ``ambiguous`` where it may have been carried out all the same."""
+        import httpx
+        from qdrant_client.common.client_exceptions import QdrantException
+        from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
+
+        asked, where = self._origin(operation)
+        if isinstance(error, QdrantException):  # its own exceptions are of answers with 429 and Retry-After
+            wait = _retry_after(error)
+            return RateLimitedError(
+                f"{asked}: too many requests, wait {wait:g} s", retry_after_s=wait, **where
+            )
+        if isinstance(error, UnexpectedResponse):
+            return self.answer(error.status_code or 0, error.content, error.headers, operation)
+        cause = error.source if isinstance(error, ResponseHandlingException) else error
+        said = self.said(cause) or type(cause).__name__
+        unsent = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
+        arrived = not isinstance(cause, (*unsent, httpx.UnsupportedProtocol, httpx.LocalProtocolError))
+        if isinstance(cause, httpx.TimeoutException | TimeoutError):
+            message = f"{asked}: no answer in time ({type(cause).__name__})"
+            return BackendTimeoutError(message, retryable=True, ambiguous=arrived, **where)
+        if isinstance(cause, httpx.TransportError):
+            hint = "; port 6334 is for gRPC, REST is usually at 6333" if ":6334" in self._url else ""
+            message = f"{asked}: cannot be reached: {said}{hint}"
+            return BackendUnavailableError(message, retryable=True, ambiguous=arrived, **where)
+        return BackendError(f"{asked}: not an answer of Qdrant: {said}", ambiguous=arrived, **where)
+
+    def answer(self, status: int, content: bytes, headers: Mapping[str, str], operation: str) -> BackendError:
+        """What an answer with another status than asked for means."""
+        asked, where = self._origin(operation)
+        try:
+            said = str(json.loads(content)["status"]["error"])
+        except (ValueError, LookupError, TypeError, RecursionError):
+            said = content.decode(errors="replace")
+        message = f"{asked}: HTTP {status}: {self.said(said)}{_HINTS.get(status, '')}"
+        if status in _REDIRECTS:
+            target = self.said(_without_secrets(headers.get("location", "")))
+            pointed = f"it redirects to {target}" if target else "it redirects without saying where to"
+            message = f"{asked}: HTTP {status}: {pointed}; redirects are not followed: give the url of Qdrant"
+        if status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.GATEWAY_TIMEOUT):
+            return BackendTimeoutError(message, retryable=True, ambiguous=True, **where)
+        if status == HTTPStatus.TOO_MANY_REQUESTS:
+            return RateLimitedError(message, retry_after_s=0.0, **where)
+        if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            retryable = status in (
+                HTTPStatus.INTERNAL_SERVER_ERROR,
+                HTTPStatus.BAD_GATEWAY,
+                HTTPStatus.SERVICE_UNAVAILABLE,
+            )
+            return BackendUnavailableError(message, retryable=retryable, ambiguous=True, **where)
+        # A gateway, too, answers 404: what counts is what Qdrant says.
+        absent = re.search(r"Collection `(.*)` doesn't exist", said)
+        if status == HTTPStatus.NOT_FOUND and absent:
+            return CollectionNotFoundError(message, collection=absent[1], **where)
+        return BackendRejectedError(message, ambiguous=status < HTTPStatus.MULTIPLE_CHOICES, **where)
+
+
+def cookie_jar() -> Any:
+    """A cookie jar that takes only what can be sent again: another one would make all requests fail."""
+    from http.cookiejar import CookieJar, DefaultCookiePolicy
+
+    class Policy(DefaultCookiePolicy):
+        def set_ok(self, cookie: Any, request: Any) -> bool:
+            return f"{cookie.name}{cookie.value}".isascii() and super().set_ok(cookie, request)
+
+    return CookieJar(Policy())
+
+
+def environment_error(error: Exception) -> StoreError:
+    """What it means that httpx does not make a client: it cannot do with a proxy of the environment."""
+    from urllib.request import getproxies
+
+    import httpx
+
+    for scheme, address in getproxies().items():
+        if scheme not in ("http", "https", "all") or not address:
+            continue
+        try:
+            httpx.HTTPTransport(
+                verify=False, proxy=address if "://" in address else f"http://{address}"
+            ).close()
+        except ImportError:
+            return MissingDependencyError(
+                f"{_proxy_variable(scheme)}: a SOCKS proxy needs socksio: pip install socksio, or unset it"
+            )
+        except (ValueError, httpx.InvalidURL):
+            return ValidationError(
+                f"{_proxy_variable(scheme)}: no proxy: http://, https:// or socks5://host:port is needed"
+            )
+    try:
+        httpx.Client(verify=False).close()  # noqa: S501 - it connects to nothing
+    except (ValueError, httpx.InvalidURL):
+        return ValidationError(
+            f"{_proxy_variable('no')}: an entry is neither a host nor an address, as ranges of IPv6 such "
+            "as ::1/128 are not: leave them out"
+        )
+    return ValidationError(f"url: no client can be made for it: {type(error).__name__}")
+
+
+def _proxy_variable(scheme: str) -> str:
+    """The environment variable that a proxy comes from: written small where there are two."""
+    names = [name for name in os.environ if name.lower() == f"{scheme}_proxy"]
+    return max(names, default=f"the system's settings for proxies ({scheme})")
+
+
+_HINTS = {401: "; is api_key right?", 403: "; may this api_key do that?"}
+
+
+_REDIRECTS = (301, 302, 303, 307, 308)
+
+
+def _written_forms(secret: str) -> list[str]:
+    """How a secret may stand in a text: as it is, in urls, JSON, HTML and base64; the longest first."""
+    from html import escape as html_escape
+
+    forms = {secret, urlquote(secret, safe=""), urlquote(secret), quote_plus(secret)}
+    forms |= {json.dumps(secret)[1:-1], html_escape(secret)}
+    for before in range(
+        3
+    ):  # other bytes in front of it, as "user:" has; what shares bits with them is left out
+        encoded = base64.b64encode(bytes(before) + secret.encode()).decode().rstrip("=")
+        whole = (before + len(secret.encode())) * 8 // 6
+        inner = encoded[-(-before * 8 // 6) : whole]
+        forms |= {inner, inner.replace("+", "-").replace("/", "_")}
+    return sorted((form for form in forms if len(form) >= _LEAST_SECRET), key=len, reverse=True)
+
+
+_LEAST_SECRET = 4  # characters; a shorter one would be found in any text
+
+
+def _retry_after(error: Exception) -> float:
+    """The seconds that a server asks to wait: a whole number of them, or a date, which comes as a refusal."""
+    from email.utils import parsedate_to_datetime
+
+    seconds = getattr(error, "retry_after_s", None)
+    if isinstance(seconds, int):
+        return float(max(0, min(seconds, _MAX_WAIT_S)))
+    try:
+        until = parsedate_to_datetime(str(error).rpartition("integer: ")[2])
+        return max(0.0, min(until.timestamp() - time.time(), _MAX_WAIT_S))
+    except (ValueError, TypeError, OverflowError, LookupError, OSError):
+        return 1.0
+
+
+def _without_secrets(url: str) -> str:
+    """An address without the user, the query and the fragment, which may hold what nobody else is to see."""
+    plain = re.split(r"[?#]", url, maxsplit=1)[0]
+    return re.sub(r"^([A-Za-z][A-Za-z0-9+.-]*:)?(//)[^/]*@", r"\1\2", plain)
 
 
 _MAX_FILE_NAME = 1024  # characters, of the name of a snapshot on a server
@@ -3427,88 +3578,177 @@ def is_file_name(name: object) -> bool:
     return plain and not re.search(r"[/\\\x00-\x1f\x7f\ud800-\udfff]", cast("str", name))
 
 
-class RemainingTime(dict[str, float]):
-    """What httpcore looks up a timeout in when a phase of a request begins: each gets what is left by then.
+class BlockingLimits(threading.local):
+    """When the request that a thread is in must have ended, which the network streams of its client know."""
 
-    That it asks when each phase begins is no part of its interface; tests/test_canaries.py watches it.
+    ends = math.inf
+
+    async def within(self, seconds: float, request: Callable[[], Awaitable[T]]) -> T:
+        """The answer to a request, or TimeoutError."""
+        self.extend(seconds)
+        try:
+            return await request()
+        finally:
+            self.ends = math.inf
+
+    def extend(self, seconds: float) -> None:
+        """Let the request go on for so long from now."""
+        self.ends = time.monotonic() + seconds
+
+    def left(self, timeout: float | None) -> float:
+        """A timeout, or what is left where that is less; never quite 0, which would mean not to wait."""
+        left = self.ends - time.monotonic()
+        return max(0.001, left if timeout is None else min(timeout, left))
+
+    def check(self) -> None:
+        """Raise TimeoutError where no time is left."""
+        if self.ends < time.monotonic():
+            raise TimeoutError("the answer takes too long")
+
+
+class SuspendingLimits:
+    """As BlockingLimits, for requests that are awaited."""
+
+    def __init__(self) -> None:
+        self._scope: ContextVar[Any] = ContextVar("scope")
+
+    async def within(self, seconds: float, request: Callable[[], Awaitable[T]]) -> T:
+        """The answer to a request, or TimeoutError; in a task of its own, which a cancel scope cancels.
+
+        asyncio's own task.cancel() can take a connection from httpcore's pool for good (encode/httpcore#658,
+        #830): it gives them back under a shield that only scopes know.
+        """
+        import anyio
+
+        answers, failures = list[T](), list[Exception]()
+
+        async def attempt() -> None:
+            self._scope.set(scope)
+            try:
+                answers.append(await request())
+            except Exception as failure:  # noqa: BLE001 - it is raised below, not in a group
+                failures.append(failure)
+
+        with anyio.fail_after(seconds) as scope:
+            async with anyio.create_task_group() as group:
+                group.start_soon(attempt)
+        for failure in failures:
+            raise failure
+        return answers[0]
+
+    def extend(self, seconds: float) -> None:
+        """See BlockingLimits.extend."""
+        import anyio
+
+        self._scope.get().deadline = anyio.current_time() + seconds
+
+
+# Relied on in httpx and httpcore beyond their public interfaces; tests/test_canaries.py watches it
+
+
+def limit_transport(transport: Any, limits: BlockingLimits) -> Any:
+    """Let the network streams of a blocking transport end when the limits say so; returns the transport.
+
+    The timeouts of httpx are for each piece that comes, so that a server that drips would never meet them.
     """
-
-    def __init__(self, deadline: float) -> None:
-        self._deadline = deadline
-
-    def get(self, phase: str, default: Any = None) -> float:  # noqa: ARG002 - the same for every phase
-        """The seconds that are left."""
-        return max(0.001, self._deadline - time.monotonic())
+    pool = transport._pool
+    pool._network_backend = LimitedNetwork(pool._network_backend, limits)
+    return transport
 
 
-async def read_awaiting(
-    client: Any, deadline: float, method: str, path: str, options: Mapping[str, Any]
-) -> tuple[int, bytes]:
-    """The status and the body of an answer, or TimeoutError at the deadline."""
-    import anyio
-
-    with anyio.fail_after(deadline - time.monotonic()):
-        answer = await client.request(method, path, **options)
-    return answer.status_code, answer.content
+def limit_client(client: Any, limits: BlockingLimits) -> None:
+    """As limit_transport, for all transports of a blocking client: its own and those of proxies."""
+    for transport in filter(None, (client._transport, *client._mounts.values())):
+        limit_transport(transport, limits)
 
 
-async def read_blocking(
-    client: Any, deadline: float, method: str, path: str, options: Mapping[str, Any]
-) -> tuple[int, bytes]:
-    """The status and the body of an answer, or TimeoutError at the first piece after the deadline."""
-    pieces: list[bytes] = []
-    with client.blocking.stream(method, path, **options) as answer:
-        for piece in answer.iter_bytes():
-            pieces.append(piece)
-            if time.monotonic() > deadline:
-                raise TimeoutError("the answer takes too long")
-    return answer.status_code, b"".join(pieces)
+class LimitedNetwork:
+    """A network backend of httpcore whose streams know when they must end."""
+
+    def __init__(self, network: Any, limits: BlockingLimits) -> None:
+        self._network, self._limits = network, limits
+
+    def connect_tcp(
+        self, host: str, port: int, timeout: float | None = None, **options: Any
+    ) -> LimitedStream:
+        """A connection; one address of the host after another gets the time that is left."""
+        stream = self._network.connect_tcp(host, port, timeout=self._limits.left(timeout), **options)
+        return LimitedStream(stream, self._limits)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
+
+
+class LimitedStream:
+    """A stream of httpcore that ends in time, whether it is read from, written to or secured."""
+
+    PIECE = 65_536  # bytes; within one write the stream beneath begins to wait anew after each part
+
+    def __init__(self, stream: Any, limits: BlockingLimits) -> None:
+        self._stream, self._limits = stream, limits
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        """Read what is there."""
+        self._limits.check()
+        return cast("bytes", self._stream.read(max_bytes, timeout=self._limits.left(timeout)))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        """Write all of it."""
+        for start in range(0, len(buffer), self.PIECE):
+            self._limits.check()
+            piece = buffer[start : start + self.PIECE] if len(buffer) > self.PIECE else buffer
+            self._stream.write(piece, timeout=self._limits.left(timeout))
+
+    def start_tls(self, *arguments: Any, timeout: float | None = None, **options: Any) -> LimitedStream:
+        """The stream within the encrypted one."""
+        secured = self._stream.start_tls(*arguments, timeout=self._limits.left(timeout), **options)
+        return LimitedStream(secured, self._limits)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+# ------------------------------------------------------------------------------
 
 
 _UNPACKED = {"accept-encoding": "identity"}
 
 
+class LeastSpeed:
+    """Lets a download go on as long as it wants, but not slower than so many bytes a second."""
+
+    BYTES = 1_024
+
+    def __init__(self, seconds: float, extend: Callable[[float], None]) -> None:
+        self._seconds, self._extend = seconds, extend
+        self._missing = self.BYTES * seconds
+
+    def add(self, size: int) -> None:
+        """Count a piece; the time begins anew when enough has come."""
+        self._missing -= size
+        if self._missing <= 0:
+            self._missing = self.BYTES * self._seconds
+            self._extend(self._seconds)
+
+
 async def download_awaiting(
-    client: Any, path: str, check: Callable[[int, bytes], None], taking: NativeSnapshotWriter
+    client: Any, path: str, check: Callable[[Any, bytes], None], take: Callable[[bytes], None]
 ) -> None:
     """Take in a file piece by piece, unless the answer does not pass the check."""
     async with client.stream("GET", path, headers=_UNPACKED) as answer:
-        check(answer.status_code, await answer.aread() if answer.is_error else b"")
+        check(answer, b"" if answer.is_success else await answer.aread())
         async for piece in answer.aiter_raw():
-            taking.add(piece)
+            take(piece)
 
 
 async def download_blocking(
-    client: Any, path: str, check: Callable[[int, bytes], None], taking: NativeSnapshotWriter
+    client: Any, path: str, check: Callable[[Any, bytes], None], take: Callable[[bytes], None]
 ) -> None:
     """As download_awaiting, over a blocking client."""
     with client.blocking.stream("GET", path, headers=_UNPACKED) as answer:
-        check(answer.status_code, answer.read() if answer.is_error else b"")
+        check(answer, b"" if answer.is_success else answer.read())
         for piece in answer.iter_raw():
-            taking.add(piece)
-
-
-async def run_in_task(request: Callable[[], Awaitable[T]]) -> T:
-    """Await a request in a task of its own, which is cancelled by a cancel scope.
-
-    asyncio's own task.cancel() can take a connection from httpcore's pool for good (encode/httpcore#658,
-    #830): it gives them back under a shield that only scopes know.
-    """
-    import anyio
-
-    answers, failures = list[T](), list[Exception]()
-
-    async def attempt() -> None:
-        try:
-            answers.append(await request())
-        except Exception as failure:  # noqa: BLE001 - it is raised below, not in a group
-            failures.append(failure)
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(attempt)
-    for failure in failures:
-        raise failure
-    return answers[0]
+            take(piece)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3527,11 +3767,14 @@ class ConnectionPools:
 
     CONNECTIONS = 8  # of a pool
 
-    def __init__(self, make: Callable[[int], Any], connections: int) -> None:
+    def __init__(
+        self, make: Callable[[int], Any], connections: int, limits: BlockingLimits | None = None
+    ) -> None:
         number = math.ceil(connections / self.CONNECTIONS)
         self._pools = [make((connections + place) // number) for place in reversed(range(number))]
         self._busy = [0] * len(self._pools)
         self._lock = threading.Lock()
+        self._limits = limits
 
     @contextlib.contextmanager
     def _least_busy(self) -> Generator[Any]:
@@ -3546,6 +3789,9 @@ class ConnectionPools:
 
     def handle_request(self, request: Any) -> Any:
         """Send a request over one of the pools."""
+        if self._limits is not None:
+            timeouts = request.extensions["timeout"]
+            timeouts["pool"] = self._limits.left(timeouts["pool"])
         with self._least_busy() as pool:
             return pool.handle_request(request)
 
@@ -3665,15 +3911,31 @@ class Resilience:
             with self._metrics.lock:
                 self._metrics.breakers.discard(self.breaker)
 
-    async def send(self, operation: str, request: Callable[[], Awaitable[T]]) -> T:
-        """Send a request until it succeeds, or there is no sense in going on."""
-        begun = self._clock()
+    async def send(
+        self,
+        operation: str,
+        request: Callable[[], Awaitable[T]],
+        within: Callable[[float, Callable[[], Awaitable[T]]], Awaitable[T]] | None = None,
+        *,
+        writes: bool = False,
+    ) -> T:
+        """Send a request until it succeeds, or there is no sense in going on.
+
+        ``within`` awaits a try for so many seconds. The error of a write is ambiguous where any of the tries
+        may have been carried out.
+        """
+        begun, unsure = self._clock(), False
         for attempt in itertools.count():
-            probe = self.breaker.enter("server", operation)
+            try:
+                probe = self.breaker.enter("server", operation)
+            except CircuitOpenError as error:
+                error.ambiguous = unsure
+                raise
             try:
                 with report_request(self._reporter, "server", operation, attempt + 1):
-                    answer = await request()
+                    answer = await (request() if within is None else within(self._left(begun), request))
             except BackendError as error:
+                error.ambiguous = unsure = writes and (unsure or error.ambiguous)
                 self.breaker.leave(failed=_is_failure(error), probe=probe)
                 wait = self._wait(error, attempt)
                 if wait is None or self._clock() + wait > begun + self._policy.deadline_s:
@@ -3688,6 +3950,11 @@ class Resilience:
                 return answer
             await self._sleep(wait)
         raise AssertionError("unreachable")  # pragma: no cover - count() does not end
+
+    def _left(self, begun: float) -> float:
+        """The seconds that a try may take; a deadline of 0 means a single one, which takes its time."""
+        deadline = self._policy.deadline_s
+        return max(0.001, begun + deadline - self._clock()) if deadline else math.inf
 
     def _wait(self, error: BackendError, attempt: int) -> float | None:
         """Seconds to wait after a failed attempt, counted from 0; None where it was the last."""
@@ -4672,6 +4939,10 @@ class NativeSnapshots(Protocol):
 
 class SharedEngine(Engine, Marks, NativeSnapshots, Protocol):
     """An engine over a connection to a database that other processes write to as well."""
+
+    def is_spread(self, collection: str) -> bool:
+        """Whether one request may read the points of a collection that is open at several moments."""
+        ...
 
 
 # What engines share
@@ -5972,7 +6243,7 @@ async def _until_the_end(
 # Relied on in qdrant-client and httpx beyond their public interfaces; tests/test_canaries.py watches it
 
 
-def tune_client(client: Any, timeout: Any, transport: Any) -> str:
+def tune_client(client: Any, timeout: Any, transport: Any, limits: BlockingLimits | None = None) -> str:
     """Set what no parameter of qdrant-client offers; returns the base url of its requests.
 
     Its ``timeout`` is one for all phases, and ``transport=`` would turn the proxies of the environment off.
@@ -5980,6 +6251,8 @@ def tune_client(client: Any, timeout: Any, transport: Any) -> str:
     remote = client._client
     wrapped = remote.openapi_client.client
     http = getattr(wrapped, "_client", None) or wrapped._async_client
+    if limits is not None:
+        limit_client(http, limits)
     http.timeout, http._transport = timeout, transport
     return cast("str", remote.rest_uri)
 
@@ -6008,6 +6281,7 @@ class ServerEngine:
         self._waits = waits
         self._config = config
         self._tenants: dict[str, str | None] = {}  # the keys that hold them, by collection
+        self._spread: set[str] = set()  # the collections that are
         self._url = cast("str", config.url)
         self._blocking = waits.blocking
         headers = {} if config.api_key is None else {"api-key": config.api_key}  # as api_key= it would warn
@@ -6021,6 +6295,8 @@ class ServerEngine:
         self._read_options = {"consistency": config.read_consistency}
         self._write_options = {"ordering": config.write_ordering, "wait": True}
         self._shared: dict[str, Any] = {"headers": headers, "limits": limits, "verify": trusted}
+        self._limits = BlockingLimits() if waits.blocking else SuspendingLimits()
+        self.errors = ServerErrors(self._url, config.api_key)
         clients = self._make_clients()  # the first take 0.1 s, for which no event loop is to be held up
         self._prepared = [clients]
         self._clients_of: dict[object, _Clients] = {None: clients} if self._blocking else {}
@@ -6030,24 +6306,37 @@ class ServerEngine:
     def _make_clients(self) -> _Clients:
         import httpx
 
-        package, config, blocking = import_qdrant_client(), self._config, self._blocking
+        try:
+            return self._clients_for(import_qdrant_client(), httpx)
+        except (ImportError, ValueError, httpx.InvalidURL) as error:
+            if isinstance(error, StoreError):
+                raise
+            raise environment_error(error) from error
+
+    def _clients_for(self, package: Any, httpx: Any) -> _Clients:
+        config, blocking = self._config, self._blocking
         kind = package.QdrantClient if blocking else package.AsyncQdrantClient
-        client = kind(url=self._url, check_compatibility=False, **self._shared)
         timeout = self._timeout(config.request_timeout)
-        base_url = tune_client(client, timeout, ConnectionPools(self._make_pool, config.pool_size))
+        limits = self._limits if isinstance(self._limits, BlockingLimits) else None
+        pools = ConnectionPools(self._make_pool, config.pool_size, limits)
+        client = kind(url=self._url, check_compatibility=False, cookies=cookie_jar(), **self._shared)
+        base_url = tune_client(client, timeout, pools, limits)
         plain = (httpx.Client if blocking else httpx.AsyncClient)(
-            base_url=base_url, timeout=timeout, **self._shared
+            base_url=base_url, timeout=timeout, cookies=cookie_jar(), **self._shared
         )
-        return (
-            _Clients(BlockingClient(client), BlockingClient(plain)) if blocking else _Clients(client, plain)
-        )
+        if limits is None:
+            return _Clients(client, plain)
+        limit_client(plain, limits)
+        return _Clients(BlockingClient(client), BlockingClient(plain))
 
     def _make_pool(self, connections: int) -> Any:
         import httpx
 
-        kind = httpx.HTTPTransport if self._blocking else httpx.AsyncHTTPTransport
-        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-        return kind(verify=self._shared["verify"], limits=limits)
+        size = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+        options: dict[str, Any] = {"verify": self._shared["verify"], "limits": size}
+        if isinstance(self._limits, BlockingLimits):
+            return limit_transport(httpx.HTTPTransport(**options), self._limits)
+        return httpx.AsyncHTTPTransport(**options)
 
     def _clients(self) -> _Clients:
         """The clients of this event loop, made when it first needs them."""
@@ -6077,16 +6366,32 @@ class ServerEngine:
 
         return httpx.Timeout(seconds, connect=self._config.connect_timeout)
 
-    async def _send(self, operation: str, request: Callable[[], Awaitable[Any]]) -> Any:
-        async def translated() -> Any:
-            try:
-                return await (request() if self._blocking else run_in_task(request))
-            except StoreError:
-                raise
-            except Exception as error:
-                raise server_error(error, operation, self._url) from error
+    async def _send(
+        self,
+        operation: str,
+        request: Callable[[], Awaitable[Any]],
+        *,
+        writes: bool = False,
+        seconds: float | None = None,
+    ) -> Any:
+        """The answer to a request, sent as often as it takes.
 
-        return await self.resilience.send(operation, translated)
+        Each try may take ``seconds``, whatever the deadline of all is, or else the time of a whole answer.
+        """
+
+        async def attempt(left: float, request: Callable[[], Awaitable[Any]]) -> Any:
+            allowed = min(left, self._config.request_timeout) if seconds is None else seconds
+            return await self._attempt(operation, allowed, request)
+
+        return await self.resilience.send(operation, request, attempt, writes=writes)
+
+    async def _attempt(self, operation: str, seconds: float, request: Callable[[], Awaitable[T]]) -> T:
+        try:
+            return await self._limits.within(seconds, request)
+        except StoreError:
+            raise
+        except Exception as error:  # noqa: BLE001 - it is raised as one of ours
+            raise self.errors.failure(error, operation) from self.errors.cause(error)
 
     async def open(self, collection: CollectionSpec) -> Mapping[str, Any]:
         """See Engine.open."""
@@ -6114,6 +6419,10 @@ class ServerEngine:
             )
         await self._create_indexes(collection, set(info.payload_schema))
         self._tenants[collection.name] = collection.tenant
+        if (info.config.params.shard_number or 1) > 1:
+            self._spread.add(collection.name)
+        else:
+            self._spread.discard(collection.name)
         return metadata
 
     async def collections(self) -> Mapping[str, Mapping[str, Any]]:
@@ -6125,14 +6434,14 @@ class ServerEngine:
     async def drop(self, collection: str) -> None:
         """See Engine.drop."""
         self._tenants.pop(collection, None)
-        await self._send("drop", lambda: self._client.delete_collection(collection))
+        await self._send("drop", lambda: self._client.delete_collection(collection), writes=True)
 
     async def _check_version(self) -> None:
         version = (await self._send("info", self._client.info)).version
-        numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+        numbers = tuple(int(part[:9]) for part in re.findall(r"[0-9]+", version)[:2])
         if numbers < MIN_SERVER_VERSION:
-            least = ".".join(map(str, MIN_SERVER_VERSION))
-            raise UnsupportedServerError(f"{self._url}: Qdrant {version}; {least} or newer is needed")
+            found, least = self.errors.said(version), ".".join(map(str, MIN_SERVER_VERSION))
+            raise UnsupportedServerError(f"{self._url}: Qdrant {found}; {least} or newer is needed")
 
     async def _describe(self, name: str) -> Any:
         try:
@@ -6185,13 +6494,21 @@ class ServerEngine:
             selector = models.PointIdsList(points=list(deletes))
         if len(upserts) == 1 and selector is None:
             asked = {name: getattr(upserts[0], name) for name in ("points", "update_filter", "update_mode")}
-            await self._send("upsert", lambda: self._client.upsert(collection, **asked, **options))
+            await self._send(
+                "upsert", lambda: self._client.upsert(collection, **asked, **options), writes=True
+            )
         elif upserts:
             steps = [models.UpsertOperation(upsert=each) for each in upserts]
             steps += [] if selector is None else [models.DeleteOperation(delete=selector)]
-            await self._send("upsert", lambda: self._client.batch_update_points(collection, steps, **options))
+            await self._send(
+                "upsert",
+                lambda: self._client.batch_update_points(collection, steps, **options),
+                writes=True,
+            )
         elif selector is not None:
-            await self._send("delete", lambda: self._client.delete(collection, selector, **options))
+            await self._send(
+                "delete", lambda: self._client.delete(collection, selector, **options), writes=True
+            )
 
     def _upsert(self, put: Put, key: str | None) -> Any:
         models, points = self._models.models, [with_tenant(point, key) for point in put.points]
@@ -6218,7 +6535,9 @@ class ServerEngine:
 
     async def mark(self, collection: str, key: str, value: str | None) -> None:
         """See Marks.mark."""
-        await self._send("mark", lambda: self._client.update_collection(collection, metadata={key: value}))
+        await self._send(
+            "mark", lambda: self._client.update_collection(collection, metadata={key: value}), writes=True
+        )
 
     async def mark_of(self, collection: str, key: str) -> str | None:
         """See Marks.mark_of."""
@@ -6284,7 +6603,7 @@ class ServerEngine:
         narrowed = self._models.filter(where._replace(must=(AnyOf(key, values), *where.must)))
         asked = {"facet_filter": narrowed, "limit": len(values), "exact": True, **self._read_options}
         found = await self._send("count", lambda: self._client.facet(collection, key, **asked))
-        return {hit.value: hit.count for hit in found.hits}
+        return {hit.value: hit.count for hit in found.hits if hit.value in values}
 
     async def status(self, collection: str, where: Filter, seconds: float) -> CollectionStatus:
         """See Engine.status; without retry and breaker."""
@@ -6295,35 +6614,38 @@ class ServerEngine:
         place = f"collections/{urlquote(collection, safe='')}"
         counting = {"filter": self._models.filter(where).model_dump(exclude_none=True), "exact": True}
         try:
-            version = (await self._ask("GET", "", deadline))["version"]
+            version = self.errors.said((await self._ask("GET", "", deadline))["version"])
             described = await self._ask("GET", place, deadline, absent_ok=True)
             if not described:
                 return CollectionStatus(None, version=version)
             counted = await self._ask("POST", f"{place}/points/count", deadline, json=counting)
             details, matching = dict(described["result"]), int(counted["result"]["count"])
-            return CollectionStatus(details.get("points_count", 0), matching, version, details)
-        except (KeyError, TypeError, ValueError) as error:
-            raise server_error(error, "health", self._url) from error
+            details["status"] = self.errors.said(details.get("status"))
+            return CollectionStatus(int(details.get("points_count", 0)), matching, version, details)
+        except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise self.errors.failure(error, "health") from self.errors.cause(error)
 
     async def _ask(
         self, method: str, path: str, deadline: float, *, absent_ok: bool = False, **options: Any
     ) -> dict[str, Any]:
         """One plain request, for what may not wait."""
-        try:
-            options["extensions"] = {"timeout": RemainingTime(deadline)}
-            read = read_blocking if self._blocking else read_awaiting
-            status, content = await read(self._raw, deadline, method, f"/{path}", options)
-            if status == HTTPStatus.NOT_FOUND and absent_ok:
-                return {}
-            self._check_status("health", status, content)
-            found = json.loads(content)
-            if not isinstance(found, dict):
-                raise TypeError("it is not a JSON object")  # noqa: TRY301
-            return cast("dict[str, Any]", found)
-        except BackendError:
-            raise
-        except Exception as error:
-            raise server_error(error, "health", self._url) from error
+        seconds = max(0.001, deadline - time.monotonic())
+
+        async def ask() -> Any:
+            return await self._raw.request(method, f"/{path}", timeout=seconds, **options)
+
+        answer = await self._attempt("health", seconds, ask)
+        if answer.status_code == HTTPStatus.NOT_FOUND and absent_ok:
+            return {}
+        self._check_answer("health", answer, answer.content)
+        found = json.loads(answer.content)
+        if not isinstance(found, dict):
+            raise TypeError("it is not a JSON object")
+        return cast("dict[str, Any]", found)
+
+    def is_spread(self, collection: str) -> bool:
+        """See SharedEngine.is_spread; with a read consistency several replicas are asked."""
+        return collection in self._spread or self._config.read_consistency is not None
 
     async def resolve(self, collection: str) -> str:
         """See NativeSnapshots.resolve."""
@@ -6339,7 +6661,7 @@ class ServerEngine:
     async def create_snapshot(self, collection: str) -> RemoteSnapshot:
         """Asked once where the answer does not come: the server is making one already."""
         path = snapshots_path(collection)
-        answer = await self._send("snapshot", lambda: self._long_request("snapshot", "POST", path))
+        answer = await self._long_request("snapshot", "POST", path)
         try:
             offered: dict[str, Any] = answer["result"]
             name, size, checksum = offered["name"], offered["size"], offered.get("checksum")
@@ -6347,57 +6669,72 @@ class ServerEngine:
             raise SnapshotError(f"{self._url}: the server does not say which snapshot it has made") from error
         if not is_file_name(name) or not isinstance(size, int):
             raise SnapshotError(f"{self._url}: the server names its snapshot {brief(name)}, which is no name")
-        return RemoteSnapshot(name, size, checksum.lower() if isinstance(checksum, str) else None)
+        return RemoteSnapshot(
+            name, size, self.errors.said(checksum).lower() if isinstance(checksum, str) else None
+        )
 
-    async def _long_request(self, operation: str, method: str, path: str, **options: Any) -> Any:
+    async def _long_request(
+        self, operation: str, method: str, path: str, *, upload: Path | None = None, **options: Any
+    ) -> Any:
         """A request that is not sent again when the time is up, as what it asks for may go on."""
-        timeout = self._timeout(self._config.snapshot_timeout)
-        try:
-            answer = await self._raw.request(method, path, timeout=timeout, **options)
-        except Exception as error:
-            failure = server_error(error, operation, self._url)
-            failure.retryable = failure.retryable and not isinstance(failure, BackendTimeoutError)
-            raise failure from error
-        self._check_status(operation, answer.status_code, answer.content)
-        return answer.json()
+        allowed = self._config.snapshot_timeout
+
+        async def ask() -> Any:
+            with contextlib.ExitStack() as files:
+                if upload is not None:
+                    file = files.enter_context(upload.open("rb"))
+                    options["files"] = {"snapshot": ("snapshot", file, "application/octet-stream")}
+                    self._limits.extend(allowed + os.fstat(file.fileno()).st_size / LeastSpeed.BYTES)
+                answer = await self._raw.request(method, path, timeout=self._timeout(allowed), **options)
+            self._check_answer(operation, answer, answer.content)
+            return answer.json()
+
+        async def attempt(_left: float, request: Callable[[], Awaitable[Any]]) -> Any:
+            try:
+                return await self._attempt(operation, allowed, request)
+            except BackendTimeoutError as error:
+                error.retryable = error.__cause__ is None  # a gateway has answered
+                raise
+
+        return await self.resilience.send(operation, ask, attempt, writes=upload is not None)
 
     async def download_snapshot(self, collection: str, name: str, taking: NativeSnapshotWriter) -> None:
-        """See NativeSnapshots.download_snapshot."""
+        """See NativeSnapshots.download_snapshot; it may take any time, but not go slower than LeastSpeed."""
         path = f"{snapshots_path(collection)}/{urlquote(name, safe='')}"
         pour = download_blocking if self._blocking else download_awaiting
-        check = functools.partial(self._check_status, "download")
+        check = functools.partial(self._check_answer, "download")
+        seconds = self._config.request_timeout
 
         async def download() -> None:
             taking.begin()
-            await pour(self._raw, path, check, taking)
+            speed = LeastSpeed(seconds, self._limits.extend)
 
-        await self._send("download", download)
+            def take(piece: bytes) -> None:
+                speed.add(len(piece))
+                taking.add(piece)
+
+            await pour(self._raw, path, check, take)
+
+        await self._send("download", download, seconds=seconds)
 
     async def delete_snapshot(self, collection: str, name: str) -> None:
         """See NativeSnapshots.delete_snapshot."""
         path = f"{snapshots_path(collection)}/{urlquote(name, safe='')}"
-        await self._send("delete", lambda: self._long_request("delete", "DELETE", path))
+        await self._long_request("delete", "DELETE", path)
 
     async def upload_snapshot(self, collection: str, path: Path, sha256: str) -> None:
         """See NativeSnapshots.upload_snapshot."""
         query = {"priority": "snapshot", "wait": "true", "checksum": sha256}
-
-        async def upload() -> None:
-            with path.open("rb") as file:
-                files = {"snapshot": ("snapshot", file, "application/octet-stream")}
-                place = f"{snapshots_path(collection)}/upload"
-                await self._long_request("restore", "POST", place, params=query, files=files)
-
-        await self._send("restore", upload)
+        place = f"{snapshots_path(collection)}/upload"
+        await self._long_request("restore", "POST", place, upload=path, params=query)
 
     async def apart(self, call: Callable[[], T]) -> T:
         """See NativeSnapshots.apart."""
         return await self._waits.call(call)
 
-    def _check_status(self, operation: str, status: int, body: bytes) -> None:
-        if status >= HTTPStatus.BAD_REQUEST:
-            asked = f"Qdrant at {self._url}: {operation}"
-            raise status_error(status, body, asked, ErrorOrigin(backend="server", operation=operation))
+    def _check_answer(self, operation: str, answer: Any, body: bytes) -> None:
+        if not answer.is_success:
+            raise self.errors.answer(answer.status_code, body, answer.headers, operation)
 
     async def close(self) -> None:
         """See Engine.close."""
@@ -7636,19 +7973,21 @@ def decode_snapshot(payload: Mapping[str, Any]) -> StateSnapshot:
             float(payload.get("exact_confidence", payload["confidence"])),
             payload["schema_version"],
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
         raise BackendError(
-            f"a point does not hold a state snapshot: {error}", backend="qdrant", operation="decode"
+            f"a point does not hold a state snapshot: {one_line(str(error))[:200]}",
+            backend="qdrant",
+            operation="decode",
         ) from error
 
 
-def payload_field(record: Record, field: str) -> Any:
+def payload_field(record: Record, field: str, kind: type[T]) -> T:
     """A field of a payload that need not hold a snapshot."""
-    try:
-        return record.payload[field]
-    except KeyError:
-        message = f"a point does not hold a state snapshot: it has no {field}"
-        raise BackendError(message, backend="qdrant", operation="decode") from None
+    value = record.payload.get(field)
+    if isinstance(value, kind) and not isinstance(value, bool):
+        return value
+    message = f"a point does not hold a state snapshot: it has no {field}"
+    raise BackendError(message, backend="qdrant", operation="decode")
 
 
 def _where(search: SearchRequest) -> Filter:
@@ -7669,7 +8008,8 @@ def _recorded_schema(config: QdrantStoreConfig, found: Mapping[str, Any]) -> Sch
     version, axes, vector_size = (found.get(key) for key in ("format_version", "axes", "vector_size"))
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise SchemaMismatchError(
-            f"{place} has format {version}; this version reads up to {FORMAT_VERSION}: upgrade attuned-store"
+            f"{place} has format {brief(version)}; this version reads up to {FORMAT_VERSION}: "
+            "upgrade attuned-store"
         )
     try:
         recorded = check_axis_names(axes) or ()
@@ -7815,7 +8155,7 @@ class PointsBackend(ABC):
         page = await self.engine.page(
             self._collection, Filter((LATEST,)), limit=self.batch_size, cursor=cursor
         )
-        return [str(payload_field(record, "user_id")) for record in page.records], page.cursor
+        return [payload_field(record, "user_id", str) for record in page.records], page.cursor
 
     async def count(self) -> int:
         """See Backend.count."""
@@ -7861,8 +8201,8 @@ class PointsBackend(ABC):
         """All of what some users have, oldest first."""
         following, share = cursor or (None, 1)
         page = await self.engine.page(self._collection, Filter((LATEST,)), limit=share, cursor=following)
-        latest = {str(payload_field(record, "user_id")): record for record in page.records}
-        states = self._states(latest, await self._histories(list(latest)))
+        latest = {payload_field(record, "user_id", str): record for record in page.records}
+        states = await self._read(latest)
         if page.cursor is None:
             return states, None
         return states, _Reading(page.cursor, self._share(len(latest), len(states)))
@@ -7871,23 +8211,24 @@ class PointsBackend(ABC):
         """How many users to read at once, going by those just read."""
         return max(1, int(2 * self.batch_size * users / max(users, states, 1)))
 
-    async def _histories(self, user_ids: Sequence[str]) -> list[Record]:
-        if not (user_ids and self._retention.maximum):
-            return []
-        where = Filter((AnyOf("user_id", user_ids), HISTORY))
-        return (await self.engine.page(self._collection, where, limit=WHOLE_HISTORY)).records
+    async def _read(self, latest: Mapping[str, Record]) -> States:
+        """All states of users whose latest points have just been read."""
+        if not (latest and self._retention.maximum):
+            return self._states(latest, ())
+        where = Filter((AnyOf("user_id", list(latest)), HISTORY))
+        histories = await self.engine.page(self._collection, where, limit=WHOLE_HISTORY)
+        return self._states(latest, histories.records)
 
-    def _states(self, latest: Mapping[str, Record], histories: Iterable[Record]) -> list[StateSnapshot]:
+    def _states(self, latest: Mapping[str, Record], histories: Iterable[Record]) -> States:
         """What history shows of users, and the latest."""
         points = {
-            user_id: {payload_field(record, "updated_at_unix_ms"): record}
+            user_id: {payload_field(record, "updated_at_unix_ms", int): record}
             for user_id, record in latest.items()
         }
         for record in histories:
-            points[payload_field(record, "user_id")].setdefault(
-                payload_field(record, "updated_at_unix_ms"), record
-            )
-        states: list[StateSnapshot] = []
+            entries = points.get(payload_field(record, "user_id", str), {})
+            entries.setdefault(payload_field(record, "updated_at_unix_ms", int), record)
+        states = States()
         for entries in points.values():
             times = sorted(entries)
             shown = times[min(self._retention.hidden(times), len(times) - 1) :]
@@ -7915,13 +8256,13 @@ class PointsBackend(ABC):
             tenant=user_id,
             newest_by="updated_at_unix_ms",
         )
-        if not any(payload_field(record, "kind") == "latest" for record in page.records):
+        if not any(payload_field(record, "kind", str) == "latest" for record in page.records):
             return []
         distinct: dict[int, Record] = {}
         for record in page.records:
-            time_ms = payload_field(record, "updated_at_unix_ms")
+            time_ms = payload_field(record, "updated_at_unix_ms", int)
             # The latest counts, if they differ.
-            if time_ms not in distinct or payload_field(record, "kind") == "latest":
+            if time_ms not in distinct or payload_field(record, "kind", str) == "latest":
                 distinct[time_ms] = record
         return [decode_snapshot(record.payload) for record in itertools.islice(distinct.values(), wanted)]
 
@@ -7934,7 +8275,7 @@ class PointsBackend(ABC):
             newest_by="updated_at_unix_ms",
             payload=False,
         )
-        return [payload_field(record, "updated_at_unix_ms") for record in reversed(page.records)]
+        return [payload_field(record, "updated_at_unix_ms", int) for record in reversed(page.records)]
 
     def _point(self, snapshot: StateSnapshot, suffix: str | int, **extra: Any) -> Point:
         kind = "latest" if suffix == "latest" else "history"
@@ -8315,8 +8656,8 @@ class OwnedBackend(PointsBackend):
         records = await self.engine.retrieve(self._collection, [*latest.values(), *ids])
         kinds: dict[str, list[Record]] = {"latest": [], "history": []}
         for record in records:
-            kinds[payload_field(record, "kind")].append(record)
-        heads = {str(payload_field(record, "user_id")): record for record in kinds["latest"]}
+            kinds[payload_field(record, "kind", str)].append(record)
+        heads = {payload_field(record, "user_id", str): record for record in kinds["latest"]}
         return self._states(heads, kinds["history"]), following
 
     async def _relearn(self, user_id: str) -> None:
@@ -8340,8 +8681,10 @@ class OwnedBackend(PointsBackend):
 def _is_marked(collection: Mapping[str, Any]) -> bool:
     """Whether a description of a collection says that a restore is not complete."""
     config: Any = collection.get("config")
-    metadata: Any = config and config.get("metadata")
-    return bool(metadata and metadata.get("restoring"))
+    try:
+        return bool(config["metadata"]["restoring"])
+    except (LookupError, TypeError):
+        return False
 
 
 class SharedBackend(PointsBackend):
@@ -8355,6 +8698,7 @@ class SharedBackend(PointsBackend):
 
     native_snapshots = True
     batch_size = 500  # a request holds more than a step in the process
+    READINGS = 3  # again, of users who move while they are read
 
     def __init__(self, engine: SharedEngine, config: QdrantStoreConfig) -> None:
         super().__init__(engine, config)
@@ -8416,6 +8760,48 @@ class SharedBackend(PointsBackend):
         newest = await self._newest(user_id, wanted, max(window.since, self._retention.cutoff()))
         return [entry for entry in newest if entry.updated_at_unix_ms <= window.until][: window.limit]
 
+    async def _read(self, latest: Mapping[str, Record]) -> States:
+        """See PointsBackend._read; what was read before says of whom, no more: others write meanwhile.
+
+        All of a user is read in one request. Where that meets several shards, each at a moment of its own, it
+        is read again until nothing has moved in between.
+        """
+        points = await self._points_of(list(latest))
+        unsettled: list[str] = list(latest) if self._server.is_spread(self._collection) else []
+        for _ in range(self.READINGS):
+            if not unsettled:
+                break
+            again = await self._points_of(unsettled)
+            moved = [user_id for user_id in unsettled if again[user_id] != points[user_id]]
+            points |= again
+            unsettled = moved
+        newest = {
+            user_id: record
+            for user_id, records in points.items()
+            for record in records.values()
+            if payload_field(record, "kind", str) == "latest"
+        }
+        histories = [
+            record
+            for user_id in newest
+            for record in points[user_id].values()
+            if record is not newest[user_id]
+        ]
+        states = self._states(newest, histories)
+        states.unsettled = unsettled
+        return states
+
+    async def _points_of(self, user_ids: Sequence[str]) -> dict[str, dict[object, Record]]:
+        """All points of users, by user and id; without those of the history where none is kept."""
+        points: dict[str, dict[object, Record]] = {user_id: {} for user_id in user_ids}
+        if not user_ids:
+            return points
+        asked = AnyOf("user_id", user_ids)
+        where = Filter((asked,) if self._retention.maximum else (asked, LATEST))
+        for record in (await self.engine.page(self._collection, where, limit=WHOLE_HISTORY)).records:
+            points.get(payload_field(record, "user_id", str), {})[record.id] = record
+        return points
+
     async def look(self, seconds: float) -> Health:
         """See Backend.look."""
         status = await self.engine.status(self._collection, Filter((LATEST,)), seconds)
@@ -8436,7 +8822,9 @@ class SharedBackend(PointsBackend):
             message="; ".join(signs),
             version=status.version,
             collection_status=color,
-            indexed_vectors=collection.get("indexed_vectors_count"),
+            indexed_vectors=count
+            if isinstance(count := collection.get("indexed_vectors_count"), int)
+            else None,
         )
 
     # Writes
@@ -8481,12 +8869,14 @@ class SharedBackend(PointsBackend):
         found = None if before is None else decode_snapshot(before)
         if not same_state(found, expected):
             raise conflict_error(snapshot.user_id, expected, found)
-        if found is None or snapshot.updated_at_unix_ms >= found.updated_at_unix_ms:
+        is_newest = found is None or snapshot.updated_at_unix_ms >= found.updated_at_unix_ms
+        if is_newest:
             await self._replace(snapshot, before)
+            self._latest.pop(snapshot.user_id, None)
         if self._retention.maximum:
             followed = found if before is not None and "replaces" in before else None
-            await self._enter_into_history(snapshot, followed)
-        self._latest.pop(snapshot.user_id, None)
+            with _after_write() if is_newest else contextlib.nullcontext():
+                await self._enter_into_history(snapshot, followed)
         await self._trim_in_turn(snapshot.user_id)
 
     async def _enter_into_history(self, snapshot: StateSnapshot, followed: StateSnapshot | None) -> None:
@@ -8521,7 +8911,8 @@ class SharedBackend(PointsBackend):
             unchanged = Equal("revision", replaced) if replaced else Absent("revision")
             put = Put([point], mode="update", over=Filter((unchanged,)))
         await self.engine.apply(self._collection, [put])
-        after = await self._latest_payload(snapshot.user_id) or {}
+        with _after_write():
+            after = await self._latest_payload(snapshot.user_id) or {}
         seen = [after.get("revision"), *after.get("replaces", ())]
         if point.payload["revision"] in seen:
             return
@@ -8670,6 +9061,16 @@ class RestoringBackend(SharedBackend):
         await self.engine.apply(self._collection, [Put(points)])
         self.users_written += len(last) - (self._last in last)
         self._last = snapshots[-1].user_id
+
+
+@contextlib.contextmanager
+def _after_write() -> Generator[None]:
+    """Let what fails say that something has been written already."""
+    try:
+        yield
+    except BackendError as error:
+        error.ambiguous = True
+        raise
 
 
 def _lost(user_id: str, *, ambiguous: bool) -> ConflictError:
@@ -8854,6 +9255,8 @@ class Connection:
             self.engine = ServerEngine(config, waits)
         except OSError as error:
             message = f"verify: {brief(config.verify)} is no usable certificate: {error}"
+            if config.verify is True and (named := os.environ.get("SSL_CERT_FILE")):
+                message = f"SSL_CERT_FILE: {brief(named)} is no usable certificate: {error}"
             raise ValidationError(message) from error
         self.backend = SharedBackend(self.engine, config)
         self.orphaned = False
@@ -8908,6 +9311,15 @@ class ServerPlace:
                 entered = True
                 connection.inside.add(thread)
             return await body
+        except StoreError as error:  # it may be of what the server says, as where it holds something else
+            told: BaseException | None = error
+            while told is not None:
+                told.args = tuple(
+                    connection.engine.errors.hide(each) if isinstance(each, str) else each
+                    for each in told.args
+                )
+                told = told.__cause__
+            raise
         finally:
             if entered:
                 connection.inside.discard(thread)
@@ -9848,6 +10260,7 @@ async def _copy_states(
     progress: Progress | None,
 ) -> SnapshotReport:
     began, read, waits = time.perf_counter(), _Digest(), form.make_waits()
+    unsettled: list[str] = []
     check_flag("replace", replace)
     heard = check_progress(progress)
     ends = _Ends(form, waits)
@@ -9868,6 +10281,7 @@ async def _copy_states(
             pages = origin.states()
             while (states := await pages.next()) is not None:
                 read.add(states)
+                unsettled.extend(getattr(states, "unsettled", ()))
                 await staged.upsert_many(states, None)
                 heard(read.count, None)
             if not end.backend.native_snapshots:  # a server is changed in place: nothing is beside it
@@ -9883,6 +10297,7 @@ async def _copy_states(
         kind="portable",
         points=read.count,
         duration_ms=(time.perf_counter() - began) * 1000,
+        message=unsettled_message(unsettled),
     )
 
 

@@ -134,6 +134,8 @@ class Response:
     reset: bool = False  # end it with a reset (RST) and not in an orderly way
     chunked: bool = False  # without Content-Length
     pause: float = 0.0  # seconds after each piece of the body
+    slow_head: float = 0.0  # seconds after each byte of the status line and the headers
+    continues: int = 0  # how often "100 Continue" is sent before
 
     @property
     def length(self) -> int:
@@ -307,6 +309,16 @@ def drip(seconds: float) -> Action:
     return act
 
 
+def drip_head(seconds: float) -> Action:
+    """Send the status line and the headers byte by byte, so many seconds apart."""
+    return _ending(slow_head=seconds)
+
+
+def keep_promising(seconds: float, times: int = 100) -> Action:
+    """Send "100 Continue" again and again, so many seconds apart, before the answer."""
+    return _ending(continues=times, slow_head=seconds)
+
+
 def duplicate() -> Action:
     """Execute twice, as if the network had delivered the request twice; the second answer counts."""
 
@@ -337,6 +349,25 @@ def edit_result(remove: tuple[str, ...] = (), **fields: Any) -> Action:
         return body | {"result": kept | fields}
 
     return edit(change)
+
+
+def tear(act: Callable[[], object]) -> Action:
+    """Read as from several shards: the latest points as they are, the others after someone has acted."""
+
+    async def action(exchange: Exchange) -> Response:
+        first = json.loads(b"".join((await exchange.proceed()).pieces()))
+        await asyncio.to_thread(act)
+        second = json.loads(b"".join((await exchange.proceed()).pieces()))
+        points = [
+            point
+            for body, takes in ((first, True), (second, False))
+            for point in body["result"]["points"]
+            if (point["payload"].get("kind") == "latest") == takes
+        ]
+        second["result"]["points"] = points
+        return Response(200, json.dumps(second).encode())
+
+    return action
 
 
 def go_down(*, apply: bool = False) -> Action:
@@ -1728,6 +1759,13 @@ def response_head(response: Response, *, close: bool) -> bytes:
 
 async def send_body(writer: asyncio.StreamWriter, head: bytes, response: Response) -> None:
     """Head and body, together when the body is in one piece."""
+    if response.slow_head:
+        promises = [b"HTTP/1.1 100 Continue\r\n\r\n"] * response.continues
+        for piece in promises or [head[at : at + 1] for at in range(len(head))]:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(response.slow_head)
+        head = head if promises else b""
     pieces = response.pieces() if response.cut is None else _limited(response.pieces, response.cut)
     for piece in pieces:
         data = b"%x\r\n%b\r\n" % (len(piece), piece) if response.chunked and piece else piece

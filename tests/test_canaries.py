@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sqlite3
 import sys
-import time
 import uuid
 from importlib import import_module
 from pathlib import Path
@@ -166,18 +165,30 @@ def test_a_client_takes_timeouts_and_a_transport(kind: str, server: QdrantServer
 
 
 @needs("httpx")
-def test_each_phase_of_a_request_asks_for_its_time(server: QdrantServer) -> None:
-    """The time that is left is asked for when a phase begins, so that the phases together keep a deadline."""
-    httpx, phases = import_module("httpx"), list[str]()
+def test_all_that_a_blocking_client_waits_for_goes_through_its_streams(server: QdrantServer) -> None:
+    """The network backend can be replaced in every transport, and sees connections, reads and writes."""
+    httpx, seen = import_module("httpx"), list[str]()
 
-    class Remaining(attuned_store.RemainingTime):
-        def get(self, phase: str, default: Any = None) -> float:
-            phases.append(phase)
-            return super().get(phase, default)
+    class Limits(attuned_store.BlockingLimits):
+        def left(self, timeout: float | None) -> float:
+            seen.append("left")
+            return super().left(timeout)
 
-    with httpx.Client() as client:
-        client.get(server.url, extensions={"timeout": Remaining(time.monotonic() + 60)})
-    assert phases.index("connect") < phases.index("write") < phases.index("read")
+        def check(self) -> None:
+            seen.append("check")
+            super().check()
+
+    with httpx.Client(mounts={"http://elsewhere.invalid": httpx.HTTPTransport()}) as client:
+        limits = Limits()
+        attuned_store.limit_client(client, limits)
+        for transport in (client._transport, *filter(None, client._mounts.values())):
+            assert type(transport._pool._network_backend) is attuned_store.LimitedNetwork
+        limits.extend(60)
+        client.get(server.url)
+        assert seen == ["left", *["check", "left"] * 2]  # connect, write, read
+        limits.extend(-1)
+        with pytest.raises(TimeoutError):
+            client.get(server.url)
 
 
 # ------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from conformance import (
     NOW,
     Awaited,
     Clock,
+    archived,
     environment,
     needs,
     script,
@@ -54,6 +55,7 @@ from qdrant_server import (
     other_shape,
     reply,
     reset,
+    tear,
     truncate,
 )
 
@@ -83,7 +85,8 @@ from attuned_store import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Iterator
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+    from pathlib import Path
 
 pytestmark = [pytest.mark.once, pytest.mark.anyio, pytest.mark.timeout(120)]
 
@@ -2180,3 +2183,90 @@ def test_of_two_of_one_time_history_shows_the_latest(server: QdrantServer) -> No
     copy = attuned_store.MemoryStore()
     attuned_store.copy(store, copy)
     assert copy.get_history("ann") == [latest, state("ann", 1)]
+
+
+# ------------------------------------------------------------------------------
+# What is read while others write
+# ------------------------------------------------------------------------------
+
+
+class Others:
+    """Someone who writes and deletes between any two requests, and remembers every state that existed."""
+
+    def __init__(self, store: QdrantStore, users: int, busy: float = 0.5) -> None:
+        self.store, self.busy = store, busy
+        self.random = random.Random(5)
+        self.at = itertools.count(1)
+        self.existed = {f"{number:03}-user": set[tuple[StateSnapshot, ...]]() for number in range(users)}
+        for user_id in self.existed:
+            self._write(user_id)
+
+    def act(self) -> None:
+        """Change some users."""
+        for user_id in self.existed:
+            if self.random.random() < self.busy:
+                if self.random.random() < 0.3:
+                    self.store.delete(user_id)
+                self._write(user_id)
+
+    def _write(self, user_id: str) -> None:
+        for _ in range(self.random.randint(1, 3)):
+            self.store.upsert_latest(state(user_id, next(self.at)))
+            self.existed[user_id].add(tuple(reversed(self.store.get_history(user_id))))
+
+    def check(self, found: Mapping[str, list[StateSnapshot]]) -> set[str]:
+        """Who is in a file with states that never were."""
+        return {user_id for user_id, states in found.items() if tuple(states) not in self.existed[user_id]}
+
+
+@pytest.fixture
+def others(server: QdrantServer) -> Iterator[Others]:
+    """They write past the faults of the test, which know them by their key."""
+    with plain(server, api_key="others", max_history_per_user=4) as store:
+        yield Others(store, 12)
+
+
+def of_the_reader(request: Any) -> bool:
+    return request.headers.get("api-key") != "others"
+
+
+@pytest.mark.parametrize("into", ["file", "copy"])
+def test_a_snapshot_holds_states_that_existed(
+    into: str, server: QdrantServer, others: Others, tmp_path: Path
+) -> None:
+    """Whoever is written to or deleted between any two requests, each user's states are of one moment."""
+    with plain(server, max_history_per_user=4) as store:
+        server.on(meanwhile(others.act), route=SCROLL, when=of_the_reader)
+        if into == "file":
+            report = store.create_snapshot(tmp_path, kind="portable")
+            assert report.path is not None
+            found = archived(report.path)
+            assert report.message == ""
+        else:
+            target = attuned_store.MemoryStore()
+            attuned_store.copy(store, target)
+            found = {user_id: [*reversed(target.get_history(user_id))] for user_id in target}
+
+    assert len(found) > 3
+    assert others.check(found) == set()
+
+
+@pytest.mark.parametrize("busy", [0.1, 1.0])
+def test_a_snapshot_of_several_shards_says_who_was_not_read_at_rest(
+    busy: float, server: QdrantServer, others: Others, tmp_path: Path
+) -> None:
+    """Shards answer at moments of their own: what moved is read again, or reported."""
+    others.busy = busy
+    with plain(server, max_history_per_user=4, read_consistency="all") as store:
+        server.on(tear(others.act), route=SCROLL, when=of_the_reader)
+        report = store.create_snapshot(tmp_path, kind="portable")
+
+    assert report.path is not None
+    wrong = others.check(archived(report.path))
+    named = {user_id for user_id in others.existed if f"{user_id[:4]}…" in report.message}
+    if busy == 1.0:
+        assert "could not be read at rest" in report.message
+        assert "and others" in report.message
+        assert str(report.users) in report.message
+    else:
+        assert wrong <= named

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -21,10 +23,16 @@ from qdrant_server import (
     Request,
     Response,
     any_fault,
+    drip,
+    drip_head,
     drop,
+    go_down,
     hang,
+    keep_promising,
     lose_reply,
+    not_json,
     one_of,
+    other_shape,
     rate_limited,
     reply,
     reset,
@@ -347,6 +355,88 @@ async def test_a_server_that_hangs_is_a_timeout(connect: Any, server: QdrantServ
     assert (len(server.requests), len(fake.waits)) == (2, 1)
 
 
+DRIPS = {
+    "the body": drip(0.04),
+    "the head": drip_head(0.04),
+    "100 Continue": keep_promising(0.04),
+    "nothing": hang(30),
+}
+
+
+@pytest.mark.parametrize("name", DRIPS)
+@pytest.mark.parametrize("opened", [True, False], ids=["opened", "unopened"])
+async def test_a_call_ends_whatever_a_server_sends(
+    name: str, connect: Any, server: QdrantServer, *, opened: bool
+) -> None:
+    """Every try has the time of a whole answer, and all of them have the deadline, however it drips."""
+    policy = RetryPolicy(attempts=100, base_s=0.01, cap_s=0.01, deadline_s=0.5)
+    store = await connect(opened=opened, real=True, request_timeout=0.2, retry=policy, breaker=NEVER)
+    server.on(DRIPS[name])
+    begun = time.monotonic()
+
+    error = await caught(store.upsert_latest(state()))
+
+    took = time.monotonic() - begun
+    assert isinstance(error, BackendTimeoutError)
+    assert "in time" in str(error)
+    assert 0.4 < took < 1.0
+    assert 2 < len(server.requests) < 6
+
+
+async def test_the_deadline_is_that_of_the_first_try_too(connect: Any, server: QdrantServer) -> None:
+    """A deadline below the time of an answer ends the first try; one of 0 means one try with all its time."""
+    store = await connect(real=True, request_timeout=30, retry=RetryPolicy(deadline_s=0.2))
+    server.on(drip(0.04))
+    begun = time.monotonic()
+
+    assert isinstance(await caught(store.get_latest("ann")), BackendTimeoutError)
+
+    assert time.monotonic() - begun < 1.0
+    store = await connect(opened=False, real=True, request_timeout=30, retry=RetryPolicy(deadline_s=0))
+    server.rules.clear()
+    assert await store.get_latest("ann") is None
+
+
+async def test_a_slow_answer_in_time_is_taken(connect: Any, server: QdrantServer) -> None:
+    """What comes byte by byte and is whole in time is an answer; the next one has its own time."""
+    store = await connect(real=True, request_timeout=2.0)
+    server.on(drip(0.001))
+
+    for at in range(3):
+        await store.upsert_latest(state(at=at))
+
+    assert await store.get_latest("ann") == state(at=2)
+
+
+async def test_a_server_that_reads_in_drips_is_a_timeout(connect: Any) -> None:
+    """A body that a server takes in a little at a time ends at the deadline too."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        over = threading.Event()
+
+        def sip() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                while not over.wait(0.05) and connection.recv(512):
+                    pass
+
+        with ThreadPoolExecutor() as pool:
+            pool.submit(sip)
+            config = QdrantStoreConfig(
+                url=f"http://127.0.0.1:{listener.getsockname()[1]}", request_timeout=0.5, retry=ONCE
+            )
+            waits = attuned_store.BLOCKING
+            engine = attuned_store.ServerEngine(config, waits)
+            begun = time.monotonic()
+            content = bytes(16 << 20)
+            send = engine._send("test", lambda: engine._raw.request("POST", "/", content=content))
+            with pytest.raises(BackendTimeoutError):
+                run(send)
+            over.set()
+            run(engine.close())
+        assert time.monotonic() - begun < 2
+
+
 async def test_waiting_can_be_cancelled(face: str, server: QdrantServer) -> None:
     """Between two attempts an asynchronous store can be cancelled; it sends nothing more."""
     if face == "sync":
@@ -656,6 +746,141 @@ def test_a_request_of_any_kind_is_sent_by_the_same_rules(fake: Time, longest: No
     with pytest.raises(ZeroDivisionError):
         run(sender.send("test", broken))
     assert sender.breaker.state == "closed"
+
+
+# ------------------------------------------------------------------------------
+# Whether a write that failed may have happened
+# ------------------------------------------------------------------------------
+
+
+def later(old: StateSnapshot | None) -> StateSnapshot:
+    return state(at=99)
+
+
+WRITES: dict[str, Callable[[AsyncStateStore], Awaitable[object]]] = {
+    "upsert_latest": lambda store: store.upsert_latest(state(at=1)),
+    "expected": lambda store: store.upsert_latest(state(at=1), expected=state()),
+    "upsert_many": lambda store: store.upsert_many([state("ann", 1), state("bob", 1)]),
+    "update": lambda store: store.update("ann", later),
+    "patch": lambda store: store.patch("ann", {"warmth": 0.25}),
+    "delete": lambda store: store.delete("ann"),
+}
+READS: dict[str, Callable[[AsyncStateStore], Awaitable[object]]] = {
+    "get_latest": lambda store: store.get_latest("ann"),
+    "get_history": lambda store: store.get_history("ann"),
+    "count": lambda store: store.count(),
+}
+UNSURE = {
+    "lost": lose_reply(),
+    "lost, reset": lose_reply(reset=True),
+    "dropped": drop(),
+    "truncated": truncate(),
+    "no answer": hang(30),
+    "drips": drip(0.05),
+    "408": reply(408),
+    "500": reply(500),
+    "503": reply(503, apply=True),
+    "504": reply(504),
+    "not JSON": not_json(apply=True),
+    "other JSON": other_shape(apply=True),
+    "204": reply(204, b""),
+}
+SLOW = [UNSURE["no answer"], UNSURE["drips"]]
+SURE = {
+    "400": reply(400),
+    "401": reply(401),
+    "403": reply(403),
+    "404": reply(404),
+    "409": reply(409),
+    "429": rate_limited(None),
+    "429, Retry-After": rate_limited(0),
+    "307": reply(307, headers={"Location": "/"}),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("fault", [*UNSURE, *SURE])
+async def test_a_write_says_whether_it_may_have_happened(
+    fault: str, write: str, connect: Any, server: QdrantServer
+) -> None:
+    """A failure after the request may have been sent is ambiguous; one that says no, or refuses, is not."""
+    await (await connect()).upsert_latest(state())
+    store = await connect(request_timeout=0.5 if UNSURE.get(fault) in SLOW else 30, retry=ONCE)
+    server.on((UNSURE | SURE)[fault], when=Request.is_write)
+
+    error = await caught(WRITES[write](store))
+
+    assert isinstance(error, BackendError)
+    assert error.ambiguous == (fault in UNSURE)
+
+
+@pytest.mark.parametrize("read", [*READS, *WRITES])
+@pytest.mark.parametrize("fault", [*UNSURE, *SURE])
+async def test_a_read_never_is_ambiguous(fault: str, read: str, connect: Any, server: QdrantServer) -> None:
+    """Nothing has been written by what only asked, nor by a write that failed while it looked before."""
+    await (await connect()).upsert_latest(state())
+    store = await connect(request_timeout=0.5 if UNSURE.get(fault) in SLOW else 30, retry=ONCE)
+    server.on((UNSURE | SURE)[fault], when=lambda request: not request.is_write())
+
+    try:
+        await (READS | WRITES)[read](store)
+    except BackendError as error:
+        looked_after = read in ("expected", "update", "patch") and server.counts[UPSERT] > 1
+        assert error.ambiguous == looked_after  # noqa: PT017 - a write that need not look does not fail
+    else:
+        assert read in ("upsert_latest", "upsert_many")
+
+
+@pytest.mark.parametrize("then", ["refused", "400", "429", "open"])
+async def test_a_lost_reply_is_not_forgotten_by_later_tries(
+    then: str, connect: Any, server: QdrantServer
+) -> None:
+    """Whatever the last try met, the first one may have written."""
+    failures = 1 if then == "open" else 10**6
+    policy = BreakerPolicy(failures=failures, open_s=0)
+    store = await connect(retry=RetryPolicy(attempts=2, base_s=0), breaker=policy)
+    server.on(go_down(apply=True) if then == "refused" else lose_reply(), when=Request.is_write, times=1)
+    if then == "open":
+
+        async def sleep(seconds: float) -> None:
+            resilience(store).breaker._probing = True  # by another thread
+
+        resilience(store)._sleep = sleep
+    elif then != "refused":
+        server.on(reply(int(then)), when=Request.is_write)
+
+    error = await caught(store.upsert_latest(state()))
+
+    assert isinstance(error, BackendError)
+    assert error.ambiguous
+    assert isinstance(error, CircuitOpenError) == (then == "open")
+
+
+async def test_what_was_never_sent_is_not_ambiguous(connect: Any, server: QdrantServer) -> None:
+    """A refused connection, and an open breaker, have written nothing."""
+    store = await connect(retry=ONCE, breaker=BreakerPolicy(failures=1, open_s=1000))
+    server.down()
+
+    for kind in (BackendUnavailableError, CircuitOpenError):
+        error = await caught(store.upsert_latest(state()))
+        assert isinstance(error, kind)
+        assert not cast("BackendError", error).ambiguous
+
+
+@pytest.mark.parametrize("fault", [reply(400), reply(503), drop()], ids=["400", "503", "dropped"])
+async def test_a_conditional_write_that_cannot_look_afterwards_is_ambiguous(
+    fault: Action, connect: Any, server: QdrantServer
+) -> None:
+    """update() has written when the reading that was to tell, or the history, fails: it says so."""
+    store = await connect(retry=ONCE)
+    for number, (skip, route) in enumerate([(2, RETRIEVE), (1, UPSERT)]):
+        await store.upsert_latest(state(at=number))
+        with server.on(fault, route=route, skip=skip):
+            error = await caught(store.update("ann", lambda old: state(at=old.updated_at_unix_ms - NOW + 10)))
+        assert isinstance(error, BackendError)
+        assert error.ambiguous
+        assert (await store.get_latest("ann")) == state(at=number + 10)
+        await store.delete("ann")
 
 
 # ------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import attrs
 
 from attuned.base.config import FALSE_WORDS, TRUE_WORDS, MemoryStoreConfig, absolute_path, check_flag
 from attuned.base.errors import LOGGER, SnapshotError, StoreError, ValidationError, type_name
-from attuned.base.values import SnapshotReason, SnapshotReport, StateSnapshot
+from attuned.base.values import SnapshotReason, SnapshotReport, StateSnapshot, unsettled_message
 from attuned.connections.runtime import BLOCKING, Suspending, Waits, run
 from attuned.open import open_async_store, open_store, store_exists, target_options
 from attuned.snapshots.archive import Progress, RestoreMode, check_progress
@@ -261,6 +261,7 @@ async def _copy_states(
     progress: Progress | None,
 ) -> SnapshotReport:
     began, read, waits = time.perf_counter(), _Digest(), form.make_waits()
+    unsettled: list[str] = []
     check_flag("replace", replace)
     heard = check_progress(progress)
     ends = _Ends(form, waits)
@@ -281,6 +282,7 @@ async def _copy_states(
             pages = origin.states()
             while (states := await pages.next()) is not None:
                 read.add(states)
+                unsettled.extend(getattr(states, "unsettled", ()))
                 await staged.upsert_many(states, None)
                 heard(read.count, None)
             if not end.backend.native_snapshots:  # a server is changed in place: nothing is beside it
@@ -296,6 +298,7 @@ async def _copy_states(
         kind="portable",
         points=read.count,
         duration_ms=(time.perf_counter() - began) * 1000,
+        message=unsettled_message(unsettled),
     )
 
 

@@ -36,8 +36,8 @@ def brief(value: object) -> str:
 
 
 def one_line(text: str) -> str:
-    """Take line ends and terminal controls out of a message."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text).strip()
+    """Take line ends, terminal controls and lone surrogates out of a message."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+", " ", text).strip()
 
 
 def printable(text: object) -> str:

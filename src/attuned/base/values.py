@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, Unpack, 
 import attrs
 from cachetools import FIFOCache
 
-from attuned.base.errors import ValidationError, brief, short_id, type_name
+from attuned.base.errors import ValidationError, brief, plural, short_id, type_name
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 CANONICAL_AXES: Final = (
@@ -586,6 +587,22 @@ def stored_snapshot(  # noqa: PLR0917 - the fields of a snapshot
     snapshot = StateSnapshot(user_id, axes, 0, source, confidence, schema_version)
     object.__setattr__(snapshot, "updated_at_unix_ms", updated_at_unix_ms)
     return snapshot
+
+
+class States(list[StateSnapshot]):
+    """All states of some users; ``unsettled`` are those whose states may be of several moments."""
+
+    unsettled: Sequence[str] = ()
+
+
+def unsettled_message(user_ids: Sequence[str]) -> str:
+    """What a report says of users who were not read at rest."""
+    if not user_ids:
+        return ""
+    shown = ", ".join(map(short_id, user_ids[:5])) + (", and others" if len(user_ids) > 5 else "")  # noqa: PLR2004
+    return (
+        f"{plural(len(user_ids), 'user')} could not be read at rest, being written to all the while: {shown}"
+    )
 
 
 def distinct_users(snapshots: Iterable[StateSnapshot]) -> list[str]:

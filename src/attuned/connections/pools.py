@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
+    from attuned.connections.http import BlockingLimits
+
 
 class ConnectionPools:
     """Several small connection pools of httpx in the place of a large one.
@@ -21,11 +23,14 @@ class ConnectionPools:
 
     CONNECTIONS = 8  # of a pool
 
-    def __init__(self, make: Callable[[int], Any], connections: int) -> None:
+    def __init__(
+        self, make: Callable[[int], Any], connections: int, limits: BlockingLimits | None = None
+    ) -> None:
         number = math.ceil(connections / self.CONNECTIONS)
         self._pools = [make((connections + place) // number) for place in reversed(range(number))]
         self._busy = [0] * len(self._pools)
         self._lock = threading.Lock()
+        self._limits = limits
 
     @contextlib.contextmanager
     def _least_busy(self) -> Generator[Any]:
@@ -40,6 +45,9 @@ class ConnectionPools:
 
     def handle_request(self, request: Any) -> Any:
         """Send a request over one of the pools."""
+        if self._limits is not None:
+            timeouts = request.extensions["timeout"]
+            timeouts["pool"] = self._limits.left(timeouts["pool"])
         with self._least_busy() as pool:
             return pool.handle_request(request)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import threading
 import time
@@ -111,15 +112,31 @@ class Resilience:
             with self._metrics.lock:
                 self._metrics.breakers.discard(self.breaker)
 
-    async def send(self, operation: str, request: Callable[[], Awaitable[T]]) -> T:
-        """Send a request until it succeeds, or there is no sense in going on."""
-        begun = self._clock()
+    async def send(
+        self,
+        operation: str,
+        request: Callable[[], Awaitable[T]],
+        within: Callable[[float, Callable[[], Awaitable[T]]], Awaitable[T]] | None = None,
+        *,
+        writes: bool = False,
+    ) -> T:
+        """Send a request until it succeeds, or there is no sense in going on.
+
+        ``within`` awaits a try for so many seconds. The error of a write is ambiguous where any of the tries
+        may have been carried out.
+        """
+        begun, unsure = self._clock(), False
         for attempt in itertools.count():
-            probe = self.breaker.enter("server", operation)
+            try:
+                probe = self.breaker.enter("server", operation)
+            except CircuitOpenError as error:
+                error.ambiguous = unsure
+                raise
             try:
                 with report_request(self._reporter, "server", operation, attempt + 1):
-                    answer = await request()
+                    answer = await (request() if within is None else within(self._left(begun), request))
             except BackendError as error:
+                error.ambiguous = unsure = writes and (unsure or error.ambiguous)
                 self.breaker.leave(failed=_is_failure(error), probe=probe)
                 wait = self._wait(error, attempt)
                 if wait is None or self._clock() + wait > begun + self._policy.deadline_s:
@@ -134,6 +151,11 @@ class Resilience:
                 return answer
             await self._sleep(wait)
         raise AssertionError("unreachable")  # pragma: no cover - count() does not end
+
+    def _left(self, begun: float) -> float:
+        """The seconds that a try may take; a deadline of 0 means a single one, which takes its time."""
+        deadline = self._policy.deadline_s
+        return max(0.001, begun + deadline - self._clock()) if deadline else math.inf
 
     def _wait(self, error: BackendError, attempt: int) -> float | None:
         """Seconds to wait after a failed attempt, counted from 0; None where it was the last."""

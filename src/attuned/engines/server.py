@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import os
 import re
 import time
 import weakref
@@ -26,18 +28,19 @@ from attuned.base.telemetry import REPORTING, report_request
 from attuned.connections.http import (
     MIN_SERVER_VERSION,
     BlockingClient,
-    ErrorOrigin,
-    RemainingTime,
+    BlockingLimits,
+    LeastSpeed,
+    ServerErrors,
+    SuspendingLimits,
+    cookie_jar,
     download_awaiting,
     download_blocking,
+    environment_error,
     http_status_of,
     is_file_name,
-    read_awaiting,
-    read_blocking,
-    run_in_task,
-    server_error,
+    limit_client,
+    limit_transport,
     snapshots_path,
-    status_error,
 )
 from attuned.connections.pools import ConnectionPools
 from attuned.connections.resilience import Resilience
@@ -103,7 +106,7 @@ async def _until_the_end(
 # Relied on in qdrant-client and httpx beyond their public interfaces; tests/test_canaries.py watches it
 
 
-def tune_client(client: Any, timeout: Any, transport: Any) -> str:
+def tune_client(client: Any, timeout: Any, transport: Any, limits: BlockingLimits | None = None) -> str:
     """Set what no parameter of qdrant-client offers; returns the base url of its requests.
 
     Its ``timeout`` is one for all phases, and ``transport=`` would turn the proxies of the environment off.
@@ -111,6 +114,8 @@ def tune_client(client: Any, timeout: Any, transport: Any) -> str:
     remote = client._client
     wrapped = remote.openapi_client.client
     http = getattr(wrapped, "_client", None) or wrapped._async_client
+    if limits is not None:
+        limit_client(http, limits)
     http.timeout, http._transport = timeout, transport
     return cast("str", remote.rest_uri)
 
@@ -139,6 +144,7 @@ class ServerEngine:
         self._waits = waits
         self._config = config
         self._tenants: dict[str, str | None] = {}  # the keys that hold them, by collection
+        self._spread: set[str] = set()  # the collections that are
         self._url = cast("str", config.url)
         self._blocking = waits.blocking
         headers = {} if config.api_key is None else {"api-key": config.api_key}  # as api_key= it would warn
@@ -152,6 +158,8 @@ class ServerEngine:
         self._read_options = {"consistency": config.read_consistency}
         self._write_options = {"ordering": config.write_ordering, "wait": True}
         self._shared: dict[str, Any] = {"headers": headers, "limits": limits, "verify": trusted}
+        self._limits = BlockingLimits() if waits.blocking else SuspendingLimits()
+        self.errors = ServerErrors(self._url, config.api_key)
         clients = self._make_clients()  # the first take 0.1 s, for which no event loop is to be held up
         self._prepared = [clients]
         self._clients_of: dict[object, _Clients] = {None: clients} if self._blocking else {}
@@ -161,24 +169,37 @@ class ServerEngine:
     def _make_clients(self) -> _Clients:
         import httpx
 
-        package, config, blocking = import_qdrant_client(), self._config, self._blocking
+        try:
+            return self._clients_for(import_qdrant_client(), httpx)
+        except (ImportError, ValueError, httpx.InvalidURL) as error:
+            if isinstance(error, StoreError):
+                raise
+            raise environment_error(error) from error
+
+    def _clients_for(self, package: Any, httpx: Any) -> _Clients:
+        config, blocking = self._config, self._blocking
         kind = package.QdrantClient if blocking else package.AsyncQdrantClient
-        client = kind(url=self._url, check_compatibility=False, **self._shared)
         timeout = self._timeout(config.request_timeout)
-        base_url = tune_client(client, timeout, ConnectionPools(self._make_pool, config.pool_size))
+        limits = self._limits if isinstance(self._limits, BlockingLimits) else None
+        pools = ConnectionPools(self._make_pool, config.pool_size, limits)
+        client = kind(url=self._url, check_compatibility=False, cookies=cookie_jar(), **self._shared)
+        base_url = tune_client(client, timeout, pools, limits)
         plain = (httpx.Client if blocking else httpx.AsyncClient)(
-            base_url=base_url, timeout=timeout, **self._shared
+            base_url=base_url, timeout=timeout, cookies=cookie_jar(), **self._shared
         )
-        return (
-            _Clients(BlockingClient(client), BlockingClient(plain)) if blocking else _Clients(client, plain)
-        )
+        if limits is None:
+            return _Clients(client, plain)
+        limit_client(plain, limits)
+        return _Clients(BlockingClient(client), BlockingClient(plain))
 
     def _make_pool(self, connections: int) -> Any:
         import httpx
 
-        kind = httpx.HTTPTransport if self._blocking else httpx.AsyncHTTPTransport
-        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-        return kind(verify=self._shared["verify"], limits=limits)
+        size = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+        options: dict[str, Any] = {"verify": self._shared["verify"], "limits": size}
+        if isinstance(self._limits, BlockingLimits):
+            return limit_transport(httpx.HTTPTransport(**options), self._limits)
+        return httpx.AsyncHTTPTransport(**options)
 
     def _clients(self) -> _Clients:
         """The clients of this event loop, made when it first needs them."""
@@ -208,16 +229,32 @@ class ServerEngine:
 
         return httpx.Timeout(seconds, connect=self._config.connect_timeout)
 
-    async def _send(self, operation: str, request: Callable[[], Awaitable[Any]]) -> Any:
-        async def translated() -> Any:
-            try:
-                return await (request() if self._blocking else run_in_task(request))
-            except StoreError:
-                raise
-            except Exception as error:
-                raise server_error(error, operation, self._url) from error
+    async def _send(
+        self,
+        operation: str,
+        request: Callable[[], Awaitable[Any]],
+        *,
+        writes: bool = False,
+        seconds: float | None = None,
+    ) -> Any:
+        """The answer to a request, sent as often as it takes.
 
-        return await self.resilience.send(operation, translated)
+        Each try may take ``seconds``, whatever the deadline of all is, or else the time of a whole answer.
+        """
+
+        async def attempt(left: float, request: Callable[[], Awaitable[Any]]) -> Any:
+            allowed = min(left, self._config.request_timeout) if seconds is None else seconds
+            return await self._attempt(operation, allowed, request)
+
+        return await self.resilience.send(operation, request, attempt, writes=writes)
+
+    async def _attempt(self, operation: str, seconds: float, request: Callable[[], Awaitable[T]]) -> T:
+        try:
+            return await self._limits.within(seconds, request)
+        except StoreError:
+            raise
+        except Exception as error:  # noqa: BLE001 - it is raised as one of ours
+            raise self.errors.failure(error, operation) from self.errors.cause(error)
 
     async def open(self, collection: CollectionSpec) -> Mapping[str, Any]:
         """See Engine.open."""
@@ -245,6 +282,10 @@ class ServerEngine:
             )
         await self._create_indexes(collection, set(info.payload_schema))
         self._tenants[collection.name] = collection.tenant
+        if (info.config.params.shard_number or 1) > 1:
+            self._spread.add(collection.name)
+        else:
+            self._spread.discard(collection.name)
         return metadata
 
     async def collections(self) -> Mapping[str, Mapping[str, Any]]:
@@ -256,14 +297,14 @@ class ServerEngine:
     async def drop(self, collection: str) -> None:
         """See Engine.drop."""
         self._tenants.pop(collection, None)
-        await self._send("drop", lambda: self._client.delete_collection(collection))
+        await self._send("drop", lambda: self._client.delete_collection(collection), writes=True)
 
     async def _check_version(self) -> None:
         version = (await self._send("info", self._client.info)).version
-        numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+        numbers = tuple(int(part[:9]) for part in re.findall(r"[0-9]+", version)[:2])
         if numbers < MIN_SERVER_VERSION:
-            least = ".".join(map(str, MIN_SERVER_VERSION))
-            raise UnsupportedServerError(f"{self._url}: Qdrant {version}; {least} or newer is needed")
+            found, least = self.errors.said(version), ".".join(map(str, MIN_SERVER_VERSION))
+            raise UnsupportedServerError(f"{self._url}: Qdrant {found}; {least} or newer is needed")
 
     async def _describe(self, name: str) -> Any:
         try:
@@ -316,13 +357,21 @@ class ServerEngine:
             selector = models.PointIdsList(points=list(deletes))
         if len(upserts) == 1 and selector is None:
             asked = {name: getattr(upserts[0], name) for name in ("points", "update_filter", "update_mode")}
-            await self._send("upsert", lambda: self._client.upsert(collection, **asked, **options))
+            await self._send(
+                "upsert", lambda: self._client.upsert(collection, **asked, **options), writes=True
+            )
         elif upserts:
             steps = [models.UpsertOperation(upsert=each) for each in upserts]
             steps += [] if selector is None else [models.DeleteOperation(delete=selector)]
-            await self._send("upsert", lambda: self._client.batch_update_points(collection, steps, **options))
+            await self._send(
+                "upsert",
+                lambda: self._client.batch_update_points(collection, steps, **options),
+                writes=True,
+            )
         elif selector is not None:
-            await self._send("delete", lambda: self._client.delete(collection, selector, **options))
+            await self._send(
+                "delete", lambda: self._client.delete(collection, selector, **options), writes=True
+            )
 
     def _upsert(self, put: Put, key: str | None) -> Any:
         models, points = self._models.models, [with_tenant(point, key) for point in put.points]
@@ -349,7 +398,9 @@ class ServerEngine:
 
     async def mark(self, collection: str, key: str, value: str | None) -> None:
         """See Marks.mark."""
-        await self._send("mark", lambda: self._client.update_collection(collection, metadata={key: value}))
+        await self._send(
+            "mark", lambda: self._client.update_collection(collection, metadata={key: value}), writes=True
+        )
 
     async def mark_of(self, collection: str, key: str) -> str | None:
         """See Marks.mark_of."""
@@ -415,7 +466,7 @@ class ServerEngine:
         narrowed = self._models.filter(where._replace(must=(AnyOf(key, values), *where.must)))
         asked = {"facet_filter": narrowed, "limit": len(values), "exact": True, **self._read_options}
         found = await self._send("count", lambda: self._client.facet(collection, key, **asked))
-        return {hit.value: hit.count for hit in found.hits}
+        return {hit.value: hit.count for hit in found.hits if hit.value in values}
 
     async def status(self, collection: str, where: Filter, seconds: float) -> CollectionStatus:
         """See Engine.status; without retry and breaker."""
@@ -426,35 +477,38 @@ class ServerEngine:
         place = f"collections/{urlquote(collection, safe='')}"
         counting = {"filter": self._models.filter(where).model_dump(exclude_none=True), "exact": True}
         try:
-            version = (await self._ask("GET", "", deadline))["version"]
+            version = self.errors.said((await self._ask("GET", "", deadline))["version"])
             described = await self._ask("GET", place, deadline, absent_ok=True)
             if not described:
                 return CollectionStatus(None, version=version)
             counted = await self._ask("POST", f"{place}/points/count", deadline, json=counting)
             details, matching = dict(described["result"]), int(counted["result"]["count"])
-            return CollectionStatus(details.get("points_count", 0), matching, version, details)
-        except (KeyError, TypeError, ValueError) as error:
-            raise server_error(error, "health", self._url) from error
+            details["status"] = self.errors.said(details.get("status"))
+            return CollectionStatus(int(details.get("points_count", 0)), matching, version, details)
+        except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise self.errors.failure(error, "health") from self.errors.cause(error)
 
     async def _ask(
         self, method: str, path: str, deadline: float, *, absent_ok: bool = False, **options: Any
     ) -> dict[str, Any]:
         """One plain request, for what may not wait."""
-        try:
-            options["extensions"] = {"timeout": RemainingTime(deadline)}
-            read = read_blocking if self._blocking else read_awaiting
-            status, content = await read(self._raw, deadline, method, f"/{path}", options)
-            if status == HTTPStatus.NOT_FOUND and absent_ok:
-                return {}
-            self._check_status("health", status, content)
-            found = json.loads(content)
-            if not isinstance(found, dict):
-                raise TypeError("it is not a JSON object")  # noqa: TRY301
-            return cast("dict[str, Any]", found)
-        except BackendError:
-            raise
-        except Exception as error:
-            raise server_error(error, "health", self._url) from error
+        seconds = max(0.001, deadline - time.monotonic())
+
+        async def ask() -> Any:
+            return await self._raw.request(method, f"/{path}", timeout=seconds, **options)
+
+        answer = await self._attempt("health", seconds, ask)
+        if answer.status_code == HTTPStatus.NOT_FOUND and absent_ok:
+            return {}
+        self._check_answer("health", answer, answer.content)
+        found = json.loads(answer.content)
+        if not isinstance(found, dict):
+            raise TypeError("it is not a JSON object")
+        return cast("dict[str, Any]", found)
+
+    def is_spread(self, collection: str) -> bool:
+        """See SharedEngine.is_spread; with a read consistency several replicas are asked."""
+        return collection in self._spread or self._config.read_consistency is not None
 
     async def resolve(self, collection: str) -> str:
         """See NativeSnapshots.resolve."""
@@ -470,7 +524,7 @@ class ServerEngine:
     async def create_snapshot(self, collection: str) -> RemoteSnapshot:
         """Asked once where the answer does not come: the server is making one already."""
         path = snapshots_path(collection)
-        answer = await self._send("snapshot", lambda: self._long_request("snapshot", "POST", path))
+        answer = await self._long_request("snapshot", "POST", path)
         try:
             offered: dict[str, Any] = answer["result"]
             name, size, checksum = offered["name"], offered["size"], offered.get("checksum")
@@ -478,57 +532,72 @@ class ServerEngine:
             raise SnapshotError(f"{self._url}: the server does not say which snapshot it has made") from error
         if not is_file_name(name) or not isinstance(size, int):
             raise SnapshotError(f"{self._url}: the server names its snapshot {brief(name)}, which is no name")
-        return RemoteSnapshot(name, size, checksum.lower() if isinstance(checksum, str) else None)
+        return RemoteSnapshot(
+            name, size, self.errors.said(checksum).lower() if isinstance(checksum, str) else None
+        )
 
-    async def _long_request(self, operation: str, method: str, path: str, **options: Any) -> Any:
+    async def _long_request(
+        self, operation: str, method: str, path: str, *, upload: Path | None = None, **options: Any
+    ) -> Any:
         """A request that is not sent again when the time is up, as what it asks for may go on."""
-        timeout = self._timeout(self._config.snapshot_timeout)
-        try:
-            answer = await self._raw.request(method, path, timeout=timeout, **options)
-        except Exception as error:
-            failure = server_error(error, operation, self._url)
-            failure.retryable = failure.retryable and not isinstance(failure, BackendTimeoutError)
-            raise failure from error
-        self._check_status(operation, answer.status_code, answer.content)
-        return answer.json()
+        allowed = self._config.snapshot_timeout
+
+        async def ask() -> Any:
+            with contextlib.ExitStack() as files:
+                if upload is not None:
+                    file = files.enter_context(upload.open("rb"))
+                    options["files"] = {"snapshot": ("snapshot", file, "application/octet-stream")}
+                    self._limits.extend(allowed + os.fstat(file.fileno()).st_size / LeastSpeed.BYTES)
+                answer = await self._raw.request(method, path, timeout=self._timeout(allowed), **options)
+            self._check_answer(operation, answer, answer.content)
+            return answer.json()
+
+        async def attempt(_left: float, request: Callable[[], Awaitable[Any]]) -> Any:
+            try:
+                return await self._attempt(operation, allowed, request)
+            except BackendTimeoutError as error:
+                error.retryable = error.__cause__ is None  # a gateway has answered
+                raise
+
+        return await self.resilience.send(operation, ask, attempt, writes=upload is not None)
 
     async def download_snapshot(self, collection: str, name: str, taking: NativeSnapshotWriter) -> None:
-        """See NativeSnapshots.download_snapshot."""
+        """See NativeSnapshots.download_snapshot; it may take any time, but not go slower than LeastSpeed."""
         path = f"{snapshots_path(collection)}/{urlquote(name, safe='')}"
         pour = download_blocking if self._blocking else download_awaiting
-        check = functools.partial(self._check_status, "download")
+        check = functools.partial(self._check_answer, "download")
+        seconds = self._config.request_timeout
 
         async def download() -> None:
             taking.begin()
-            await pour(self._raw, path, check, taking)
+            speed = LeastSpeed(seconds, self._limits.extend)
 
-        await self._send("download", download)
+            def take(piece: bytes) -> None:
+                speed.add(len(piece))
+                taking.add(piece)
+
+            await pour(self._raw, path, check, take)
+
+        await self._send("download", download, seconds=seconds)
 
     async def delete_snapshot(self, collection: str, name: str) -> None:
         """See NativeSnapshots.delete_snapshot."""
         path = f"{snapshots_path(collection)}/{urlquote(name, safe='')}"
-        await self._send("delete", lambda: self._long_request("delete", "DELETE", path))
+        await self._long_request("delete", "DELETE", path)
 
     async def upload_snapshot(self, collection: str, path: Path, sha256: str) -> None:
         """See NativeSnapshots.upload_snapshot."""
         query = {"priority": "snapshot", "wait": "true", "checksum": sha256}
-
-        async def upload() -> None:
-            with path.open("rb") as file:
-                files = {"snapshot": ("snapshot", file, "application/octet-stream")}
-                place = f"{snapshots_path(collection)}/upload"
-                await self._long_request("restore", "POST", place, params=query, files=files)
-
-        await self._send("restore", upload)
+        place = f"{snapshots_path(collection)}/upload"
+        await self._long_request("restore", "POST", place, upload=path, params=query)
 
     async def apart(self, call: Callable[[], T]) -> T:
         """See NativeSnapshots.apart."""
         return await self._waits.call(call)
 
-    def _check_status(self, operation: str, status: int, body: bytes) -> None:
-        if status >= HTTPStatus.BAD_REQUEST:
-            asked = f"Qdrant at {self._url}: {operation}"
-            raise status_error(status, body, asked, ErrorOrigin(backend="server", operation=operation))
+    def _check_answer(self, operation: str, answer: Any, body: bytes) -> None:
+        if not answer.is_success:
+            raise self.errors.answer(answer.status_code, body, answer.headers, operation)
 
     async def close(self) -> None:
         """See Engine.close."""

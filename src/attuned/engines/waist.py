@@ -278,6 +278,10 @@ class NativeSnapshots(Protocol):
 class SharedEngine(Engine, Marks, NativeSnapshots, Protocol):
     """An engine over a connection to a database that other processes write to as well."""
 
+    def is_spread(self, collection: str) -> bool:
+        """Whether one request may read the points of a collection that is open at several moments."""
+        ...
+
 
 # What engines share
 

@@ -27,6 +27,7 @@ from attuned.base.values import (
     StateSnapshot,
     check_integer,
     iso_time,
+    unsettled_message,
     wall_clock,
 )
 from attuned.snapshots.archive import (
@@ -321,6 +322,7 @@ class PortableSnapshotWriter(SnapshotWriter):
     def __init__(self, request: SnapshotRequest, origin: SnapshotOrigin, axes: Sequence[str]) -> None:
         super().__init__(request)
         self._origin = origin
+        self._unsettled: list[str] = []
         contents = ArchiveContents(origin.engine, request.created_at, origin.collection, tuple(axes))
         self._archive = ArchiveWriter(self._new.file, contents)
 
@@ -328,6 +330,7 @@ class PortableSnapshotWriter(SnapshotWriter):
         """Take in states, all of a user, oldest first; returns how many there are by now."""
         with self._errors():
             self._archive.add(states)
+        self._unsettled += getattr(states, "unsettled", ())
         return self._archive.counted.states
 
     def finish(self) -> SnapshotReport:
@@ -345,6 +348,7 @@ class PortableSnapshotWriter(SnapshotWriter):
             axes=archive.contents.axes,
             users=archive.counted.users,
             points=archive.counted.states,
+            message=unsettled_message(self._unsettled),
         )
 
     def _read_back(self, file: IO[bytes]) -> str:

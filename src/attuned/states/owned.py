@@ -370,8 +370,8 @@ class OwnedBackend(PointsBackend):
         records = await self.engine.retrieve(self._collection, [*latest.values(), *ids])
         kinds: dict[str, list[Record]] = {"latest": [], "history": []}
         for record in records:
-            kinds[payload_field(record, "kind")].append(record)
-        heads = {str(payload_field(record, "user_id")): record for record in kinds["latest"]}
+            kinds[payload_field(record, "kind", str)].append(record)
+        heads = {payload_field(record, "user_id", str): record for record in kinds["latest"]}
         return self._states(heads, kinds["history"]), following
 
     async def _relearn(self, user_id: str) -> None:

@@ -209,6 +209,8 @@ class Connection:
             self.engine = ServerEngine(config, waits)
         except OSError as error:
             message = f"verify: {brief(config.verify)} is no usable certificate: {error}"
+            if config.verify is True and (named := os.environ.get("SSL_CERT_FILE")):
+                message = f"SSL_CERT_FILE: {brief(named)} is no usable certificate: {error}"
             raise ValidationError(message) from error
         self.backend = SharedBackend(self.engine, config)
         self.orphaned = False
@@ -263,6 +265,15 @@ class ServerPlace:
                 entered = True
                 connection.inside.add(thread)
             return await body
+        except StoreError as error:  # it may be of what the server says, as where it holds something else
+            told: BaseException | None = error
+            while told is not None:
+                told.args = tuple(
+                    connection.engine.errors.hide(each) if isinstance(each, str) else each
+                    for each in told.args
+                )
+                told = told.__cause__
+            raise
         finally:
             if entered:
                 connection.inside.discard(thread)

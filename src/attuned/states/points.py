@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attuned.base.codec import FORMAT_VERSION, Schema, make_point_id, pack_axes, unpack_axes
 from attuned.base.config import QdrantStoreConfig, check_axis_names
-from attuned.base.errors import BackendError, SchemaMismatchError, T, ValidationError
-from attuned.base.values import MAX_VECTOR_SIZE, Health, Match, StateSnapshot, check_integer, stored_snapshot
+from attuned.base.errors import BackendError, SchemaMismatchError, T, ValidationError, brief, one_line
+from attuned.base.values import (
+    MAX_VECTOR_SIZE,
+    Health,
+    Match,
+    States,
+    StateSnapshot,
+    check_integer,
+    stored_snapshot,
+)
 from attuned.engines.filters import AnyOf, Condition, Equal, Filter, Range
 from attuned.engines.waist import CollectionSpec, Engine, IndexKind, Point, Record
 from attuned.states.contract import (
@@ -83,19 +91,21 @@ def decode_snapshot(payload: Mapping[str, Any]) -> StateSnapshot:
             float(payload.get("exact_confidence", payload["confidence"])),
             payload["schema_version"],
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
         raise BackendError(
-            f"a point does not hold a state snapshot: {error}", backend="qdrant", operation="decode"
+            f"a point does not hold a state snapshot: {one_line(str(error))[:200]}",
+            backend="qdrant",
+            operation="decode",
         ) from error
 
 
-def payload_field(record: Record, field: str) -> Any:
+def payload_field(record: Record, field: str, kind: type[T]) -> T:
     """A field of a payload that need not hold a snapshot."""
-    try:
-        return record.payload[field]
-    except KeyError:
-        message = f"a point does not hold a state snapshot: it has no {field}"
-        raise BackendError(message, backend="qdrant", operation="decode") from None
+    value = record.payload.get(field)
+    if isinstance(value, kind) and not isinstance(value, bool):
+        return value
+    message = f"a point does not hold a state snapshot: it has no {field}"
+    raise BackendError(message, backend="qdrant", operation="decode")
 
 
 def _where(search: SearchRequest) -> Filter:
@@ -116,7 +126,8 @@ def _recorded_schema(config: QdrantStoreConfig, found: Mapping[str, Any]) -> Sch
     version, axes, vector_size = (found.get(key) for key in ("format_version", "axes", "vector_size"))
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise SchemaMismatchError(
-            f"{place} has format {version}; this version reads up to {FORMAT_VERSION}: upgrade attuned-store"
+            f"{place} has format {brief(version)}; this version reads up to {FORMAT_VERSION}: "
+            "upgrade attuned-store"
         )
     try:
         recorded = check_axis_names(axes) or ()
@@ -262,7 +273,7 @@ class PointsBackend(ABC):
         page = await self.engine.page(
             self._collection, Filter((LATEST,)), limit=self.batch_size, cursor=cursor
         )
-        return [str(payload_field(record, "user_id")) for record in page.records], page.cursor
+        return [payload_field(record, "user_id", str) for record in page.records], page.cursor
 
     async def count(self) -> int:
         """See Backend.count."""
@@ -308,8 +319,8 @@ class PointsBackend(ABC):
         """All of what some users have, oldest first."""
         following, share = cursor or (None, 1)
         page = await self.engine.page(self._collection, Filter((LATEST,)), limit=share, cursor=following)
-        latest = {str(payload_field(record, "user_id")): record for record in page.records}
-        states = self._states(latest, await self._histories(list(latest)))
+        latest = {payload_field(record, "user_id", str): record for record in page.records}
+        states = await self._read(latest)
         if page.cursor is None:
             return states, None
         return states, _Reading(page.cursor, self._share(len(latest), len(states)))
@@ -318,23 +329,24 @@ class PointsBackend(ABC):
         """How many users to read at once, going by those just read."""
         return max(1, int(2 * self.batch_size * users / max(users, states, 1)))
 
-    async def _histories(self, user_ids: Sequence[str]) -> list[Record]:
-        if not (user_ids and self._retention.maximum):
-            return []
-        where = Filter((AnyOf("user_id", user_ids), HISTORY))
-        return (await self.engine.page(self._collection, where, limit=WHOLE_HISTORY)).records
+    async def _read(self, latest: Mapping[str, Record]) -> States:
+        """All states of users whose latest points have just been read."""
+        if not (latest and self._retention.maximum):
+            return self._states(latest, ())
+        where = Filter((AnyOf("user_id", list(latest)), HISTORY))
+        histories = await self.engine.page(self._collection, where, limit=WHOLE_HISTORY)
+        return self._states(latest, histories.records)
 
-    def _states(self, latest: Mapping[str, Record], histories: Iterable[Record]) -> list[StateSnapshot]:
+    def _states(self, latest: Mapping[str, Record], histories: Iterable[Record]) -> States:
         """What history shows of users, and the latest."""
         points = {
-            user_id: {payload_field(record, "updated_at_unix_ms"): record}
+            user_id: {payload_field(record, "updated_at_unix_ms", int): record}
             for user_id, record in latest.items()
         }
         for record in histories:
-            points[payload_field(record, "user_id")].setdefault(
-                payload_field(record, "updated_at_unix_ms"), record
-            )
-        states: list[StateSnapshot] = []
+            entries = points.get(payload_field(record, "user_id", str), {})
+            entries.setdefault(payload_field(record, "updated_at_unix_ms", int), record)
+        states = States()
         for entries in points.values():
             times = sorted(entries)
             shown = times[min(self._retention.hidden(times), len(times) - 1) :]
@@ -362,13 +374,13 @@ class PointsBackend(ABC):
             tenant=user_id,
             newest_by="updated_at_unix_ms",
         )
-        if not any(payload_field(record, "kind") == "latest" for record in page.records):
+        if not any(payload_field(record, "kind", str) == "latest" for record in page.records):
             return []
         distinct: dict[int, Record] = {}
         for record in page.records:
-            time_ms = payload_field(record, "updated_at_unix_ms")
+            time_ms = payload_field(record, "updated_at_unix_ms", int)
             # The latest counts, if they differ.
-            if time_ms not in distinct or payload_field(record, "kind") == "latest":
+            if time_ms not in distinct or payload_field(record, "kind", str) == "latest":
                 distinct[time_ms] = record
         return [decode_snapshot(record.payload) for record in itertools.islice(distinct.values(), wanted)]
 
@@ -381,7 +393,7 @@ class PointsBackend(ABC):
             newest_by="updated_at_unix_ms",
             payload=False,
         )
-        return [payload_field(record, "updated_at_unix_ms") for record in reversed(page.records)]
+        return [payload_field(record, "updated_at_unix_ms", int) for record in reversed(page.records)]
 
     def _point(self, snapshot: StateSnapshot, suffix: str | int, **extra: Any) -> Point:
         kind = "latest" if suffix == "latest" else "history"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections import Counter
@@ -19,15 +20,24 @@ from attuned.base.errors import (
     T,
     short_id,
 )
-from attuned.base.values import MAX_TIME_MS, Health, SnapshotReport, StateSnapshot
-from attuned.engines.filters import Absent, Equal, Filter, Range
-from attuned.engines.waist import Matching, Point, Put, SharedEngine
+from attuned.base.values import MAX_TIME_MS, Health, SnapshotReport, States, StateSnapshot
+from attuned.engines.filters import Absent, AnyOf, Equal, Filter, Range
+from attuned.engines.waist import Matching, Point, Put, Record, SharedEngine
 from attuned.snapshots.directory import NativeSnapshotWriter, SnapshotOrigin, SnapshotRequest
 from attuned.states.contract import HistoryWindow, conflict_error
-from attuned.states.points import LATEST, LINEAGE, MAX_COUNTED, PointsBackend, decode_snapshot, same_state
+from attuned.states.points import (
+    LATEST,
+    LINEAGE,
+    MAX_COUNTED,
+    WHOLE_HISTORY,
+    PointsBackend,
+    decode_snapshot,
+    payload_field,
+    same_state,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from attuned.base.config import QdrantStoreConfig
@@ -36,8 +46,10 @@ if TYPE_CHECKING:
 def _is_marked(collection: Mapping[str, Any]) -> bool:
     """Whether a description of a collection says that a restore is not complete."""
     config: Any = collection.get("config")
-    metadata: Any = config and config.get("metadata")
-    return bool(metadata and metadata.get("restoring"))
+    try:
+        return bool(config["metadata"]["restoring"])
+    except (LookupError, TypeError):
+        return False
 
 
 class SharedBackend(PointsBackend):
@@ -51,6 +63,7 @@ class SharedBackend(PointsBackend):
 
     native_snapshots = True
     batch_size = 500  # a request holds more than a step in the process
+    READINGS = 3  # again, of users who move while they are read
 
     def __init__(self, engine: SharedEngine, config: QdrantStoreConfig) -> None:
         super().__init__(engine, config)
@@ -112,6 +125,48 @@ class SharedBackend(PointsBackend):
         newest = await self._newest(user_id, wanted, max(window.since, self._retention.cutoff()))
         return [entry for entry in newest if entry.updated_at_unix_ms <= window.until][: window.limit]
 
+    async def _read(self, latest: Mapping[str, Record]) -> States:
+        """See PointsBackend._read; what was read before says of whom, no more: others write meanwhile.
+
+        All of a user is read in one request. Where that meets several shards, each at a moment of its own, it
+        is read again until nothing has moved in between.
+        """
+        points = await self._points_of(list(latest))
+        unsettled: list[str] = list(latest) if self._server.is_spread(self._collection) else []
+        for _ in range(self.READINGS):
+            if not unsettled:
+                break
+            again = await self._points_of(unsettled)
+            moved = [user_id for user_id in unsettled if again[user_id] != points[user_id]]
+            points |= again
+            unsettled = moved
+        newest = {
+            user_id: record
+            for user_id, records in points.items()
+            for record in records.values()
+            if payload_field(record, "kind", str) == "latest"
+        }
+        histories = [
+            record
+            for user_id in newest
+            for record in points[user_id].values()
+            if record is not newest[user_id]
+        ]
+        states = self._states(newest, histories)
+        states.unsettled = unsettled
+        return states
+
+    async def _points_of(self, user_ids: Sequence[str]) -> dict[str, dict[object, Record]]:
+        """All points of users, by user and id; without those of the history where none is kept."""
+        points: dict[str, dict[object, Record]] = {user_id: {} for user_id in user_ids}
+        if not user_ids:
+            return points
+        asked = AnyOf("user_id", user_ids)
+        where = Filter((asked,) if self._retention.maximum else (asked, LATEST))
+        for record in (await self.engine.page(self._collection, where, limit=WHOLE_HISTORY)).records:
+            points.get(payload_field(record, "user_id", str), {})[record.id] = record
+        return points
+
     async def look(self, seconds: float) -> Health:
         """See Backend.look."""
         status = await self.engine.status(self._collection, Filter((LATEST,)), seconds)
@@ -132,7 +187,9 @@ class SharedBackend(PointsBackend):
             message="; ".join(signs),
             version=status.version,
             collection_status=color,
-            indexed_vectors=collection.get("indexed_vectors_count"),
+            indexed_vectors=count
+            if isinstance(count := collection.get("indexed_vectors_count"), int)
+            else None,
         )
 
     # Writes
@@ -177,12 +234,14 @@ class SharedBackend(PointsBackend):
         found = None if before is None else decode_snapshot(before)
         if not same_state(found, expected):
             raise conflict_error(snapshot.user_id, expected, found)
-        if found is None or snapshot.updated_at_unix_ms >= found.updated_at_unix_ms:
+        is_newest = found is None or snapshot.updated_at_unix_ms >= found.updated_at_unix_ms
+        if is_newest:
             await self._replace(snapshot, before)
+            self._latest.pop(snapshot.user_id, None)
         if self._retention.maximum:
             followed = found if before is not None and "replaces" in before else None
-            await self._enter_into_history(snapshot, followed)
-        self._latest.pop(snapshot.user_id, None)
+            with _after_write() if is_newest else contextlib.nullcontext():
+                await self._enter_into_history(snapshot, followed)
         await self._trim_in_turn(snapshot.user_id)
 
     async def _enter_into_history(self, snapshot: StateSnapshot, followed: StateSnapshot | None) -> None:
@@ -217,7 +276,8 @@ class SharedBackend(PointsBackend):
             unchanged = Equal("revision", replaced) if replaced else Absent("revision")
             put = Put([point], mode="update", over=Filter((unchanged,)))
         await self.engine.apply(self._collection, [put])
-        after = await self._latest_payload(snapshot.user_id) or {}
+        with _after_write():
+            after = await self._latest_payload(snapshot.user_id) or {}
         seen = [after.get("revision"), *after.get("replaces", ())]
         if point.payload["revision"] in seen:
             return
@@ -366,6 +426,16 @@ class RestoringBackend(SharedBackend):
         await self.engine.apply(self._collection, [Put(points)])
         self.users_written += len(last) - (self._last in last)
         self._last = snapshots[-1].user_id
+
+
+@contextlib.contextmanager
+def _after_write() -> Generator[None]:
+    """Let what fails say that something has been written already."""
+    try:
+        yield
+    except BackendError as error:
+        error.ambiguous = True
+        raise
 
 
 def _lost(user_id: str, *, ambiguous: bool) -> ConflictError:
