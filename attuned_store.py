@@ -169,10 +169,7 @@ __all__ = [
 
 
 T = TypeVar("T")
-
-
 LOGGER = logging.getLogger("attuned_store")
-
 
 # For what is slow, which nobody wants on the stderr of a program that has not set up logging.
 SLOW_LOGGER = logging.getLogger("attuned_store.slow")
@@ -682,31 +679,14 @@ CANONICAL_AXES: Final = (
     "privacy_sensitivity",
 )
 
-
 MAX_VECTOR_SIZE = 65_536
-
-
 CANONICAL_VECTOR_SIZE = len(CANONICAL_AXES) + 1  # a spare one: an axis more needs no rebuilding
-
-
 NEUTRAL = 0.5
-
-
 MAX_AXES = 1024
-
-
 _MAX_AXIS_NAME = 64
-
-
 MAX_USER_ID_BYTES = 256
-
-
 MAX_TIME_MS = 253_402_300_799_999  # the last millisecond of the year 9999, UTC
-
-
 MAX_INTEGER = 2**63 - 1  # what Qdrant's payload integers hold
-
-
 _SHOWN_AXES = 8  # of a snapshot in its repr
 _AXIS_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_")
 
@@ -867,8 +847,6 @@ class Axes(Mapping[str, float]):
 
 
 _set_shape = cast("Any", Axes._shape).__set__  # the slots' own setters, which go past __setattr__
-
-
 _set_values = cast("Any", Axes._values).__set__
 
 
@@ -1185,11 +1163,7 @@ class _Any(enum.Enum):
 
 
 ANY: Final = _Any.ANY  # the default of expected=: whatever is there
-
-
 Expected = StateSnapshot | Literal[_Any.ANY] | None
-
-
 UNIX_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -1235,11 +1209,7 @@ def time_of(snapshot: StateSnapshot) -> int:
 
 
 FORMAT_VERSION = 1
-
-
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "attuned_store")
-
-
 MS_PER_DAY = 86_400_000
 
 
@@ -1336,26 +1306,12 @@ class Schema:
 
 
 TRUE_WORDS = frozenset({"true", "1", "yes", "y", "on"})
-
-
 _LOOPBACK = re.compile(r"127(?:\.\d+){3}|::1")
-
-
 HEADER_TEXT = re.compile(r"[!-~]+")
-
-
 _HOST = re.compile(r"(?:[\w.-]+|\[[0-9a-fA-F:.]+\])(?::\d+)?")  # with its port
-
-
 _MAX_FACTOR = 2**31 - 1
-
-
 _COLLECTION_NAME = re.compile(r"[^\W.-][\w.-]{0,199}")  # it names files on disk
-
-
 FALSE_WORDS = frozenset({"false", "0", "no", "n", "off"})
-
-
 DEFAULT_COLLECTION = "attuned_state"
 
 
@@ -1726,29 +1682,13 @@ def make_qdrant_config(config: QdrantStoreConfig | None, options: Mapping[str, A
 # of a user id the first four characters; colours that can be read on a light and on a dark page.
 
 _MOST_BARS = 64  # axes of a snapshot
-
-
 _MOST_COLUMNS = 50  # snapshots of a history
-
-
 MAX_PLOTTED = 1_000
-
-
 _ABOVE, _BELOW = (59, 125, 216), (214, 111, 33)  # blue and orange: told apart by all kinds of eyes
-
-
 FONT = "font-family:sans-serif;font-size:12px;line-height:1.3"
-
-
 _CELL = "padding:1px 6px;text-align:left;border:none;white-space:nowrap"
-
-
 _NUMBER = "font-variant-numeric:tabular-nums"
-
-
 _ROW = "background:none"
-
-
 TABLE = "border-collapse:collapse"
 
 
@@ -3406,8 +3346,6 @@ def status_error(status: int, content: bytes, asked: str, where: ErrorOrigin) ->
 
 
 _MAX_FILE_NAME = 1024  # characters, of the name of a snapshot on a server
-
-
 MIN_SERVER_VERSION = (1, 17)  # conditional upserts with update modes
 
 
@@ -7584,25 +7522,12 @@ _INDEXES: Mapping[str, IndexKind] = {
     "source": "keyword",
 }
 
-
 LATEST = Equal("kind", "latest")
-
-
 HISTORY = Equal("kind", "history")
-
-
 LAST_BITS = 1e-12  # by so much an engine may change a float
-
-
 _MOST_MATCHES = 2**31 - 1
-
-
 LINEAGE = 32  # revisions that a point on a server remembers
-
-
 MAX_COUNTED = 10_000  # users whose writes are counted on a server
-
-
 WHOLE_HISTORY = 1_000_000  # more entries than the history of one user can sensibly have
 
 
@@ -9538,8 +9463,6 @@ def _on_qdrant(config: QdrantStoreConfig, waits: Waits) -> Operations:
 
 
 _DEFAULT_TARGET = "./attuned_state"
-
-
 _BARE_ADDRESS = re.compile(r":?[\w.-]{2,}:(?=\d|/|$)")  # localhost:6333, :memory: or file:/mood, not C:\mood
 
 
@@ -9991,11 +9914,7 @@ def failed_report(target: str, reason: SnapshotReason, error: Exception) -> Snap
 
 
 _Answering = Callable[["Request"], Awaitable["Response"]]
-
-
 _Authorize = Callable[["Request"], bool | Awaitable[bool]]
-
-
 _STATUSES = ("healthy", "degraded", "unhealthy")  # the worst comes last
 
 

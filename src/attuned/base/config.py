@@ -16,26 +16,12 @@ from attuned.base.errors import ValidationError, brief, type_name
 from attuned.base.values import MAX_INTEGER, MAX_VECTOR_SIZE, check_integer, check_number, shape_of
 
 TRUE_WORDS = frozenset({"true", "1", "yes", "y", "on"})
-
-
 _LOOPBACK = re.compile(r"127(?:\.\d+){3}|::1")
-
-
 HEADER_TEXT = re.compile(r"[!-~]+")
-
-
 _HOST = re.compile(r"(?:[\w.-]+|\[[0-9a-fA-F:.]+\])(?::\d+)?")  # with its port
-
-
 _MAX_FACTOR = 2**31 - 1
-
-
 _COLLECTION_NAME = re.compile(r"[^\W.-][\w.-]{0,199}")  # it names files on disk
-
-
 FALSE_WORDS = frozenset({"false", "0", "no", "n", "off"})
-
-
 DEFAULT_COLLECTION = "attuned_state"
 
 
