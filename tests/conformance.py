@@ -39,6 +39,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
+import attuned_store
 from attuned_store import (
     CANONICAL_AXES,
     AsyncMemoryStore,
@@ -109,7 +110,11 @@ def synchronous(store: StateStore | AsyncStateStore) -> StateStore:
     if isinstance(store, StateStore):
         return store
     other = MemoryStore()
-    other._backend, other._operations = store._backend, store._operations  # type: ignore[attr-defined]
+    backend: Any = store._operations.backend
+    other._backend = backend
+    other._operations = attuned_store.MemoryOperations(
+        backend, store._operations.place, attuned_store.BLOCKING, collection="attuned_state"
+    )
     return other
 
 
@@ -244,6 +249,7 @@ NOW = 1_768_000_000_000
 HOUR = 3_600_000
 DAY = 24 * HOUR
 LAST_MS = 253_402_300_799_999
+LIKE_SECONDS = range(10**9, 10**10 + 1)  # which a caller is not allowed as milliseconds
 MANY = 600  # more than one batch of any store
 
 

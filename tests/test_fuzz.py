@@ -20,7 +20,7 @@ import hypothesis.strategies as st
 import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from command import main
-from conformance import BACKENDS, COMMANDS, NOW, fill_memory, needs, state, synchronous
+from conformance import BACKENDS, COMMANDS, LIKE_SECONDS, NOW, fill_memory, needs, state, synchronous
 from hypothesis import HealthCheck, given, note, settings
 
 import attuned_store
@@ -100,7 +100,10 @@ GARBAGE = st.recursive(
 )
 GOOD_AXES = st.dictionaries(st.sampled_from(["warmth", "formality"]), st.floats(0, 1))
 SNAPSHOTS = st.builds(
-    StateSnapshot, st.sampled_from(["ann", "bob", "new"]), GOOD_AXES, st.integers(0, 2 * NOW)
+    StateSnapshot,
+    st.sampled_from(["ann", "bob", "new"]),
+    GOOD_AXES,
+    st.integers(0, 2 * NOW).filter(lambda time_ms: time_ms not in LIKE_SECONDS),
 )
 
 
