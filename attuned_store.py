@@ -1393,6 +1393,16 @@ def check_path(value: str | os.PathLike[str]) -> str:
     raise ValidationError(f"path: a directory is needed, got {brief(value)}")
 
 
+def check_verify(value: bool | str | os.PathLike[str]) -> bool | str:  # noqa: FBT001 - it is a value
+    """True, False, or the path of a certificate as a string; ValidationError for what is neither."""
+    if isinstance(value, bool):
+        return value
+    try:
+        return check_path(value)
+    except ValidationError:
+        raise ValidationError(f"verify: True, False or a path is needed, got {brief(value)}") from None
+
+
 def absolute_path(path: str | os.PathLike[str]) -> Path:
     """A path as it is meant now: absolute, with ~ expanded."""
     expanded = os.path.expanduser(check_path(path))  # noqa: PTH111 - Path.expanduser raises for an unknown user
@@ -1513,7 +1523,7 @@ class QdrantOptions(MemoryOptions, total=False):
     connect_timeout: float
     request_timeout: float
     pool_size: int
-    verify: bool | str
+    verify: bool | str | os.PathLike[str]
     cache_ttl: float
     snapshot_timeout: float
     shard_number: int | None
@@ -1608,7 +1618,7 @@ class QdrantStoreConfig(MemoryStoreConfig):
     connect_timeout: float = 10.0
     request_timeout: float = 30.0
     pool_size: int = 64
-    verify: bool | str = True
+    verify: bool | str = attrs.field(default=True, converter=check_verify)
     cache_ttl: float = 0.0
     snapshot_timeout: float = 600.0
     shard_number: int | None = None
@@ -1643,8 +1653,6 @@ class QdrantStoreConfig(MemoryStoreConfig):
             raise ValidationError(
                 "api_key: printable ASCII characters are needed"
             )  # the value is never shown
-        if not isinstance(self.verify, bool | str):
-            raise ValidationError(f"verify: True, False or a path is needed, got {brief(self.verify)}")
         for field in ("connect_timeout", "request_timeout", "snapshot_timeout"):
             check_positive(field, getattr(self, field))
         check_positive("cache_ttl", self.cache_ttl, zero=True)
@@ -2846,6 +2854,7 @@ def _link_or_rename(path: Path, final: Path) -> bool:
 
 
 DEFAULT_SNAPSHOT_DIRECTORY = "./data/qdrant/snapshots"
+_LONGEST_NAME = 200  # of a collection, in the name of a file
 SNAPSHOT_NAME = re.compile(r"(\d{8}T\d{6}\.\d{3}Z)-(.+)\.(snap|attuned)")
 _KINDS: dict[str, SnapshotKind] = {suffix: kind for kind, suffix in SNAPSHOT_SUFFIXES.items()}
 
@@ -2862,6 +2871,9 @@ def _time_in_name(path: Path) -> datetime | None:
 def _snapshot_names(time_ms: int, collection: str, kind: SnapshotKind) -> Iterator[str]:
     """The name of a snapshot, and those of the milliseconds that follow, should it be taken."""
     named = urlquote(collection, safe="", errors="replace")  # a server's own may be anything
+    if len(named) > _LONGEST_NAME:  # which, with what comes before and after, is longer than a file's may be
+        digest = hashlib.sha256(collection.encode(errors="replace")).hexdigest()[:16]
+        named = re.sub("%.?$", "", named[: _LONGEST_NAME - 17]) + "+" + digest  # no other name has a "+"
     for moment in itertools.count(time_ms):
         stamp = iso_time(moment).replace("-", "").replace(":", "")
         yield f"{stamp}-{named}{SNAPSHOT_SUFFIXES[kind]}"
@@ -2869,7 +2881,7 @@ def _snapshot_names(time_ms: int, collection: str, kind: SnapshotKind) -> Iterat
 
 def snapshot_directory(directory: str | os.PathLike[str] | None) -> Path:
     """The directory that was asked for, or the configured one: absolute."""
-    given = os.environ.get("QDRANT_SNAPSHOT_DIR") or DEFAULT_SNAPSHOT_DIRECTORY
+    given = os.environ.get("QDRANT_SNAPSHOT_DIR", "").strip() or DEFAULT_SNAPSHOT_DIRECTORY
     return absolute_path(given if directory is None else directory)
 
 

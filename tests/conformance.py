@@ -2018,6 +2018,34 @@ class SnapshotTests:
             assert (each.points, each.users, each.axes, each.created_at) == told
             assert each.status == "completed"
 
+    async def test_a_long_name_of_a_collection_fits_into_that_of_a_file(
+        self, open_store: Open, tmp_path: Path, case: Case
+    ) -> None:
+        """Collections of 60 letters that are long as escapes are saved, listed, kept apart and restored."""
+        names = [f"{'коллекция' * 6}{collection_of(tmp_path)[-5:]}{last}" for last in ("", "й", "я")]
+        if case.backend == "memory":
+            names = [""]
+        kept, backups = [], tmp_path / "backups"
+        for name in names:
+            store = await open_store(**({"collection_name": name} if name else {}))
+            await store.upsert_latest(state(f"user of {name[-2:]}"))
+            for _ in range(3):
+                report = await store.create_snapshot(backups, **KIND, keep=2)
+            assert report.path is not None
+            assert len(report.path.name.encode()) <= 255
+            assert verify_snapshot(report.path).users == 1
+            await store.delete(f"user of {name[-2:]}")
+            await store.restore_snapshot(report.path)
+            assert await users_of(store) == [f"user of {name[-2:]}"]
+            kept += sorted(
+                path.name for path in backups.iterdir() if path.name.endswith(report.path.name[20:])
+            )
+
+        assert len(kept) == len(set(kept)) == 2 * len(names)
+        listed = list_snapshots(backups)
+        assert sorted(each.snapshot_name or "" for each in listed) == sorted(kept)
+        assert {each.status for each in listed} == {"completed"}
+
     async def test_an_empty_store_has_a_snapshot(self, store: AsyncStateStore, tmp_path: Path) -> None:
         """A snapshot of an empty store is a file like any other, and restoring it empties a store."""
         path = (await store.create_snapshot(tmp_path, **KIND)).path
