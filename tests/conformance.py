@@ -40,6 +40,7 @@ import anyio.lowlevel
 import pytest
 
 from attuned_store import (
+    BLOCKING,
     CANONICAL_AXES,
     AsyncMemoryStore,
     AsyncQdrantStore,
@@ -108,8 +109,11 @@ def synchronous(store: StateStore | AsyncStateStore) -> StateStore:
     """A store in memory, as a synchronous one over the same memory."""
     if isinstance(store, StateStore):
         return store
-    other = MemoryStore()
-    other._backend, other._operations = store._backend, store._operations  # type: ignore[attr-defined]
+    other, there = MemoryStore(), store._operations
+    other._backend = cast("Any", there.backend)
+    other._operations = type(other._operations)(
+        there.backend, there.place, BLOCKING, collection=there.collection
+    )
     return other
 
 
