@@ -1349,6 +1349,16 @@ def check_path(value: str | os.PathLike[str]) -> str:
     raise ValidationError(f"path: a directory is needed, got {brief(value)}")
 
 
+def check_verify(value: bool | str | os.PathLike[str]) -> bool | str:  # noqa: FBT001 - it is a value
+    """True, False, or the path of a certificate as a string; ValidationError for what is neither."""
+    if isinstance(value, bool):
+        return value
+    try:
+        return check_path(value)
+    except ValidationError:
+        raise ValidationError(f"verify: True, False or a path is needed, got {brief(value)}") from None
+
+
 def absolute_path(path: str | os.PathLike[str]) -> Path:
     """A path as it is meant now: absolute, with ~ expanded."""
     expanded = os.path.expanduser(check_path(path))  # noqa: PTH111 - Path.expanduser raises for an unknown user
@@ -1469,7 +1479,7 @@ class QdrantOptions(MemoryOptions, total=False):
     connect_timeout: float
     request_timeout: float
     pool_size: int
-    verify: bool | str
+    verify: bool | str | os.PathLike[str]
     cache_ttl: float
     snapshot_timeout: float
     shard_number: int | None
@@ -1564,7 +1574,7 @@ class QdrantStoreConfig(MemoryStoreConfig):
     connect_timeout: float = 10.0
     request_timeout: float = 30.0
     pool_size: int = 64
-    verify: bool | str = True
+    verify: bool | str = attrs.field(default=True, converter=check_verify)
     cache_ttl: float = 0.0
     snapshot_timeout: float = 600.0
     shard_number: int | None = None
@@ -1599,8 +1609,6 @@ class QdrantStoreConfig(MemoryStoreConfig):
             raise ValidationError(
                 "api_key: printable ASCII characters are needed"
             )  # the value is never shown
-        if not isinstance(self.verify, bool | str):
-            raise ValidationError(f"verify: True, False or a path is needed, got {brief(self.verify)}")
         for field in ("connect_timeout", "request_timeout", "snapshot_timeout"):
             check_positive(field, getattr(self, field))
         check_positive("cache_ttl", self.cache_ttl, zero=True)
@@ -2786,6 +2794,7 @@ def _link_or_rename(path: Path, final: Path) -> bool:
 
 
 DEFAULT_SNAPSHOT_DIRECTORY = "./data/qdrant/snapshots"
+_LONGEST_NAME = 200  # of a collection, in the name of a file
 SNAPSHOT_NAME = re.compile(r"(\d{8}T\d{6}\.\d{3}Z)-(.+)\.(snap|attuned)")
 _KINDS: dict[str, SnapshotKind] = {suffix: kind for kind, suffix in SNAPSHOT_SUFFIXES.items()}
 
@@ -2802,6 +2811,9 @@ def _time_in_name(path: Path) -> datetime | None:
 def _snapshot_names(time_ms: int, collection: str, kind: SnapshotKind) -> Iterator[str]:
     """The name of a snapshot, and those of the milliseconds that follow, should it be taken."""
     named = urlquote(collection, safe="", errors="replace")  # a server's own may be anything
+    if len(named) > _LONGEST_NAME:  # which, with what comes before and after, is longer than a file's may be
+        digest = hashlib.sha256(collection.encode(errors="replace")).hexdigest()[:16]
+        named = re.sub("%.?$", "", named[: _LONGEST_NAME - 17]) + "+" + digest  # no other name has a "+"
     for moment in itertools.count(time_ms):
         stamp = iso_time(moment).replace("-", "").replace(":", "")
         yield f"{stamp}-{named}{SNAPSHOT_SUFFIXES[kind]}"
@@ -2809,7 +2821,7 @@ def _snapshot_names(time_ms: int, collection: str, kind: SnapshotKind) -> Iterat
 
 def snapshot_directory(directory: str | os.PathLike[str] | None) -> Path:
     """The directory that was asked for, or the configured one: absolute."""
-    given = os.environ.get("QDRANT_SNAPSHOT_DIR") or DEFAULT_SNAPSHOT_DIRECTORY
+    given = os.environ.get("QDRANT_SNAPSHOT_DIR", "").strip() or DEFAULT_SNAPSHOT_DIRECTORY
     return absolute_path(given if directory is None else directory)
 
 
@@ -7577,7 +7589,8 @@ def payload_field(record: Record, field: str) -> Any:
 
 
 def _where(search: SearchRequest) -> Filter:
-    must: list[Condition] = [HISTORY if search.history else LATEST]
+    # The latest point stands for its state in history too, which may lack it: see PointsBackend._lacking.
+    must: list[Condition] = [] if search.history else [LATEST]
     if search.source is not None:
         must.append(Equal("source", search.source.value))
     if search.min_confidence is not None:
@@ -7710,37 +7723,71 @@ class PointsBackend(ABC):
     async def search(self, request: SearchRequest) -> list[Match]:
         """See Backend.search."""
         vector, where = self.schema.vector(request.axes), _where(request)
-        limit = min(request.limit, _MOST_MATCHES)
+        if request.history and not self._retention.maximum:
+            return []
+        limit = min(2 * request.limit + 1 if request.history else request.limit, _MOST_MATCHES)
         while True:
             records = await self.engine.search(self._collection, vector, where, limit, tenant=request.user_id)
-            found = ((decode_snapshot(record.payload), record.score) for record in records)
+            shown = await self._shown(records) if request.history else records
+            found = ((decode_snapshot(record.payload), record.score) for record in shown)
             matches = [Match(entry, clamp_score(score)) for entry, score in found if request.admits(entry)]
-            if request.history:
-                matches = await self._shown(matches)
             if len(matches) >= request.limit or len(records) < limit or limit == _MOST_MATCHES:
                 break
             limit = min(4 * limit, _MOST_MATCHES)  # some were not to be shown: look further
         return [match for match in matches[: request.limit] if match.score >= request.score_threshold]
 
-    async def _shown(self, matches: list[Match]) -> list[Match]:
-        """Those matches that history shows: one that is not yet trimmed holds more."""
-        overfull = await self._overfull(list({match.snapshot.user_id for match in matches}))
-        return [
-            match
-            for match in matches
-            if match.snapshot.user_id not in overfull or await self._in_history(match.snapshot)
-        ]
-
-    async def _in_history(self, snapshot: StateSnapshot) -> bool:
-        times = await self._times_of(snapshot.user_id)
-        return snapshot.updated_at_unix_ms in times[self._retention.hidden(times) :]
+    async def _shown(self, records: Sequence[Record]) -> list[Record]:
+        """Those records of both kinds that history shows, each state once: one not yet trimmed holds more."""
+        users = dict.fromkeys(str(payload_field(record, "user_id")) for record in records)
+        latest = await self._latest_times(list(users))
+        overfull, cutoff = await self._overfull(latest), self._retention.cutoff()
+        seen, shown = set[tuple[str, int]](), list[Record]()
+        for record in records:
+            user_id, time_ms = payload_field(record, "user_id"), payload_field(record, "updated_at_unix_ms")
+            newest = latest.get(user_id)
+            if newest is None or time_ms < cutoff or (user_id, time_ms) in seen:
+                continue
+            if time_ms == newest and payload_field(record, "kind") != "latest":
+                continue  # the latest point is what counts, should they differ
+            if user_id in overfull:
+                times = await self._timeline(user_id, newest)
+                if time_ms not in times[self._retention.hidden(times) :]:
+                    continue
+            seen.add((user_id, time_ms))
+            shown.append(record)
+        return shown
 
     async def users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
         """See Backend.users."""
-        page = await self.engine.page(
+        page = await self._latest_page(cursor)
+        return [str(payload_field(record, "user_id")) for record in page.records], page.cursor
+
+    async def _latest_page(self, cursor: Cursor) -> Page:
+        return await self.engine.page(
             self._collection, Filter((LATEST,)), limit=self.batch_size, cursor=cursor
         )
-        return [str(payload_field(record, "user_id")) for record in page.records], page.cursor
+
+    async def _latest_times(self, user_ids: Sequence[str]) -> dict[str, int]:
+        """The times of the latest snapshots of those of these users who have one."""
+        return {user_id: time_of(latest) for user_id, latest in (await self.find(user_ids)).items()}
+
+    async def _latest_times_page(self, cursor: Cursor) -> tuple[dict[str, int], Cursor]:
+        """A page of users, with the times of their latest snapshots."""
+        page = await self._latest_page(cursor)
+        pairs = (
+            (str(payload_field(record, "user_id")), payload_field(record, "updated_at_unix_ms"))
+            for record in page.records
+        )
+        return dict(pairs), page.cursor
+
+    async def _lacking(self, latest: Mapping[str, int]) -> set[str]:
+        """The users whose history holds no copy of their latest snapshot, which counts as an entry of it.
+
+        History was off when that was written, or all of it was pruned for its age.
+        """
+        ids = {make_point_id(user_id, time_ms): user_id for user_id, time_ms in latest.items()}
+        there = await self.engine.retrieve(self._collection, list(ids), payload=False) if ids else []
+        return set(latest).difference(ids[str(record.id)] for record in there)
 
     async def count(self) -> int:
         """See Backend.count."""
@@ -7748,8 +7795,12 @@ class PointsBackend(ABC):
 
     async def count_page(self, cursor: Cursor) -> tuple[int, Cursor]:
         """See Backend.count_page."""
-        user_ids, cursor = await self.users(cursor)
-        counts = await self._count_by_user(user_ids, self._retention.cutoff())
+        if not self._retention.maximum:
+            return 0, None
+        latest, cursor = await self._latest_times_page(cursor)
+        cutoff = self._retention.cutoff()
+        counts = Counter(await self._count_by_user(list(latest), cutoff))
+        counts.update(user_id for user_id in await self._lacking(latest) if latest[user_id] >= cutoff)
         return sum(min(self._retention.maximum, count) for count in counts.values()), cursor
 
     async def _count_by_user(self, user_ids: Sequence[str], least: int = 0) -> Mapping[str, int]:
@@ -7761,26 +7812,38 @@ class PointsBackend(ABC):
 
     async def prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
         """See Backend.prune_page."""
-        user_ids, cursor = await self.users(cursor)
+        latest, cursor = await self._latest_times_page(cursor)
         hidden, removed = dict[str, list[int]](), 0
-        for user_id in await self._overfull(user_ids):
-            times = await self._times_of(user_id)
-            removed += self._retention.removable(
-                times
-            )  # the newest entry is the latest snapshot, which stays
-            if number := self._retention.hidden(times):
-                hidden[user_id] = times[:number]
+        for user_id in await self._overfull(latest):
+            held, times = await self._times_of(user_id), await self._timeline(user_id, latest[user_id])
+            # The newest entry is the latest snapshot, which stays.
+            removed += min(len(held), self._retention.removable(times))
+            if old := held[: self._retention.hidden(times)]:
+                hidden[user_id] = old
         if hidden:
             await self._remove(hidden)
         return removed, cursor
 
-    async def _overfull(self, user_ids: Sequence[str]) -> list[str]:
+    async def _overfull(self, latest: Mapping[str, int]) -> set[str]:
         """The users whose history holds entries that it does not show."""
-        held = await self._count_by_user(user_ids)
+        held = await self._count_by_user(list(latest))
         cutoff = self._retention.cutoff()
-        shown = await self._count_by_user(user_ids, cutoff) if cutoff else held
-        maximum = self._retention.maximum
-        return [user_id for user_id, count in held.items() if count > min(maximum, shown.get(user_id, 0))]
+        shown = await self._count_by_user(list(latest), cutoff) if cutoff else held
+        # With the latest, which one that lacks it would show first; it is never removed for that.
+        full = self._retention.maximum - 1
+        lacking = await self._lacking(
+            {user_id: latest[user_id] for user_id, count in held.items() if count > full}
+        )
+        return {
+            user_id
+            for user_id, count in held.items()
+            if count > min(full + (user_id not in lacking), shown.get(user_id, 0))
+        }
+
+    async def _timeline(self, user_id: str, latest_ms: int) -> list[int]:
+        """The times of a user's states, ascending, hidden ones included, that of the latest among them."""
+        times = await self._times_of(user_id)
+        return times if latest_ms in times else sorted([*times, latest_ms])
 
     async def states(self, cursor: _Reading | None) -> tuple[list[StateSnapshot], _Reading | None]:
         """All of what some users have, oldest first."""
@@ -7916,11 +7979,6 @@ def keep_in_cache(cache: MutableMapping[str, T], key: str, value: T) -> None:
         cache.pop(key, None)
 
 
-def lacks_latest(times: Sequence[int], latest: StateSnapshot) -> bool:
-    """Whether a history was off when the latest snapshot was written."""
-    return not times or times[-1] != latest.updated_at_unix_ms
-
-
 class WriteDraft:
     """What becomes of a user's points in a write."""
 
@@ -7938,10 +7996,13 @@ class WriteDraft:
         time_ms = snapshot.updated_at_unix_ms
         if self.latest is None or time_ms >= self.latest.updated_at_unix_ms:
             self.latest, self.changed = snapshot, True
-        if retention.maximum == 0:
-            return
         position = bisect_left(self.times, time_ms)
-        if self.times[position : position + 1] != [time_ms]:
+        there = self.times[position : position + 1] == [time_ms]
+        if retention.maximum == 0:
+            if there:  # of when history was on: it must not come back in the place of this one
+                self.removed.append(self.times.pop(position))
+            return
+        if not there:
             self.times.insert(position, time_ms)
         self.put[time_ms] = snapshot
         excess = retention.removable(self.times)
@@ -8047,10 +8108,10 @@ class OwnedBackend(PointsBackend):
         latest, times = await self.get_latest(user_id), self._times.get(user_id, [])
         ids = [make_point_id(user_id, time_ms) for time_ms in times[-wanted:]]
         records = await self.engine.retrieve(self._collection, ids) if ids else []
-        snapshots = sorted((decode_snapshot(record.payload) for record in records), key=time_of, reverse=True)
-        if latest is not None and lacks_latest(times, latest):
-            snapshots = [latest, *snapshots][:wanted]
-        return snapshots
+        found = {time_of(entry): entry for entry in (decode_snapshot(record.payload) for record in records)}
+        if latest is not None:  # which history lacks, or has as it was before, if it was off meanwhile
+            found[time_of(latest)] = latest
+        return sorted(found.values(), key=time_of, reverse=True)[:wanted]
 
     async def users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
         """See Backend.users."""
@@ -8067,6 +8128,19 @@ class OwnedBackend(PointsBackend):
             return await super()._count_by_user(user_ids, least)
         histories = ((user_id, self._times.get(user_id, [])) for user_id in user_ids)
         return {user_id: len(times) - bisect_left(times, least) for user_id, times in histories}
+
+    async def _latest_times_page(self, cursor: Cursor) -> tuple[dict[str, int], Cursor]:
+        if self.engine.indexed:
+            return await super()._latest_times_page(cursor)
+        user_ids, cursor = await self.users(cursor)
+        ids = [make_point_id(user_id, "latest") for user_id in user_ids]
+        records = await self.engine.retrieve(self._collection, ids) if ids else []
+        return {each.payload["user_id"]: each.payload["updated_at_unix_ms"] for each in records}, cursor
+
+    async def _lacking(self, latest: Mapping[str, int]) -> set[str]:
+        if self.engine.indexed:
+            return await super()._lacking(latest)
+        return {user_id for user_id, time_ms in latest.items() if time_ms not in self._times[user_id][-1:]}
 
     # Writes
 
@@ -8130,9 +8204,10 @@ class OwnedBackend(PointsBackend):
         drafts = {user_id: WriteDraft(None, []) for user_id in user_ids}
         for user_id, snapshot in latest.items():
             draft = drafts[user_id] = WriteDraft(snapshot, list(await self._times_of(user_id)))
-            if lacks_latest(draft.times, snapshot) and self._retention.maximum:
-                draft.times.append(snapshot.updated_at_unix_ms)
-                draft.put[snapshot.updated_at_unix_ms] = snapshot
+            time_ms = snapshot.updated_at_unix_ms
+            if time_ms not in draft.times[-1:] and self._retention.maximum:  # history was off
+                draft.times.append(time_ms)
+                draft.put[time_ms] = snapshot
         return drafts
 
     async def _times_of(self, user_id: str) -> list[int]:

@@ -39,8 +39,8 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-import attuned_store
 from attuned_store import (
+    BLOCKING,
     CANONICAL_AXES,
     AsyncMemoryStore,
     AsyncQdrantStore,
@@ -109,11 +109,10 @@ def synchronous(store: StateStore | AsyncStateStore) -> StateStore:
     """A store in memory, as a synchronous one over the same memory."""
     if isinstance(store, StateStore):
         return store
-    other = MemoryStore()
-    backend: Any = store._operations.backend
-    other._backend = backend
-    other._operations = attuned_store.MemoryOperations(
-        backend, store._operations.place, attuned_store.BLOCKING, collection="attuned_state"
+    other, there = MemoryStore(), store._operations
+    other._backend = cast("Any", there.backend)
+    other._operations = type(other._operations)(
+        there.backend, there.place, BLOCKING, collection=there.collection
     )
     return other
 
@@ -2023,6 +2022,34 @@ class SnapshotTests:
         for each in (report, verified, listed, restored):
             assert (each.points, each.users, each.axes, each.created_at) == told
             assert each.status == "completed"
+
+    async def test_a_long_name_of_a_collection_fits_into_that_of_a_file(
+        self, open_store: Open, tmp_path: Path, case: Case
+    ) -> None:
+        """Collections of 60 letters that are long as escapes are saved, listed, kept apart and restored."""
+        names = [f"{'коллекция' * 6}{collection_of(tmp_path)[-5:]}{last}" for last in ("", "й", "я")]
+        if case.backend == "memory":
+            names = [""]
+        kept, backups = [], tmp_path / "backups"
+        for name in names:
+            store = await open_store(**({"collection_name": name} if name else {}))
+            await store.upsert_latest(state(f"user of {name[-2:]}"))
+            for _ in range(3):
+                report = await store.create_snapshot(backups, **KIND, keep=2)
+            assert report.path is not None
+            assert len(report.path.name.encode()) <= 255
+            assert verify_snapshot(report.path).users == 1
+            await store.delete(f"user of {name[-2:]}")
+            await store.restore_snapshot(report.path)
+            assert await users_of(store) == [f"user of {name[-2:]}"]
+            kept += sorted(
+                path.name for path in backups.iterdir() if path.name.endswith(report.path.name[20:])
+            )
+
+        assert len(kept) == len(set(kept)) == 2 * len(names)
+        listed = list_snapshots(backups)
+        assert sorted(each.snapshot_name or "" for each in listed) == sorted(kept)
+        assert {each.status for each in listed} == {"completed"}
 
     async def test_an_empty_store_has_a_snapshot(self, store: AsyncStateStore, tmp_path: Path) -> None:
         """A snapshot of an empty store is a file like any other, and restoring it empties a store."""

@@ -65,6 +65,14 @@ def refuse(field: str, value: object, *shown: str) -> None:
 # ------------------------------------------------------------------------------
 
 
+def test_ids_are_not_normalized() -> None:
+    """An id in NFC and the same in NFD are two users, as README says."""
+    composed, decomposed = (unicodedata.normalize(form, "Zoé") for form in ("NFC", "NFD"))
+    with attuned_store.MemoryStore() as store:
+        store.upsert_many([make(user_id=composed), make(user_id=decomposed)])
+        assert list(store.users()) == [composed, decomposed]
+
+
 @VALUES
 @given(USER_IDS, AXES, TIMES, st.sampled_from(Source), UNIT, st.integers(1, LARGEST_VERSION))
 def test_a_snapshot_keeps_what_it_was_given(

@@ -1106,6 +1106,22 @@ def test_the_configured_directory_is_listed(tmp_path: Path, monkeypatch: pytest.
     assert [report.path for report in anyio.run(alist_snapshots)] == [path]
 
 
+def test_blanks_around_the_configured_directory_are_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QDRANT_SNAPSHOT_DIR with blanks around it, or a line end, names the directory without them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QDRANT_SNAPSHOT_DIR", f" {tmp_path / 'set'}\n")
+    path = filled().create_snapshot().path
+    assert path is not None
+    assert path.parent == tmp_path / "set"
+
+    monkeypatch.setenv("QDRANT_SNAPSHOT_DIR", "  ")
+    path = filled().create_snapshot().path
+    assert path is not None
+    assert path.parent == tmp_path / "data/qdrant/snapshots"
+
+
 def test_one_unreadable_file_does_not_end_the_list(tmp_path: Path, clock: Clock) -> None:
     """A file that is damaged, empty or may not be read is listed as failed, with what is wrong."""
     paths = []

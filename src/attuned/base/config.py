@@ -59,6 +59,16 @@ def check_path(value: str | os.PathLike[str]) -> str:
     raise ValidationError(f"path: a directory is needed, got {brief(value)}")
 
 
+def check_verify(value: bool | str | os.PathLike[str]) -> bool | str:  # noqa: FBT001 - it is a value
+    """True, False, or the path of a certificate as a string; ValidationError for what is neither."""
+    if isinstance(value, bool):
+        return value
+    try:
+        return check_path(value)
+    except ValidationError:
+        raise ValidationError(f"verify: True, False or a path is needed, got {brief(value)}") from None
+
+
 def absolute_path(path: str | os.PathLike[str]) -> Path:
     """A path as it is meant now: absolute, with ~ expanded."""
     expanded = os.path.expanduser(check_path(path))  # noqa: PTH111 - Path.expanduser raises for an unknown user
@@ -179,7 +189,7 @@ class QdrantOptions(MemoryOptions, total=False):
     connect_timeout: float
     request_timeout: float
     pool_size: int
-    verify: bool | str
+    verify: bool | str | os.PathLike[str]
     cache_ttl: float
     snapshot_timeout: float
     shard_number: int | None
@@ -274,7 +284,7 @@ class QdrantStoreConfig(MemoryStoreConfig):
     connect_timeout: float = 10.0
     request_timeout: float = 30.0
     pool_size: int = 64
-    verify: bool | str = True
+    verify: bool | str = attrs.field(default=True, converter=check_verify)
     cache_ttl: float = 0.0
     snapshot_timeout: float = 600.0
     shard_number: int | None = None
@@ -309,8 +319,6 @@ class QdrantStoreConfig(MemoryStoreConfig):
             raise ValidationError(
                 "api_key: printable ASCII characters are needed"
             )  # the value is never shown
-        if not isinstance(self.verify, bool | str):
-            raise ValidationError(f"verify: True, False or a path is needed, got {brief(self.verify)}")
         for field in ("connect_timeout", "request_timeout", "snapshot_timeout"):
             check_positive(field, getattr(self, field))
         check_positive("cache_ttl", self.cache_ttl, zero=True)
