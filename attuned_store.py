@@ -1315,6 +1315,11 @@ FALSE_WORDS = frozenset({"false", "0", "no", "n", "off"})
 DEFAULT_COLLECTION = "attuned_state"
 
 
+# Qdrant Edge writes through memory maps, where a full disk is a signal that ends the process. With another
+# process filling the disk at the same time, 16 MiB were too few in 2 of 24 runs, 64 MiB in none.
+MIN_FREE_BYTES = 64 << 20
+
+
 def is_loopback(host: str) -> bool:
     """Whether a host, a name or an address, is this machine and can be reached from no other."""
     return host == "localhost" or _LOOPBACK.fullmatch(host) is not None
@@ -1476,6 +1481,7 @@ class QdrantOptions(MemoryOptions, total=False):
     lock_timeout: float
     cache_size: int
     slow_operation_ms: float | None
+    min_free_bytes: int
     connect_timeout: float
     request_timeout: float
     pool_size: int
@@ -1552,7 +1558,9 @@ class QdrantStoreConfig(MemoryStoreConfig):
     ``durability`` "process" survives the death of the process, "power" a power cut too, at the cost of a
     flush, which those who write at the same time share. ``lock_timeout`` is how many seconds to wait for a
     directory that another process has open; ``cache_size`` how many snapshots the read cache holds (0: none).
-    A step that takes longer than ``slow_operation_ms`` is logged as a warning (0 or None: none is).
+    A step that takes longer than ``slow_operation_ms`` is logged as a warning (0 or None: none is). A disk
+    with less than ``min_free_bytes`` free (local mode: 1 MiB at most), and room for what is to be written, is
+    full: nothing is written.
 
     For a server: ``api_key``; ``connect_timeout`` and ``request_timeout`` in seconds, ``snapshot_timeout``
     for making or restoring a native snapshot; ``pool_size``, the number of connections kept; ``verify``,
@@ -1571,6 +1579,7 @@ class QdrantStoreConfig(MemoryStoreConfig):
     lock_timeout: float = 0.0
     cache_size: int = 10_000
     slow_operation_ms: float | None = 100.0
+    min_free_bytes: int = MIN_FREE_BYTES
     connect_timeout: float = 10.0
     request_timeout: float = 30.0
     pool_size: int = 64
@@ -1597,6 +1606,7 @@ class QdrantStoreConfig(MemoryStoreConfig):
         check_choice("durability", self.durability, ("process", "power"))
         check_positive("lock_timeout", self.lock_timeout, zero=True)
         check_integer("cache_size", self.cache_size, 0, MAX_INTEGER)
+        check_integer("min_free_bytes", self.min_free_bytes, 0, MAX_INTEGER)
         if self.slow_operation_ms is not None:
             check_positive("slow_operation_ms", self.slow_operation_ms, zero=True)
         self._check_server_fields()
@@ -3882,6 +3892,7 @@ class Files(Protocol):
 
     name: str
     writes: int  # how many have been done
+    min_free_bytes: int  # below which a disk counts as full
     runs: Literal[
         "in place", "in thread", "on loop"
     ]  # "in thread": calls block; "in place": they are short and hold the interpreter anyway
@@ -3895,6 +3906,14 @@ class Files(Protocol):
         """Make what has been written survive a power cut; others may use the engine meanwhile."""
         ...
 
+    def housekeep(self, task: str, work: Callable[[], object]) -> None:
+        """Do what no write waits for: where it fails, it is told in health, and tried again later."""
+        ...
+
+    def signs(self) -> list[str]:
+        """What is put off, and whether the disk is full."""
+        ...
+
     async def replace(self, collection: str, by: str) -> None:
         """Let another open collection take the place of one, at one moment; its own name is then free."""
         ...
@@ -3904,7 +3923,7 @@ class Files(Protocol):
         ...
 
     async def close(self) -> None:
-        """Flush and release everything."""
+        """Flush and release everything, also where that fails for a part of it."""
         ...
 
 
@@ -4066,9 +4085,12 @@ class Directory:
             )
 
     def settle(self, written: FlushRound) -> None:
-        """Wait until what was written is safe."""
+        """Wait until what was written is safe, if it is to survive a power cut; else a flush may fail."""
         with self._entered():
-            self.flushes.settle(written)
+            if self.durability == "power":
+                self.flushes.settle(written)
+            else:
+                self.engine.housekeep("flushing", functools.partial(self.flushes.settle, written))
 
     def release(self) -> None:
         """Give up a store's hold on the directory, and close it with the last."""
@@ -4742,6 +4764,89 @@ class EngineInProcess(Engine):
         return {value: await self.count(collection, each) for value, each in narrowed}
 
 
+def payload_bytes(value: Any) -> int:
+    """About how many bytes JSON takes as it is written to a disk, rather too many."""
+    if isinstance(value, str):
+        return 8 + (len(value) if value.isascii() else 4 * len(value))
+    if isinstance(value, dict):
+        return sum(
+            8 + 4 * len(key) + payload_bytes(each) for key, each in cast("dict[str, Any]", value).items()
+        )
+    if isinstance(value, list | tuple):
+        return sum(map(payload_bytes, cast("Sequence[Any]", value)))
+    return 16
+
+
+class EngineOnDisk(EngineInProcess):
+    """What the engines that keep files do alike: they look for room first, and put off what can wait."""
+
+    RETRY_S = 30.0  # until what was put off is tried again, at the next write
+    most_left_free = MAX_INTEGER  # as much as ``min_free_bytes`` says
+    _POINT_BYTES = 256  # of a point, beside its payload and vector
+
+    def __init__(self, path: Path, min_free_bytes: int = MIN_FREE_BYTES) -> None:
+        super().__init__()
+        self._root = str(path)
+        self.min_free_bytes = min_free_bytes
+        self._put_off: dict[str, tuple[str, float]] = {}  # what is the matter, and when it is tried again
+
+    @staticmethod
+    def free_bytes(path: str) -> int:
+        """How much room there is on the disk of a directory."""
+        return shutil.disk_usage(path).free
+
+    def check_room(self, operation: str, size: int = 0) -> None:
+        """Raise BackendError where the disk is as good as full, before anything is done."""
+        try:
+            free = self.free_bytes(self._root)
+        except OSError:
+            return  # a directory that is gone, of which check_there tells
+        needed = min(self.min_free_bytes, self.most_left_free) + size
+        if free < needed:
+            done = "closed without a flush" if operation == "close" else "nothing was done"
+            raise BackendError(
+                f"{self._root}: the disk is full: {operation} needs {needed / 2**20:,.1f} MiB free, "
+                f"there are {free / 2**20:,.1f}; {done}: make room, or lower min_free_bytes "
+                "(ATTUNED_STORE_MIN_FREE_BYTES) on a small device",
+                backend=self.name,
+                operation=operation,
+                retryable=True,
+            )
+
+    def check_room_for(self, written: Sequence[Point], deleted: Sequence[str]) -> None:
+        """Raise BackendError where there is no room for a write: four times what it holds."""
+        size = self._POINT_BYTES * (len(written) + len(deleted))
+        size += sum(4 * len(point.vector) + payload_bytes(point.payload) for point in written)
+        self.check_room("write", 4 * size)
+
+    def is_due(self, task: str) -> bool:
+        """Whether a task has not been put off just now."""
+        return task not in self._put_off or time.monotonic() >= self._put_off[task][1]
+
+    def housekeep(self, task: str, work: Callable[[], object]) -> None:
+        """Do what no write waits for: where it fails, that is told, once, and it is tried again later."""
+        if not self.is_due(task):
+            return
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - the write before it has been done: whatever it is
+            message = f"{task} is put off: {error or type(error).__name__}"
+            if task not in self._put_off:
+                LOGGER.warning("%s: %s", self._root, message)
+            self._put_off[task] = message, time.monotonic() + self.RETRY_S
+        else:
+            self._put_off.pop(task, None)
+
+    def signs(self) -> list[str]:
+        """See Files.signs."""
+        signs = [message for message, _ in list(self._put_off.values())]
+        try:
+            self.check_room("write")
+        except BackendError as error:
+            signs.append(str(error))
+        return signs
+
+
 def _allows(put: Put, there: Mapping[str, Any] | None) -> bool:
     """Whether a guard lets a point be written where there is one with such a payload, or none."""
     if there is None:
@@ -4855,25 +4960,35 @@ def import_qdrant_edge() -> Any:
 
 
 def abandon_shards(shards: Iterable[Any], directories: Iterable[Path]) -> None:
-    """Keep shards for ever, as dropping one writes to the parent's files; let go of their locks.
+    """Keep shards for ever, as dropping one writes to its files; let go of their locks.
 
-    These are on the directories of their write-ahead logs.
+    These are on the directories of their write-ahead logs. In a forked child the files are the parent's; in
+    this process there may be no room on the disk, where writing is a signal that ends it.
     """
     import ctypes
 
     for shard in shards:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(shard))
-    logs = [(directory / "wal").stat() for directory in directories]
+    logs = list[os.stat_result]()
+    for directory in directories:
+        with contextlib.suppress(OSError):  # somebody has removed it
+            logs.append((directory / "wal").stat())
     for descriptor in Path("/dev/fd").iterdir() if Path("/dev/fd").is_dir() else ():
         with contextlib.suppress(OSError):
             if any(os.path.samestat(descriptor.stat(), log) for log in logs):
                 os.close(int(descriptor.name))
 
 
+def _bytes_in(directory: Path) -> int:
+    """The room that files take, holes left out."""
+    found = [file.stat() for file in directory.rglob("*") if file.is_file()]
+    return sum(getattr(each, "st_blocks", each.st_size // 512) * 512 for each in found)
+
+
 # ------------------------------------------------------------------------------
 
 
-class EdgeEngine(EngineInProcess):
+class EdgeEngine(EngineOnDisk):
     """Qdrant Edge: one shard a collection, in collections/<name>/, its manifest beside it."""
 
     name = "edge"
@@ -4889,8 +5004,14 @@ class EdgeEngine(EngineInProcess):
     # about 6 us a point: done once for so many changes that it does not matter.
     _REBUILD_EVERY = 200_000
 
-    def __init__(self, path: Path, durability: str, reporter: Telemetry | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        path: Path,
+        durability: str,
+        reporter: Telemetry | None = None,
+        min_free_bytes: int = MIN_FREE_BYTES,
+    ) -> None:
+        super().__init__(path, min_free_bytes)
         self.reporter = reporter
         self._api = import_qdrant_edge()
         self._path = path / "collections"
@@ -4908,7 +5029,10 @@ class EdgeEngine(EngineInProcess):
         if self._recorded(collection.name).get("dropped"):
             await self.drop(collection.name)  # which a process began that was killed
         with backend_errors(self, "open"):
-            if not self._generations(collection.name):
+            if generations := self._generations(collection.name):
+                self.check_room("open", sum(_bytes_in(each / "wal") for each in generations))
+            else:
+                self.check_room("open")
                 self._check_never_replaced(collection.name)
                 self._create(collection, self._path / collection.name, manifest)
             metadata = read_manifest(manifest)
@@ -5010,6 +5134,7 @@ class EdgeEngine(EngineInProcess):
         written, deleted = await self._judge(collection, puts, deletes)
         api, shard, changes = self._api, self._shards[collection], len(written) + len(deleted)
         with backend_errors(self, "write"):
+            self.check_room_for(written, deleted)
             try:
                 if written:
                     points = [api.Point(point.id, list(point.vector), point.payload) for point in written]
@@ -5024,7 +5149,8 @@ class EdgeEngine(EngineInProcess):
     @property
     def flush_due(self) -> bool:
         """See Files.flush_due."""
-        return any(self._done[name] - self._flushed[name] >= self._FLUSH_EVERY for name in self._shards)
+        due = any(self._done[name] - self._flushed[name] >= self._FLUSH_EVERY for name in self._shards)
+        return due and self.is_due("flushing")
 
     def flush(self) -> None:
         """See Files.flush; a shard that has not been written to since the last one needs none."""
@@ -5033,6 +5159,7 @@ class EdgeEngine(EngineInProcess):
                 done = self._done[name]
                 if done == self._flushed[name]:
                     continue
+                self.check_room("flush")
                 try:
                     shard.flush()
                 except Exception:
@@ -5044,6 +5171,8 @@ class EdgeEngine(EngineInProcess):
         """See Engine.drop; the manifest that says so is the moment, and goes last."""
         manifest = self._manifest(collection)
         with backend_errors(self, "drop"):
+            if collection in self._shards:  # else there is nothing but files to be removed, which makes room
+                self.check_room("drop")
             if manifest.exists() and self._generations(collection):
                 write_atomically(manifest, json.dumps({"dropped": True}))
             self._open.pop(collection, None)
@@ -5062,6 +5191,7 @@ class EdgeEngine(EngineInProcess):
         metadata["generation"] = metadata.get("generation", 0) + 1
         directory = self._directory(collection, metadata)
         with backend_errors(self, "replace"):
+            self.check_room("replace", _bytes_in(self._directories[by] / "wal"))
             shard = self._move(by, directory)
             try:
                 fsync(*directory.rglob("*"), directory, self._path)
@@ -5106,9 +5236,16 @@ class EdgeEngine(EngineInProcess):
         shard = self._shards[collection]
         self._changes[collection] += changes
         changed = self._changes[collection]
-        if changed >= self._REBUILD_EVERY and changed >= 2 * shard.info().points_count:
-            shard.optimize()
-            self._changes[collection] = 0
+        if changed < self._REBUILD_EVERY or not self.is_due("rebuilding"):
+            return
+
+        def rebuild() -> None:
+            if changed >= 2 * shard.info().points_count:
+                self.check_room("rebuild", _bytes_in(self._directories[collection]))
+                shard.optimize()
+                self._changes[collection] = 0
+
+        self.housekeep("rebuilding", rebuild)
 
     async def retrieve(
         self, collection: str, ids: Sequence[str], *, payload: bool = True, vector: bool = False
@@ -5177,13 +5314,21 @@ class EdgeEngine(EngineInProcess):
 
     async def close(self) -> None:
         """See Engine.close."""
+        failures = list[BaseException]()
         with backend_errors(self, "close"):
-            for shard in self._shards.values():
-                shard.flush()
-                shard.close()
+            for name, shard in self._shards.items():
+                try:
+                    self.check_room("close")
+                    shard.flush()
+                    shard.close()
+                except BaseException as error:  # noqa: BLE001 - raised once all are let go of
+                    failures.append(error)  # what was acknowledged is in the log
+                    abandon_shards([shard], [self._directories[name]])
             self._shards.clear()
             self._directories.clear()
             self._open.clear()
+            for failure in failures:
+                raise failure
 
     def abandon(self) -> None:
         """See Files.abandon."""
@@ -5251,6 +5396,19 @@ def import_qdrant_local() -> tuple[Any, Callable[[str], Any]]:
 def local_files(path: Path, collection: str) -> tuple[Path, Path]:
     """The list of all collections, and where the points of one are."""
     return path / "meta.json", path / "collection" / collection / "storage.sqlite"
+
+
+def close_local(client: Any) -> None:
+    """Close a client; where one of its files cannot be closed, the others are, and its lock is let go of."""
+    try:
+        client.close()
+    except BaseException:
+        for collection in client.collections.values():
+            with contextlib.suppress(Exception):  # the first failure is raised
+                collection.close()
+        client.collections.clear()
+        client.close()
+        raise
 
 
 def abandon_local(client: Any) -> None:
@@ -5348,7 +5506,7 @@ class LocalCollection:
 # ------------------------------------------------------------------------------
 
 
-class LocalEngine(EngineInProcess):
+class LocalEngine(EngineOnDisk):
     """qdrant-client's local mode, made durable, atomic and quick to write.
 
     It keeps all points in memory and, pickled, in SQLite.
@@ -5359,10 +5517,18 @@ class LocalEngine(EngineInProcess):
     runs: ExecutionMode = "in thread"
     compact = False
 
+    most_left_free = 1 << 20  # SQLite takes back what it has no room for; lists are written in place
+
     _REBUILD_EVERY = 20_000  # deleted points stay in memory until the collection is loaded again
 
-    def __init__(self, path: Path, durability: str, reporter: Telemetry | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        path: Path,
+        durability: str,
+        reporter: Telemetry | None = None,
+        min_free_bytes: int = MIN_FREE_BYTES,
+    ) -> None:
+        super().__init__(path, min_free_bytes)
         self.reporter = reporter
         models, self._make_client = import_qdrant_local()
         self._models = ClientModels(models)
@@ -5383,11 +5549,16 @@ class LocalEngine(EngineInProcess):
 
     def _connect(self) -> None:
         with backend_errors(self, f"open {self._path}"):
+            self.check_room("open")
             self._mend_list()
             client = self._make_client(str(self._path))
-            for name in self._open:
-                LocalCollection(client, name).adopt()
-                self._removed[name] = 0
+            try:
+                for name in self._open:
+                    LocalCollection(client, name).adopt()
+                    self._removed[name] = 0
+            except BaseException:
+                close_local(client)
+                raise
         self._connected = client
 
     def _mend_list(self) -> None:
@@ -5401,6 +5572,7 @@ class LocalEngine(EngineInProcess):
         client = self._client
         with backend_errors(self, f"open {self._path}"):
             if not client.collection_exists(collection.name):
+                self.check_room("open")  # the list of collections is written in place
                 # No payload indexes: local mode has none and warns.
                 client.create_collection(
                     collection.name,
@@ -5447,6 +5619,7 @@ class LocalEngine(EngineInProcess):
         structs = [make(id=point.id, vector=list(point.vector), payload=point.payload) for point in written]
         self._sorted.pop(collection, None)
         with backend_errors(self, "write"):
+            self.check_room_for(written, deleted)
             try:
                 held.persist(structs, deleted)
                 held.take_in(structs, deleted)
@@ -5473,9 +5646,11 @@ class LocalEngine(EngineInProcess):
     async def drop(self, collection: str) -> None:
         """See Engine.drop."""
         with backend_errors(self, "drop"):
+            listed = self._client.collection_exists(collection)
+            if listed:
+                self.check_room("drop")  # the list of collections is written in place
             self._open.pop(collection, None)
             self._sorted.pop(collection, None)
-            listed = self._client.collection_exists(collection)
             if listed:
                 LocalCollection(self._client, collection).close()
             # One that is not listed was being created by a process that was killed.
@@ -5486,6 +5661,7 @@ class LocalEngine(EngineInProcess):
         """Renaming the file of points is the moment."""
         files = [local_files(self._path, name)[1] for name in (by, collection)]
         with backend_errors(self, "replace"):
+            self.check_room("replace")
             self._disconnect()  # which brings the write-ahead logs into the files, and removes them
             for log in (file.with_name(file.name + "-wal") for file in files):
                 if log.exists():
@@ -5501,14 +5677,20 @@ class LocalEngine(EngineInProcess):
     def _tidy(self, collection: str, removed: int) -> None:
         self._removed[collection] += removed
         slots = LocalCollection(self._client, collection).slots
-        if self._removed[collection] >= max(self._REBUILD_EVERY, slots // 2):
+        if self._removed[collection] < max(self._REBUILD_EVERY, slots // 2):
+            return
+
+        def reload() -> None:
+            self.check_room("rebuild")
             self._disconnect()
             self._connect()
+
+        self.housekeep("rebuilding", reload)
 
     def _disconnect(self) -> None:
         client, self._connected = self._connected, None
         if client is not None:
-            client.close()
+            close_local(client)
 
     async def retrieve(
         self, collection: str, ids: Sequence[str], *, payload: bool = True, vector: bool = False
@@ -8790,9 +8972,10 @@ class DirectoryPlace:
 
     def signs(self, latency_ms: float) -> list[str]:  # noqa: ARG002 - a disk has its moments
         """See Place.signs."""
-        if self.directory is not None:
-            self.directory.check_there()
-        return []
+        if self.directory is None:
+            return []
+        self.directory.check_there()
+        return self.directory.engine.signs()
 
 
 def open_directory(config: QdrantStoreConfig) -> tuple[Directory, OwnedBackend]:
@@ -8800,10 +8983,15 @@ def open_directory(config: QdrantStoreConfig) -> tuple[Directory, OwnedBackend]:
     path = os.path.realpath(absolute_path(cast("str", config.path)))
     kind = engine_class(Path(path), config)  # a missing library is found before anything is made
     # Stores share a directory and its engine: whether its requests are reported is up to the first of them.
-    make_engine = functools.partial(kind, reporter=REPORTING.reporter(wanted=config.telemetry))
+    make_engine = functools.partial(
+        kind,
+        reporter=REPORTING.reporter(wanted=config.telemetry),
+        min_free_bytes=config.min_free_bytes,
+    )
     directory = OPEN.directory_at(path, config.durability, make_engine)
     try:
         _agree(path, "durability", directory.durability, config.durability)
+        _agree(path, "min_free_bytes", directory.engine.min_free_bytes, config.min_free_bytes)
         with directory.opening:
             return directory, _backend_in(directory, config)
     except BaseException:

@@ -439,7 +439,8 @@ def test_what_fails_midway_is_done_or_not_done(
             act()
             assert shown_of(store, group) == after, group
 
-    assert "batch" in failed
+    # A flush that nobody waits for is put off: all that was written is in the log.
+    assert failed == set() if name == "edge cannot flush" else "batch" in failed
     store.upsert_latest(state("dee", 1))
     close_and_check(store, path, engine, **SHORT)
     with QdrantStore(path=path, engine=engine, **SHORT) as store:

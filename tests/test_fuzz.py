@@ -299,6 +299,7 @@ QDRANT_OPTIONS = {
     "lock_timeout": often(1.0),
     "cache_size": often(10),
     "slow_operation_ms": often(10.0),
+    "min_free_bytes": often(0),
     "api_key": often("key"),
     "connect_timeout": often(1.0),
     "request_timeout": often(1.0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -31,6 +32,7 @@ class Files(Protocol):
 
     name: str
     writes: int  # how many have been done
+    min_free_bytes: int  # below which a disk counts as full
     runs: Literal[
         "in place", "in thread", "on loop"
     ]  # "in thread": calls block; "in place": they are short and hold the interpreter anyway
@@ -44,6 +46,14 @@ class Files(Protocol):
         """Make what has been written survive a power cut; others may use the engine meanwhile."""
         ...
 
+    def housekeep(self, task: str, work: Callable[[], object]) -> None:
+        """Do what no write waits for: where it fails, it is told in health, and tried again later."""
+        ...
+
+    def signs(self) -> list[str]:
+        """What is put off, and whether the disk is full."""
+        ...
+
     async def replace(self, collection: str, by: str) -> None:
         """Let another open collection take the place of one, at one moment; its own name is then free."""
         ...
@@ -53,7 +63,7 @@ class Files(Protocol):
         ...
 
     async def close(self) -> None:
-        """Flush and release everything."""
+        """Flush and release everything, also where that fails for a part of it."""
         ...
 
 
@@ -215,9 +225,12 @@ class Directory:
             )
 
     def settle(self, written: FlushRound) -> None:
-        """Wait until what was written is safe."""
+        """Wait until what was written is safe, if it is to survive a power cut; else a flush may fail."""
         with self._entered():
-            self.flushes.settle(written)
+            if self.durability == "power":
+                self.flushes.settle(written)
+            else:
+                self.engine.housekeep("flushing", functools.partial(self.flushes.settle, written))
 
     def release(self) -> None:
         """Give up a store's hold on the directory, and close it with the last."""

@@ -145,9 +145,10 @@ class DirectoryPlace:
 
     def signs(self, latency_ms: float) -> list[str]:  # noqa: ARG002 - a disk has its moments
         """See Place.signs."""
-        if self.directory is not None:
-            self.directory.check_there()
-        return []
+        if self.directory is None:
+            return []
+        self.directory.check_there()
+        return self.directory.engine.signs()
 
 
 def open_directory(config: QdrantStoreConfig) -> tuple[Directory, OwnedBackend]:
@@ -155,10 +156,15 @@ def open_directory(config: QdrantStoreConfig) -> tuple[Directory, OwnedBackend]:
     path = os.path.realpath(absolute_path(cast("str", config.path)))
     kind = engine_class(Path(path), config)  # a missing library is found before anything is made
     # Stores share a directory and its engine: whether its requests are reported is up to the first of them.
-    make_engine = functools.partial(kind, reporter=REPORTING.reporter(wanted=config.telemetry))
+    make_engine = functools.partial(
+        kind,
+        reporter=REPORTING.reporter(wanted=config.telemetry),
+        min_free_bytes=config.min_free_bytes,
+    )
     directory = OPEN.directory_at(path, config.durability, make_engine)
     try:
         _agree(path, "durability", directory.durability, config.durability)
+        _agree(path, "min_free_bytes", directory.engine.min_free_bytes, config.min_free_bytes)
         with directory.opening:
             return directory, _backend_in(directory, config)
     except BaseException:
