@@ -245,7 +245,7 @@ class ServerPlace:
         parts = urlsplit(self.location)
         if config.api_key and parts.scheme == "http" and not is_loopback(str(parts.hostname)):
             message = f"the api key is sent in the clear to {parts.hostname}: use https"
-            warnings.warn(message, UserWarning, stacklevel=5)
+            warnings.warn(message, UserWarning, stacklevel=4)
         self.connection = Connection(config, waits)
         # A connection of an event loop is closed with that.
         self._finalizer = (
