@@ -3491,7 +3491,7 @@ class ConnectionPools:
         number = math.ceil(connections / self.CONNECTIONS)
         self._pools = [make((connections + place) // number) for place in reversed(range(number))]
         self._busy = [0] * len(self._pools)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     @contextlib.contextmanager
     def _least_busy(self) -> Generator[Any]:
@@ -3537,7 +3537,7 @@ class CircuitBreaker:
     def __init__(self, policy: BreakerPolicy, clock: Callable[[], float] = time.monotonic) -> None:
         self._policy = policy
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._failures = 0
         self._opened_at: float | None = None
         self._probing = False
@@ -3931,7 +3931,7 @@ class FlushRound:
     """Writes that one flush makes survive a power cut."""
 
     def __init__(self) -> None:
-        self.turn = threading.Lock()  # of the member that sees to the flush; the others wait for it
+        self.turn = threading.RLock()  # of the member that sees to the flush; the others wait for it
         self.members = 0
         self.ended = False
         self.error: BackendError | None = None
@@ -3946,7 +3946,7 @@ class GroupCommit:
     def __init__(self, engine: Files) -> None:
         self._engine = engine
         self._joined = threading.Condition()
-        self.flushing = threading.Lock()
+        self.flushing: Any = threading.RLock()
         self._open = FlushRound()  # which the next flush will serve
         self._served = 0  # members of the last round
         self._duration = 0.0  # of the last flush, in seconds
@@ -4005,8 +4005,7 @@ class Directory:
         self.backends: dict[str, Any] = {}  # by collection
         self.writer, self.flusher = Worker(), Worker()  # of asynchronous stores
         self._orphaned = self._closing = self._closed = False
-        self._lock = threading.Lock()
-        self._inside: set[int] = set()  # the threads that are in a call
+        self._lock: Any = threading.RLock()  # knows whether the thread has it
         _make_directory(path)
         self._lock_file = self._take_lock()
         try:
@@ -4030,20 +4029,12 @@ class Directory:
             raise StoreError(f"{self.path}: cannot be locked, is it writable? {error}") from error
 
     def check_free(self) -> None:
-        """Raise ReenteredError in the middle of another call of this thread."""
-        if threading.get_ident() in self._inside:
-            raise ReenteredError(self.path)
+        """Raise ReenteredError in the middle of another call of this thread, which would wait for itself.
 
-    @contextlib.contextmanager
-    def _entered(self) -> Generator[None]:
-        """Refuse a call in the middle of another one of the same thread, which would wait for itself."""
-        self.check_free()
-        thread = threading.get_ident()
-        try:
-            self._inside.add(thread)
-            yield
-        finally:
-            self._inside.discard(thread)
+        That is asked of the locks: a note of it would stay behind where an interrupt comes at its line.
+        """
+        if self._lock._is_owned() or self.flushes.flushing._is_owned():
+            raise ReenteredError(self.path)
 
     def is_there(self) -> bool:
         """Whether the directory is still where it was opened."""
@@ -4061,7 +4052,8 @@ class Directory:
         try:
             if self._orphaned:
                 raise forked_error(self.path)
-            with self._entered(), self._lock:
+            self.check_free()
+            with self._lock:
                 if self._closed:
                     raise closed_error()
                 before = self.engine.writes
@@ -4086,11 +4078,10 @@ class Directory:
 
     def settle(self, written: FlushRound) -> None:
         """Wait until what was written is safe, if it is to survive a power cut; else a flush may fail."""
-        with self._entered():
-            if self.durability == "power":
-                self.flushes.settle(written)
-            else:
-                self.engine.housekeep("flushing", functools.partial(self.flushes.settle, written))
+        if self.durability == "power":
+            self.flushes.settle(written)
+        else:
+            self.engine.housekeep("flushing", functools.partial(self.flushes.settle, written))
 
     def release(self) -> None:
         """Give up a store's hold on the directory, and close it with the last."""
@@ -4215,6 +4206,15 @@ class Range(NamedTuple):
     lte: float | None = None
     gt: float | None = None
     lt: float | None = None
+
+    def bounds(self) -> dict[str, float | None]:
+        """The bounds by name, the stricter of two on a side: the indexes of Qdrant heed but one of them."""
+        gte, lte, gt, lt = self[1:]
+        if gte is not None and gt is not None:
+            gte, gt = (None, gt) if gt >= gte else (gte, None)
+        if lte is not None and lt is not None:
+            lte, lt = (None, lt) if lt <= lte else (lte, None)
+        return {"gte": gte, "lte": lte, "gt": gt, "lt": lt}
 
 
 class Text(NamedTuple):
@@ -4893,8 +4893,8 @@ class ClientModels:
                 asked = {"match": models.MatchValue(value=value)}
             case AnyOf(key, values):
                 asked = {"match": models.MatchAny(any=list(values))}
-            case Range(key, gte, lte, gt, lt):
-                asked = {"range": models.Range(gte=gte, lte=lte, gt=gt, lt=lt)}
+            case Range(key):
+                asked = {"range": models.Range(**condition.bounds())}
             case Text(key, text):
                 asked = {"match": models.MatchText(text=text)}
             case Absent(key):
@@ -5347,8 +5347,8 @@ class EdgeEngine(EngineOnDisk):
                 asked = {"match": api.MatchValue(value)}
             case AnyOf(key, values):
                 asked = {"match": api.MatchAny(list(values))}
-            case Range(key, gte, lte, gt, lt):
-                asked = {"range": api.RangeFloat(gte=gte, lte=lte, gt=gt, lt=lt)}
+            case Range(key):
+                asked = {"range": api.RangeFloat(**condition.bounds())}
             case Text(key, text):
                 asked = {"match": api.MatchText(text)}
             case Absent(key):
@@ -6942,8 +6942,7 @@ class MemoryBackend:
         self._waits = waits
         self._retention = Retention.of(config)
         self._capacity = max(1, self._retention.maximum)
-        self._lock = threading.RLock()
-        self._held = False  # by a call, in the middle of which the same thread may come again
+        self._lock: Any = threading.RLock()  # knows whether the thread has it
         self._index = VectorIndex(self.schema)
         self._closed = False
         OPEN.others.add(self)
@@ -6963,25 +6962,19 @@ class MemoryBackend:
 
     def upsert_latest(self, snapshot: StateSnapshot, expected: Expected) -> None:
         """Write a snapshot, which has been checked like ``expected``."""
-        with self._lock:  # and _piece(), in a third of the time
-            if self._held:
-                raise ReenteredError("memory://")
-            try:
-                self._held = True
-                self._put(snapshot, expected)
-            finally:
-                self._held = False
-
-    @contextlib.contextmanager
-    def _piece(self) -> Generator[None]:
-        """Refuse a call in the middle of another one of the same thread, which holds the lock already."""
-        if self._held:
+        if self._lock._is_owned():
             raise ReenteredError("memory://")
-        try:
-            self._held = True
-            yield
-        finally:
-            self._held = False
+        with self._lock:
+            self._put(snapshot, expected)
+
+    def _free_lock(self) -> Any:
+        """The lock, unless a call comes in the middle of another one of the same thread, which holds it.
+
+        That is asked of the lock itself: a flag would stay behind where an interrupt comes at its line.
+        """
+        if self._lock._is_owned():
+            raise ReenteredError("memory://")
+        return self._lock
 
     def _check_open(self) -> None:
         if self._closed:
@@ -7022,7 +7015,7 @@ class MemoryBackend:
         try:
             entries = list(timeline.copy())
         except RuntimeError:  # free threading: a write came between two entries
-            with self._lock, self._piece():
+            with self._free_lock():
                 entries = list(timeline)
         hidden = self._retention.hidden([entry.updated_at_unix_ms for entry in entries])
         return entries[min(hidden, len(entries) - 1) if keep_latest else hidden :]
@@ -7054,7 +7047,7 @@ class MemoryBackend:
 
     async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
         """See Backend.write."""
-        with self._lock, self._piece():
+        with self._free_lock():
             for snapshot in snapshots:
                 self._put(snapshot)
 
@@ -7064,7 +7057,7 @@ class MemoryBackend:
 
     async def delete(self, user_id: str) -> bool:
         """See Backend.delete."""
-        with self._lock, self._piece():
+        with self._free_lock():
             self._check_open()
             self._index.stale.add(user_id)
             return self.timelines.pop(user_id, None) is not None
@@ -7077,11 +7070,11 @@ class MemoryBackend:
             return await self._scan(request)
         while not self._caught_up():
             await self._waits.pause()
-        with self._lock, self._piece():
+        with self._free_lock():
             return self._index.search(request)
 
     def _caught_up(self) -> bool:
-        with self._lock, self._piece():
+        with self._free_lock():
             try:
                 return self._index.catch_up(self.get_latest)
             except BaseException:  # an interrupt, say: begin anew
@@ -7137,7 +7130,7 @@ class MemoryBackend:
     async def prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
         """See Backend.prune_page."""
         page, cursor = await self.users(cursor)
-        with self._lock, self._piece():
+        with self._free_lock():
             timelines = [self.timelines[user_id] for user_id in page if user_id in self.timelines]
             return sum(self._trim(timeline) for timeline in timelines), cursor
 
@@ -7147,7 +7140,7 @@ class MemoryBackend:
 
     async def adopt(self, staged: MemoryBackend) -> None:
         """See Backend.adopt."""
-        with self._lock, self._piece():
+        with self._free_lock():
             self._check_open()
             self.timelines, self._index = staged.timelines, staged._index
 
@@ -7163,11 +7156,11 @@ class MemoryBackend:
 
     def abandon(self) -> None:
         """Go on in a forked child, which has a copy of its own, whatever other threads held at the fork."""
-        self._lock, self._held = threading.RLock(), False
+        self._lock = threading.RLock()
 
     def close(self) -> None:
         """Forget everything."""
-        with self._lock, self._piece():
+        with self._free_lock():
             self._closed = True
             self.timelines = {}
             self._index = VectorIndex(self.schema)
@@ -9045,8 +9038,17 @@ class Connection:
             raise ValidationError(message) from error
         self.backend = SharedBackend(self.engine, config)
         self.orphaned = False
-        self.inside: set[int] = set()  # the threads that are in a call over a blocking connection
+        self._entered = threading.local()
         OPEN.others.add(self)
+
+    def entering(self) -> Any:
+        """A lock of this thread alone, which tells when a call comes in the middle of another one of it."""
+        lock = getattr(self._entered, "lock", None)
+        if lock is None:
+            lock = self._entered.lock = threading.RLock()
+        if lock._is_owned():
+            raise ReenteredError(self.path)
+        return lock
 
     def release(self) -> None:
         """Close a blocking connection."""
@@ -9085,26 +9087,20 @@ class ServerPlace:
 
     async def drive(self, body: Coroutine[Any, Any, T], *, long: bool = False) -> T:  # noqa: ARG002 - it waits
         """See Place.drive; many run at once."""
-        connection, thread = self.connection, threading.get_ident()
-        entered = False
         try:
-            if connection.orphaned:
+            if self.connection.orphaned:
                 raise forked_error(self.location)
-            if self._waits.blocking:
-                if thread in connection.inside:
-                    raise ReenteredError(self.location)
-                entered = True
-                connection.inside.add(thread)
-            return await body
+            if not self._waits.blocking:
+                return await body
+            with self.connection.entering():
+                return await body
         finally:
-            if entered:
-                connection.inside.discard(thread)
             body.close()
 
     async def close(self) -> None:
         """See Place.close."""
-        if self._waits.blocking and threading.get_ident() in self.connection.inside:
-            raise ReenteredError(self.location)
+        if self._waits.blocking:
+            self.connection.entering()
         if self._finalizer is None or (self._finalizer.detach() and not self.connection.orphaned):
             await self._waits.shielded(self.connection.engine.close())
 

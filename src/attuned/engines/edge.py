@@ -435,8 +435,8 @@ class EdgeEngine(EngineOnDisk):
                 asked = {"match": api.MatchValue(value)}
             case AnyOf(key, values):
                 asked = {"match": api.MatchAny(list(values))}
-            case Range(key, gte, lte, gt, lt):
-                asked = {"range": api.RangeFloat(gte=gte, lte=lte, gt=gt, lt=lt)}
+            case Range(key):
+                asked = {"range": api.RangeFloat(**condition.bounds())}
             case Text(key, text):
                 asked = {"match": api.MatchText(text)}
             case Absent(key):

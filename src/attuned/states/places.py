@@ -218,8 +218,17 @@ class Connection:
             raise ValidationError(message) from error
         self.backend = SharedBackend(self.engine, config)
         self.orphaned = False
-        self.inside: set[int] = set()  # the threads that are in a call over a blocking connection
+        self._entered = threading.local()
         OPEN.others.add(self)
+
+    def entering(self) -> Any:
+        """A lock of this thread alone, which tells when a call comes in the middle of another one of it."""
+        lock = getattr(self._entered, "lock", None)
+        if lock is None:
+            lock = self._entered.lock = threading.RLock()
+        if lock._is_owned():
+            raise ReenteredError(self.path)
+        return lock
 
     def release(self) -> None:
         """Close a blocking connection."""
@@ -258,26 +267,20 @@ class ServerPlace:
 
     async def drive(self, body: Coroutine[Any, Any, T], *, long: bool = False) -> T:  # noqa: ARG002 - it waits
         """See Place.drive; many run at once."""
-        connection, thread = self.connection, threading.get_ident()
-        entered = False
         try:
-            if connection.orphaned:
+            if self.connection.orphaned:
                 raise forked_error(self.location)
-            if self._waits.blocking:
-                if thread in connection.inside:
-                    raise ReenteredError(self.location)
-                entered = True
-                connection.inside.add(thread)
-            return await body
+            if not self._waits.blocking:
+                return await body
+            with self.connection.entering():
+                return await body
         finally:
-            if entered:
-                connection.inside.discard(thread)
             body.close()
 
     async def close(self) -> None:
         """See Place.close."""
-        if self._waits.blocking and threading.get_ident() in self.connection.inside:
-            raise ReenteredError(self.location)
+        if self._waits.blocking:
+            self.connection.entering()
         if self._finalizer is None or (self._finalizer.detach() and not self.connection.orphaned):
             await self._waits.shielded(self.connection.engine.close())
 
