@@ -223,7 +223,7 @@ class Connection:
 
     def entering(self) -> Any:
         """A lock of this thread alone, which tells when a call comes in the middle of another one of it."""
-        lock = getattr(self._entered, "lock", None)
+        lock: Any = getattr(self._entered, "lock", None)
         if lock is None:
             lock = self._entered.lock = threading.RLock()
         if lock._is_owned():
