@@ -40,6 +40,7 @@ import anyio.lowlevel
 import pytest
 
 from attuned_store import (
+    BLOCKING,
     CANONICAL_AXES,
     AsyncMemoryStore,
     AsyncQdrantStore,
@@ -108,8 +109,11 @@ def synchronous(store: StateStore | AsyncStateStore) -> StateStore:
     """A store in memory, as a synchronous one over the same memory."""
     if isinstance(store, StateStore):
         return store
-    other = MemoryStore()
-    other._backend, other._operations = store._backend, store._operations  # type: ignore[attr-defined]
+    other, there = MemoryStore(), store._operations
+    other._backend = cast("Any", there.backend)
+    other._operations = type(other._operations)(
+        there.backend, there.place, BLOCKING, collection=there.collection
+    )
     return other
 
 
@@ -244,6 +248,7 @@ NOW = 1_768_000_000_000
 HOUR = 3_600_000
 DAY = 24 * HOUR
 LAST_MS = 253_402_300_799_999
+LIKE_SECONDS = range(10**9, 10**10 + 1)  # which a caller is not allowed as milliseconds
 MANY = 600  # more than one batch of any store
 
 
@@ -2018,6 +2023,34 @@ class SnapshotTests:
             assert (each.points, each.users, each.axes, each.created_at) == told
             assert each.status == "completed"
 
+    async def test_a_long_name_of_a_collection_fits_into_that_of_a_file(
+        self, open_store: Open, tmp_path: Path, case: Case
+    ) -> None:
+        """Collections of 60 letters that are long as escapes are saved, listed, kept apart and restored."""
+        names = [f"{'коллекция' * 6}{collection_of(tmp_path)[-5:]}{last}" for last in ("", "й", "я")]
+        if case.backend == "memory":
+            names = [""]
+        kept, backups = [], tmp_path / "backups"
+        for name in names:
+            store = await open_store(**({"collection_name": name} if name else {}))
+            await store.upsert_latest(state(f"user of {name[-2:]}"))
+            for _ in range(3):
+                report = await store.create_snapshot(backups, **KIND, keep=2)
+            assert report.path is not None
+            assert len(report.path.name.encode()) <= 255
+            assert verify_snapshot(report.path).users == 1
+            await store.delete(f"user of {name[-2:]}")
+            await store.restore_snapshot(report.path)
+            assert await users_of(store) == [f"user of {name[-2:]}"]
+            kept += sorted(
+                path.name for path in backups.iterdir() if path.name.endswith(report.path.name[20:])
+            )
+
+        assert len(kept) == len(set(kept)) == 2 * len(names)
+        listed = list_snapshots(backups)
+        assert sorted(each.snapshot_name or "" for each in listed) == sorted(kept)
+        assert {each.status for each in listed} == {"completed"}
+
     async def test_an_empty_store_has_a_snapshot(self, store: AsyncStateStore, tmp_path: Path) -> None:
         """A snapshot of an empty store is a file like any other, and restoring it empties a store."""
         path = (await store.create_snapshot(tmp_path, **KIND)).path
@@ -3047,6 +3080,18 @@ for number in range(100):
 store.delete("user-0")
 os.kill(os.getpid(), signal.SIGKILL)
 """
+WRITE_AT_EXIT = """
+import atexit, sys
+from attuned_store import QdrantStore, StateSnapshot, StoreClosedError
+def write(when):
+    try:
+        store.upsert_latest(StateSnapshot(when, {"warmth": 0.25}))
+    except StoreClosedError:
+        print(when, "it was closed")
+atexit.register(write, "before")
+store = QdrantStore(path=sys.argv[1], engine=sys.argv[2])
+atexit.register(write, "after")
+"""
 WRITE_AND_LEAVE = """
 import sys
 from attuned_store import QdrantStore, StateSnapshot
@@ -3146,6 +3191,17 @@ class EmbeddedProcessTests(EmbeddedKit):
         assert (left.returncode, left.stdout, left.stderr) == (0, "", "")
         with case.open_sync(path) as store:
             assert store.count() == store.count(history=True) == 100
+
+    def test_a_handler_registered_after_opening_still_writes_at_exit(
+        self, case: Case, tmp_path: Path
+    ) -> None:
+        """A handler of atexit from after the opening finds the store open, one from before it closed."""
+        path = tmp_path / "store"
+        left = run_python(WRITE_AT_EXIT, path, case.backend)
+
+        assert (left.returncode, left.stdout, left.stderr) == (0, "before it was closed\n", "")
+        with case.open_sync(path) as store:
+            assert list(store.users()) == ["after"]
 
     def test_a_forked_child_is_told_to_open_its_own_store(self, case: Case, tmp_path: Path) -> None:
         """A store inherited by a forked child raises StoreError, and the parent loses nothing."""

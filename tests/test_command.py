@@ -1433,7 +1433,7 @@ def test_copy_replaces_only_when_asked(small: Path, taken: Path, run: Run, tmp_p
         ("", "", "ATTUNED_STORE_TOKEN is empty"),
         ("", "--host 0.0.0.0", "ATTUNED_STORE_TOKEN is empty"),
         ("s3cret s3cret", "", "blanks"),
-        ("s3cret\n", "", "blanks"),
+        (" \n", "", "ATTUNED_STORE_TOKEN is empty"),
         ("s3crét", "", "ASCII"),
     ],
 )

@@ -688,7 +688,8 @@ def test_serve_with_a_token(anyio_backend: str, place: Path, tmp_path: Path, sig
         {"Authorization": TOKEN},
         {"X-Token": TOKEN},
     ]
-    served = Served(place, "--directory", str(tmp_path / "backups"), "--keep", "1", token=TOKEN)
+    blanks = f" {TOKEN}\n"  # as a file or a form gives it
+    served = Served(place, "--directory", str(tmp_path / "backups"), "--keep", "1", token=blanks)
     with served, httpx.Client(base_url=served.url, timeout=DEADLINE) as client:
         for headers in wrong:
             answers = [client.post("/api/snapshot", headers=headers), client.get("/metrics", headers=headers)]

@@ -10,17 +10,19 @@ import math
 import os
 import sys
 import typing
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import hypothesis.strategies as st
 import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from command import main
-from conformance import BACKENDS, COMMANDS, NOW, fill_memory, needs, state, synchronous
+from conformance import BACKENDS, COMMANDS, LIKE_SECONDS, NOW, fill_memory, needs, state, synchronous
 from hypothesis import HealthCheck, given, note, settings
 
 import attuned_store
@@ -59,6 +61,81 @@ pytestmark = [pytest.mark.once, pytest.mark.timeout(3_600)]
 # Garbage
 # ------------------------------------------------------------------------------
 
+
+class Lying(str):
+    """A text that says of itself what is not so, as enumerations and lazy translations do."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "no text\n"
+
+    def __repr__(self) -> str:
+        return "nothing"
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 1
+
+
+class Word(enum.StrEnum):
+    """Names as an application has them."""
+
+    ANN = "ann"
+    WARMTH = "warmth"
+
+
+class Whole(int):
+    """A number that looks like another one."""
+
+    def __repr__(self) -> str:
+        return "many"
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    def __hash__(self) -> int:
+        return 2
+
+
+class Real(float):
+    """A number that shows something else."""
+
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+class Several(list[Any]):
+    """A list that has another length than it says."""
+
+    def __len__(self) -> int:
+        return 10**6
+
+
+SUBCLASSES = st.sampled_from(
+    [
+        Word.ANN,
+        Word.WARMTH,
+        Lying("ann"),
+        Lying("warmth"),
+        Lying("good.attuned"),
+        Lying("memory://"),
+        Whole(1),
+        Whole(NOW),
+        Whole(10**400),
+        Real(0.5),
+        Real(math.nan),
+        Several(["warmth"]),
+        Several(),
+        MappingProxyType({"warmth": 0.5}),
+        UserDict({"warmth": 0.5, "user_id": "ann"}),
+    ]
+)
+HUGE = st.sampled_from([2**64, -(2**63) - 1, 10**19, 10**20 + 1]) | st.sampled_from([1, -1]).map(
+    lambda sign: sign * 10**5_000  # more digits than Python writes, also in the names of strategies
+)
 ODD_TEXT = st.sampled_from(
     [
         "",
@@ -86,7 +163,7 @@ ODD_NUMBERS = (
 ODD_THINGS = st.sampled_from(
     [None, object(), object, len, b"ann", bytearray(b"ann"), range(3), Path("ann"), NotImplemented, ...]
 )
-LEAVES = ODD_TEXT | ODD_NUMBERS | ODD_THINGS
+LEAVES = ODD_TEXT | ODD_NUMBERS | ODD_THINGS | SUBCLASSES | HUGE
 GARBAGE = st.recursive(
     LEAVES,
     lambda inner: (
@@ -100,7 +177,10 @@ GARBAGE = st.recursive(
 )
 GOOD_AXES = st.dictionaries(st.sampled_from(["warmth", "formality"]), st.floats(0, 1))
 SNAPSHOTS = st.builds(
-    StateSnapshot, st.sampled_from(["ann", "bob", "new"]), GOOD_AXES, st.integers(0, 2 * NOW)
+    StateSnapshot,
+    st.sampled_from(["ann", "bob", "new"]),
+    GOOD_AXES,
+    st.integers(0, 2 * NOW).filter(lambda time_ms: time_ms not in LIKE_SECONDS),
 )
 
 
@@ -219,6 +299,7 @@ QDRANT_OPTIONS = {
     "lock_timeout": often(1.0),
     "cache_size": often(10),
     "slow_operation_ms": often(10.0),
+    "min_free_bytes": often(0),
     "api_key": often("key"),
     "connect_timeout": often(1.0),
     "request_timeout": often(1.0),
@@ -263,6 +344,20 @@ def fields_of(user_id: Any, axes: Any, fields: dict[str, Any]) -> dict[str, Any]
     return {"user_id": user_id, "axes": axes, **fields}
 
 
+VARIABLES_OF_TARGETS = st.dictionaries(
+    st.sampled_from(["ATTUNED_STORE", "QDRANT_URL", "ATTUNED_STORE_PATH"]),
+    ODD_TEXT.filter(lambda text: "\0" not in text and "\ud800" not in text),
+)
+
+
+def default_target_of(variables: dict[str, str]) -> None:
+    """What is opened without a target is a text that is not blank, whatever the variables hold."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        assert attuned_store.default_target().strip()
+
+
 FUNCTIONS: dict[str, st.SearchStrategy[Callable[[], Any]]] = {
     "StateSnapshot": st.builds(
         lambda *given: lambda: StateSnapshot(**fields_of(*given)), USER_IDS, AXES, FIELDS
@@ -288,6 +383,8 @@ FUNCTIONS: dict[str, st.SearchStrategy[Callable[[], Any]]] = {
     "AsyncQdrantStore": calls(partial(AsyncQdrantStore, url=BAD_URL), often(QdrantStoreConfig()), **NO_URL),
     "open_store": calls(attuned_store.open_store, TARGETS, **MEMORY_OPTIONS),
     "open_async_store": calls(attuned_store.open_async_store, TARGETS, **MEMORY_OPTIONS),
+    "store_exists": calls(attuned_store.store_exists, TARGETS),
+    "default_target": st.builds(lambda values: partial(default_target_of, values), VARIABLES_OF_TARGETS),
     "verify_snapshot": calls(attuned_store.verify_snapshot, FILES_OF_SNAPSHOTS, progress=PROGRESS),
     "averify_snapshot": calls(attuned_store.averify_snapshot, FILES_OF_SNAPSHOTS, progress=PROGRESS),
     "list_snapshots": calls(attuned_store.list_snapshots, DIRECTORIES),
@@ -296,6 +393,7 @@ FUNCTIONS: dict[str, st.SearchStrategy[Callable[[], Any]]] = {
 # Beyond ValidationError; opening raises what the store does, such as for a path that no directory can have.
 ERRORS: dict[str, tuple[type[Exception], ...]] = {
     "open_store": (StoreError,),
+    "store_exists": (StoreError,),
     "verify_snapshot": (SnapshotError,),
     "averify_snapshot": (SnapshotError,),
     "list_snapshots": (SnapshotError,),
@@ -331,7 +429,7 @@ def callable_names() -> Iterator[str]:
         if inspect.isfunction(thing):
             yield name
         elif inspect.isclass(thing) and not (
-            name in GIVEN_OUT
+            name in {*GIVEN_OUT, "StateStore", "AsyncStateStore"}
             or inspect.isabstract(thing)
             or issubclass(thing, Exception | enum.Enum)
             or typing.is_typeddict(thing)
@@ -427,6 +525,13 @@ STORE_FUNCTIONS: dict[str, st.SearchStrategy[Call]] = {
         replace=often(st.booleans()),
         progress=PROGRESS,
     ),
+    "restore": on_store(
+        "restore",
+        FILES_OF_SNAPSHOTS.map(lambda file: lambda store: file),
+        ends(NO_PLACES),
+        mode=often(st.sampled_from(["replace", "merge", "skip"])),
+        progress=PROGRESS,
+    ),
     "snapshot_on_start": on_store(
         "snapshot_on_start", ends(GARBAGE), timeout=often(1.0), keep=often(st.integers(1, 3))
     ),
@@ -478,10 +583,20 @@ ARGUMENTS: dict[str, st.SearchStrategy[Call]] = {
     "__contains__": method("__contains__", USER_IDS),
     "__getitem__": method("__getitem__", USER_IDS),
 }
-CHANGING = {"upsert_latest", "upsert_many", "patch", "update", "delete", "restore_snapshot", "copy"}
+CHANGING = {
+    "upsert_latest",
+    "upsert_many",
+    "patch",
+    "update",
+    "delete",
+    "restore_snapshot",
+    "restore",
+    "copy",
+}
 DOCUMENTED: dict[str, tuple[type[Exception], ...]] = {
     "create_snapshot": (SnapshotError,),
     "restore_snapshot": (SnapshotError,),
+    "restore": (StoreError,),
     "copy": (StoreError,),  # no store at the source, or none to be opened at the target
     "snapshot_on_start": (SnapshotError,),
     "wait_until_ready": (BackendError,),  # the time may be short

@@ -19,11 +19,13 @@ import time
 import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 import anyio.lowlevel
 import attrs
+import certifi
 import httpx
 import pytest
 from conformance import (
@@ -1469,6 +1471,21 @@ def test_a_ca_certificate_that_is_not_there_is_refused() -> None:
         QdrantStore(url="https://localhost:6333", verify="/no/such/ca.pem")
 
 
+@pytest.mark.parametrize("kind", [QdrantStore, AsyncQdrantStore])
+def test_a_ca_certificate_is_given_by_any_path(kind: Any, tmp_path: Path) -> None:
+    """verify= takes a Path as well as a string, and what is no path is a ValidationError that says so."""
+    path = tmp_path / "ca.pem"
+    with pytest.raises(StoreError, match=r"verify: .*ca.pem.* is no usable certificate"):
+        kind(url="https://localhost:6333", verify=path)
+    path.write_bytes(Path(certifi.where()).read_bytes())
+    for verify in (path, str(path)):
+        assert kind(url="https://localhost:6333", verify=verify).config.verify == str(path)
+
+    for wrong in ("", b"ca.pem", "ca\0.pem", "\ud800", 5, None):
+        with pytest.raises(ValidationError, match="verify"):
+            kind(url="https://localhost:6333", verify=wrong)
+
+
 async def test_a_closed_port_is_unavailable(connect: Any, closed_port: int) -> None:
     """A wrong port is BackendUnavailableError, which names the url."""
     error = await caught(connect(url=f"http://127.0.0.1:{closed_port}").upsert_latest(state()))
@@ -1909,7 +1926,7 @@ def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The waits of the store, which are recorded instead of waited for."""
     naps: list[float] = []
 
-    async def nap(seconds: float) -> None:
+    async def nap(_: object, seconds: float) -> None:
         naps.append(seconds)
         await anyio.lowlevel.checkpoint()
 

@@ -45,6 +45,7 @@ def _is_local(request: "Request") -> bool:
 def authorization(host: str) -> Callable[["Request"], bool]:
     """Chooses who may ask: who knows the token, or, where there is none, who is on this machine."""
     token = os.environ.get("ATTUNED_STORE_TOKEN")
+    token = token and token.strip()  # the line end of a file that it was read from is no part of it
     if token is None and _is_loopback(host):
         return _is_local
     if token is None:

@@ -242,8 +242,6 @@ def _without_secrets(url: str) -> str:
 
 
 _MAX_FILE_NAME = 1024  # characters, of the name of a snapshot on a server
-
-
 MIN_SERVER_VERSION = (1, 17)  # conditional upserts with update modes
 
 

@@ -129,6 +129,7 @@ def _link_or_rename(path: Path, final: Path) -> bool:
 
 
 DEFAULT_SNAPSHOT_DIRECTORY = "./data/qdrant/snapshots"
+_LONGEST_NAME = 200  # of a collection, in the name of a file
 SNAPSHOT_NAME = re.compile(r"(\d{8}T\d{6}\.\d{3}Z)-(.+)\.(snap|attuned)")
 _KINDS: dict[str, SnapshotKind] = {suffix: kind for kind, suffix in SNAPSHOT_SUFFIXES.items()}
 
@@ -145,6 +146,9 @@ def _time_in_name(path: Path) -> datetime | None:
 def _snapshot_names(time_ms: int, collection: str, kind: SnapshotKind) -> Iterator[str]:
     """The name of a snapshot, and those of the milliseconds that follow, should it be taken."""
     named = urlquote(collection, safe="", errors="replace")  # a server's own may be anything
+    if len(named) > _LONGEST_NAME:  # which, with what comes before and after, is longer than a file's may be
+        digest = hashlib.sha256(collection.encode(errors="replace")).hexdigest()[:16]
+        named = re.sub("%.?$", "", named[: _LONGEST_NAME - 17]) + "+" + digest  # no other name has a "+"
     for moment in itertools.count(time_ms):
         stamp = iso_time(moment).replace("-", "").replace(":", "")
         yield f"{stamp}-{named}{SNAPSHOT_SUFFIXES[kind]}"
@@ -152,7 +156,7 @@ def _snapshot_names(time_ms: int, collection: str, kind: SnapshotKind) -> Iterat
 
 def snapshot_directory(directory: str | os.PathLike[str] | None) -> Path:
     """The directory that was asked for, or the configured one: absolute."""
-    given = os.environ.get("QDRANT_SNAPSHOT_DIR") or DEFAULT_SNAPSHOT_DIRECTORY
+    given = os.environ.get("QDRANT_SNAPSHOT_DIR", "").strip() or DEFAULT_SNAPSHOT_DIRECTORY
     return absolute_path(given if directory is None else directory)
 
 

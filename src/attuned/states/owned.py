@@ -46,11 +46,6 @@ def keep_in_cache(cache: MutableMapping[str, T], key: str, value: T) -> None:
         cache.pop(key, None)
 
 
-def lacks_latest(times: Sequence[int], latest: StateSnapshot) -> bool:
-    """Whether a history was off when the latest snapshot was written."""
-    return not times or times[-1] != latest.updated_at_unix_ms
-
-
 class WriteDraft:
     """What becomes of a user's points in a write."""
 
@@ -68,10 +63,13 @@ class WriteDraft:
         time_ms = snapshot.updated_at_unix_ms
         if self.latest is None or time_ms >= self.latest.updated_at_unix_ms:
             self.latest, self.changed = snapshot, True
-        if retention.maximum == 0:
-            return
         position = bisect_left(self.times, time_ms)
-        if self.times[position : position + 1] != [time_ms]:
+        there = self.times[position : position + 1] == [time_ms]
+        if retention.maximum == 0:
+            if there:  # of when history was on: it must not come back in the place of this one
+                self.removed.append(self.times.pop(position))
+            return
+        if not there:
             self.times.insert(position, time_ms)
         self.put[time_ms] = snapshot
         excess = retention.removable(self.times)
@@ -177,10 +175,10 @@ class OwnedBackend(PointsBackend):
         latest, times = await self.get_latest(user_id), self._times.get(user_id, [])
         ids = [make_point_id(user_id, time_ms) for time_ms in times[-wanted:]]
         records = await self.engine.retrieve(self._collection, ids) if ids else []
-        snapshots = sorted((decode_snapshot(record.payload) for record in records), key=time_of, reverse=True)
-        if latest is not None and lacks_latest(times, latest):
-            snapshots = [latest, *snapshots][:wanted]
-        return snapshots
+        found = {time_of(entry): entry for entry in (decode_snapshot(record.payload) for record in records)}
+        if latest is not None:  # which history lacks, or has as it was before, if it was off meanwhile
+            found[time_of(latest)] = latest
+        return sorted(found.values(), key=time_of, reverse=True)[:wanted]
 
     async def users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
         """See Backend.users."""
@@ -197,6 +195,19 @@ class OwnedBackend(PointsBackend):
             return await super()._count_by_user(user_ids, least)
         histories = ((user_id, self._times.get(user_id, [])) for user_id in user_ids)
         return {user_id: len(times) - bisect_left(times, least) for user_id, times in histories}
+
+    async def _latest_times_page(self, cursor: Cursor) -> tuple[dict[str, int], Cursor]:
+        if self.engine.indexed:
+            return await super()._latest_times_page(cursor)
+        user_ids, cursor = await self.users(cursor)
+        ids = [make_point_id(user_id, "latest") for user_id in user_ids]
+        records = await self.engine.retrieve(self._collection, ids) if ids else []
+        return {each.payload["user_id"]: each.payload["updated_at_unix_ms"] for each in records}, cursor
+
+    async def _lacking(self, latest: Mapping[str, int]) -> set[str]:
+        if self.engine.indexed:
+            return await super()._lacking(latest)
+        return {user_id for user_id, time_ms in latest.items() if time_ms not in self._times[user_id][-1:]}
 
     # Writes
 
@@ -260,9 +271,10 @@ class OwnedBackend(PointsBackend):
         drafts = {user_id: WriteDraft(None, []) for user_id in user_ids}
         for user_id, snapshot in latest.items():
             draft = drafts[user_id] = WriteDraft(snapshot, list(await self._times_of(user_id)))
-            if lacks_latest(draft.times, snapshot) and self._retention.maximum:
-                draft.times.append(snapshot.updated_at_unix_ms)
-                draft.put[snapshot.updated_at_unix_ms] = snapshot
+            time_ms = snapshot.updated_at_unix_ms
+            if time_ms not in draft.times[-1:] and self._retention.maximum:  # history was off
+                draft.times.append(time_ms)
+                draft.put[time_ms] = snapshot
         return drafts
 
     async def _times_of(self, user_id: str) -> list[int]:

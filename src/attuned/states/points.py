@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from abc import ABC, abstractmethod
+from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attuned.base.codec import FORMAT_VERSION, Schema, make_point_id, pack_axes, unpack_axes
@@ -18,9 +19,10 @@ from attuned.base.values import (
     StateSnapshot,
     check_integer,
     stored_snapshot,
+    time_of,
 )
 from attuned.engines.filters import AnyOf, Condition, Equal, Filter, Range
-from attuned.engines.waist import CollectionSpec, Engine, IndexKind, Point, Record
+from attuned.engines.waist import CollectionSpec, Engine, IndexKind, Page, Point, Record
 from attuned.states.contract import (
     BATCH_SIZE,
     Cursor,
@@ -39,25 +41,12 @@ _INDEXES: Mapping[str, IndexKind] = {
     "source": "keyword",
 }
 
-
 LATEST = Equal("kind", "latest")
-
-
 HISTORY = Equal("kind", "history")
-
-
 LAST_BITS = 1e-12  # by so much an engine may change a float
-
-
 _MOST_MATCHES = 2**31 - 1
-
-
 LINEAGE = 32  # revisions that a point on a server remembers
-
-
 MAX_COUNTED = 10_000  # users whose writes are counted on a server
-
-
 WHOLE_HISTORY = 1_000_000  # more entries than the history of one user can sensibly have
 
 
@@ -109,7 +98,8 @@ def payload_field(record: Record, field: str, kind: type[T]) -> T:
 
 
 def _where(search: SearchRequest) -> Filter:
-    must: list[Condition] = [HISTORY if search.history else LATEST]
+    # The latest point stands for its state in history too, which may lack it: see PointsBackend._lacking.
+    must: list[Condition] = [] if search.history else [LATEST]
     if search.source is not None:
         must.append(Equal("source", search.source.value))
     if search.min_confidence is not None:
@@ -243,37 +233,72 @@ class PointsBackend(ABC):
     async def search(self, request: SearchRequest) -> list[Match]:
         """See Backend.search."""
         vector, where = self.schema.vector(request.axes), _where(request)
-        limit = min(request.limit, _MOST_MATCHES)
+        if request.history and not self._retention.maximum:
+            return []
+        limit = min(2 * request.limit + 1 if request.history else request.limit, _MOST_MATCHES)
         while True:
             records = await self.engine.search(self._collection, vector, where, limit, tenant=request.user_id)
-            found = ((decode_snapshot(record.payload), record.score) for record in records)
+            shown = await self._shown(records) if request.history else records
+            found = ((decode_snapshot(record.payload), record.score) for record in shown)
             matches = [Match(entry, clamp_score(score)) for entry, score in found if request.admits(entry)]
-            if request.history:
-                matches = await self._shown(matches)
             if len(matches) >= request.limit or len(records) < limit or limit == _MOST_MATCHES:
                 break
             limit = min(4 * limit, _MOST_MATCHES)  # some were not to be shown: look further
         return [match for match in matches[: request.limit] if match.score >= request.score_threshold]
 
-    async def _shown(self, matches: list[Match]) -> list[Match]:
-        """Those matches that history shows: one that is not yet trimmed holds more."""
-        overfull = await self._overfull(list({match.snapshot.user_id for match in matches}))
-        return [
-            match
-            for match in matches
-            if match.snapshot.user_id not in overfull or await self._in_history(match.snapshot)
-        ]
-
-    async def _in_history(self, snapshot: StateSnapshot) -> bool:
-        times = await self._times_of(snapshot.user_id)
-        return snapshot.updated_at_unix_ms in times[self._retention.hidden(times) :]
+    async def _shown(self, records: Sequence[Record]) -> list[Record]:
+        """Those records of both kinds that history shows, each state once: one not yet trimmed holds more."""
+        users = dict.fromkeys(payload_field(record, "user_id", str) for record in records)
+        latest = await self._latest_times(list(users))
+        overfull, cutoff = await self._overfull(latest), self._retention.cutoff()
+        seen, shown = set[tuple[str, int]](), list[Record]()
+        for record in records:
+            user_id = payload_field(record, "user_id", str)
+            time_ms = payload_field(record, "updated_at_unix_ms", int)
+            newest = latest.get(user_id)
+            if newest is None or time_ms < cutoff or (user_id, time_ms) in seen:
+                continue
+            if time_ms == newest and payload_field(record, "kind", str) != "latest":
+                continue  # the latest point is what counts, should they differ
+            if user_id in overfull:
+                times = await self._timeline(user_id, newest)
+                if time_ms not in times[self._retention.hidden(times) :]:
+                    continue
+            seen.add((user_id, time_ms))
+            shown.append(record)
+        return shown
 
     async def users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
         """See Backend.users."""
-        page = await self.engine.page(
+        page = await self._latest_page(cursor)
+        return [payload_field(record, "user_id", str) for record in page.records], page.cursor
+
+    async def _latest_page(self, cursor: Cursor) -> Page:
+        return await self.engine.page(
             self._collection, Filter((LATEST,)), limit=self.batch_size, cursor=cursor
         )
-        return [payload_field(record, "user_id", str) for record in page.records], page.cursor
+
+    async def _latest_times(self, user_ids: Sequence[str]) -> dict[str, int]:
+        """The times of the latest snapshots of those of these users who have one."""
+        return {user_id: time_of(latest) for user_id, latest in (await self.find(user_ids)).items()}
+
+    async def _latest_times_page(self, cursor: Cursor) -> tuple[dict[str, int], Cursor]:
+        """A page of users, with the times of their latest snapshots."""
+        page = await self._latest_page(cursor)
+        pairs = (
+            (payload_field(record, "user_id", str), payload_field(record, "updated_at_unix_ms", int))
+            for record in page.records
+        )
+        return dict(pairs), page.cursor
+
+    async def _lacking(self, latest: Mapping[str, int]) -> set[str]:
+        """The users whose history holds no copy of their latest snapshot, which counts as an entry of it.
+
+        History was off when that was written, or all of it was pruned for its age.
+        """
+        ids = {make_point_id(user_id, time_ms): user_id for user_id, time_ms in latest.items()}
+        there = await self.engine.retrieve(self._collection, list(ids), payload=False) if ids else []
+        return set(latest).difference(ids[str(record.id)] for record in there)
 
     async def count(self) -> int:
         """See Backend.count."""
@@ -281,8 +306,12 @@ class PointsBackend(ABC):
 
     async def count_page(self, cursor: Cursor) -> tuple[int, Cursor]:
         """See Backend.count_page."""
-        user_ids, cursor = await self.users(cursor)
-        counts = await self._count_by_user(user_ids, self._retention.cutoff())
+        if not self._retention.maximum:
+            return 0, None
+        latest, cursor = await self._latest_times_page(cursor)
+        cutoff = self._retention.cutoff()
+        counts = Counter(await self._count_by_user(list(latest), cutoff))
+        counts.update(user_id for user_id in await self._lacking(latest) if latest[user_id] >= cutoff)
         return sum(min(self._retention.maximum, count) for count in counts.values()), cursor
 
     async def _count_by_user(self, user_ids: Sequence[str], least: int = 0) -> Mapping[str, int]:
@@ -294,26 +323,38 @@ class PointsBackend(ABC):
 
     async def prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
         """See Backend.prune_page."""
-        user_ids, cursor = await self.users(cursor)
+        latest, cursor = await self._latest_times_page(cursor)
         hidden, removed = dict[str, list[int]](), 0
-        for user_id in await self._overfull(user_ids):
-            times = await self._times_of(user_id)
-            removed += self._retention.removable(
-                times
-            )  # the newest entry is the latest snapshot, which stays
-            if number := self._retention.hidden(times):
-                hidden[user_id] = times[:number]
+        for user_id in await self._overfull(latest):
+            held, times = await self._times_of(user_id), await self._timeline(user_id, latest[user_id])
+            # The newest entry is the latest snapshot, which stays.
+            removed += min(len(held), self._retention.removable(times))
+            if old := held[: self._retention.hidden(times)]:
+                hidden[user_id] = old
         if hidden:
             await self._remove(hidden)
         return removed, cursor
 
-    async def _overfull(self, user_ids: Sequence[str]) -> list[str]:
+    async def _overfull(self, latest: Mapping[str, int]) -> set[str]:
         """The users whose history holds entries that it does not show."""
-        held = await self._count_by_user(user_ids)
+        held = await self._count_by_user(list(latest))
         cutoff = self._retention.cutoff()
-        shown = await self._count_by_user(user_ids, cutoff) if cutoff else held
-        maximum = self._retention.maximum
-        return [user_id for user_id, count in held.items() if count > min(maximum, shown.get(user_id, 0))]
+        shown = await self._count_by_user(list(latest), cutoff) if cutoff else held
+        # With the latest, which one that lacks it would show first; it is never removed for that.
+        full = self._retention.maximum - 1
+        lacking = await self._lacking(
+            {user_id: latest[user_id] for user_id, count in held.items() if count > full}
+        )
+        return {
+            user_id
+            for user_id, count in held.items()
+            if count > min(full + (user_id not in lacking), shown.get(user_id, 0))
+        }
+
+    async def _timeline(self, user_id: str, latest_ms: int) -> list[int]:
+        """The times of a user's states, ascending, hidden ones included, that of the latest among them."""
+        times = await self._times_of(user_id)
+        return times if latest_ms in times else sorted([*times, latest_ms])
 
     async def states(self, cursor: _Reading | None) -> tuple[list[StateSnapshot], _Reading | None]:
         """All of what some users have, oldest first."""
