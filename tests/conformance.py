@@ -3173,6 +3173,18 @@ for number in range(100):
 store.delete("user-0")
 os.kill(os.getpid(), signal.SIGKILL)
 """
+WRITE_AT_EXIT = """
+import atexit, sys
+from attuned_store import QdrantStore, StateSnapshot, StoreClosedError
+def write(when):
+    try:
+        store.upsert_latest(StateSnapshot(when, {"warmth": 0.25}))
+    except StoreClosedError:
+        print(when, "it was closed")
+atexit.register(write, "before")
+store = QdrantStore(path=sys.argv[1], engine=sys.argv[2])
+atexit.register(write, "after")
+"""
 WRITE_AND_LEAVE = """
 import sys
 from attuned_store import QdrantStore, StateSnapshot
@@ -3272,6 +3284,17 @@ class EmbeddedProcessTests(EmbeddedKit):
         assert (left.returncode, left.stdout, left.stderr) == (0, "", "")
         with case.open_sync(path) as store:
             assert store.count() == store.count(history=True) == 100
+
+    def test_a_handler_registered_after_opening_still_writes_at_exit(
+        self, case: Case, tmp_path: Path
+    ) -> None:
+        """A handler of atexit from after the opening finds the store open, one from before it closed."""
+        path = tmp_path / "store"
+        left = run_python(WRITE_AT_EXIT, path, case.backend)
+
+        assert (left.returncode, left.stdout, left.stderr) == (0, "before it was closed\n", "")
+        with case.open_sync(path) as store:
+            assert list(store.users()) == ["after"]
 
     def test_a_forked_child_is_told_to_open_its_own_store(self, case: Case, tmp_path: Path) -> None:
         """A store inherited by a forked child raises StoreError, and the parent loses nothing."""
