@@ -170,10 +170,7 @@ __all__ = [
 
 
 T = TypeVar("T")
-
-
 LOGGER = logging.getLogger("attuned_store")
-
 
 # For what is slow, which nobody wants on the stderr of a program that has not set up logging.
 SLOW_LOGGER = logging.getLogger("attuned_store.slow")
@@ -683,31 +680,14 @@ CANONICAL_AXES: Final = (
     "privacy_sensitivity",
 )
 
-
 MAX_VECTOR_SIZE = 65_536
-
-
 CANONICAL_VECTOR_SIZE = len(CANONICAL_AXES) + 1  # a spare one: an axis more needs no rebuilding
-
-
 NEUTRAL = 0.5
-
-
 MAX_AXES = 1024
-
-
 _MAX_AXIS_NAME = 64
-
-
 MAX_USER_ID_BYTES = 256
-
-
 MAX_TIME_MS = 253_402_300_799_999  # the last millisecond of the year 9999, UTC
-
-
 MAX_INTEGER = 2**63 - 1  # what Qdrant's payload integers hold
-
-
 _SHOWN_AXES = 8  # of a snapshot in its repr
 _AXIS_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_")
 
@@ -868,8 +848,6 @@ class Axes(Mapping[str, float]):
 
 
 _set_shape = cast("Any", Axes._shape).__set__  # the slots' own setters, which go past __setattr__
-
-
 _set_values = cast("Any", Axes._values).__set__
 
 
@@ -1186,11 +1164,7 @@ class _Any(enum.Enum):
 
 
 ANY: Final = _Any.ANY  # the default of expected=: whatever is there
-
-
 Expected = StateSnapshot | Literal[_Any.ANY] | None
-
-
 UNIX_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -1236,11 +1210,7 @@ def time_of(snapshot: StateSnapshot) -> int:
 
 
 FORMAT_VERSION = 1
-
-
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "attuned_store")
-
-
 MS_PER_DAY = 86_400_000
 
 
@@ -1337,27 +1307,18 @@ class Schema:
 
 
 TRUE_WORDS = frozenset({"true", "1", "yes", "y", "on"})
-
-
 _LOOPBACK = re.compile(r"127(?:\.\d+){3}|::1")
-
-
 HEADER_TEXT = re.compile(r"[!-~]+")
-
-
 _HOST = re.compile(r"(?:[\w.-]+|\[[0-9a-fA-F:.]+\])(?::\d+)?")  # with its port
-
-
 _MAX_FACTOR = 2**31 - 1
-
-
 _COLLECTION_NAME = re.compile(r"[^\W.-][\w.-]{0,199}")  # it names files on disk
-
-
 FALSE_WORDS = frozenset({"false", "0", "no", "n", "off"})
-
-
 DEFAULT_COLLECTION = "attuned_state"
+
+
+# Qdrant Edge writes through memory maps, where a full disk is a signal that ends the process. With another
+# process filling the disk at the same time, 16 MiB were too few in 2 of 24 runs, 64 MiB in none.
+MIN_FREE_BYTES = 64 << 20
 
 
 def is_loopback(host: str) -> bool:
@@ -1521,6 +1482,7 @@ class QdrantOptions(MemoryOptions, total=False):
     lock_timeout: float
     cache_size: int
     slow_operation_ms: float | None
+    min_free_bytes: int
     connect_timeout: float
     request_timeout: float
     pool_size: int
@@ -1597,7 +1559,9 @@ class QdrantStoreConfig(MemoryStoreConfig):
     ``durability`` "process" survives the death of the process, "power" a power cut too, at the cost of a
     flush, which those who write at the same time share. ``lock_timeout`` is how many seconds to wait for a
     directory that another process has open; ``cache_size`` how many snapshots the read cache holds (0: none).
-    A step that takes longer than ``slow_operation_ms`` is logged as a warning (0 or None: none is).
+    A step that takes longer than ``slow_operation_ms`` is logged as a warning (0 or None: none is). A disk
+    with less than ``min_free_bytes`` free (local mode: 1 MiB at most), and room for what is to be written, is
+    full: nothing is written.
 
     For a server: ``api_key``; ``connect_timeout`` and ``request_timeout`` in seconds, ``snapshot_timeout``
     for making or restoring a native snapshot; ``pool_size``, the number of connections kept; ``verify``,
@@ -1616,6 +1580,7 @@ class QdrantStoreConfig(MemoryStoreConfig):
     lock_timeout: float = 0.0
     cache_size: int = 10_000
     slow_operation_ms: float | None = 100.0
+    min_free_bytes: int = MIN_FREE_BYTES
     connect_timeout: float = 10.0
     request_timeout: float = 30.0
     pool_size: int = 64
@@ -1642,6 +1607,7 @@ class QdrantStoreConfig(MemoryStoreConfig):
         check_choice("durability", self.durability, ("process", "power"))
         check_positive("lock_timeout", self.lock_timeout, zero=True)
         check_integer("cache_size", self.cache_size, 0, MAX_INTEGER)
+        check_integer("min_free_bytes", self.min_free_bytes, 0, MAX_INTEGER)
         if self.slow_operation_ms is not None:
             check_positive("slow_operation_ms", self.slow_operation_ms, zero=True)
         self._check_server_fields()
@@ -1735,29 +1701,13 @@ def make_qdrant_config(config: QdrantStoreConfig | None, options: Mapping[str, A
 # of a user id the first four characters; colours that can be read on a light and on a dark page.
 
 _MOST_BARS = 64  # axes of a snapshot
-
-
 _MOST_COLUMNS = 50  # snapshots of a history
-
-
 MAX_PLOTTED = 1_000
-
-
 _ABOVE, _BELOW = (59, 125, 216), (214, 111, 33)  # blue and orange: told apart by all kinds of eyes
-
-
 FONT = "font-family:sans-serif;font-size:12px;line-height:1.3"
-
-
 _CELL = "padding:1px 6px;text-align:left;border:none;white-space:nowrap"
-
-
 _NUMBER = "font-variant-numeric:tabular-nums"
-
-
 _ROW = "background:none"
-
-
 TABLE = "border-collapse:collapse"
 
 
@@ -3421,8 +3371,6 @@ def status_error(status: int, content: bytes, asked: str, where: ErrorOrigin) ->
 
 
 _MAX_FILE_NAME = 1024  # characters, of the name of a snapshot on a server
-
-
 MIN_SERVER_VERSION = (1, 17)  # conditional upserts with update modes
 
 
@@ -3546,7 +3494,7 @@ class ConnectionPools:
         number = math.ceil(connections / self.CONNECTIONS)
         self._pools = [make((connections + place) // number) for place in reversed(range(number))]
         self._busy = [0] * len(self._pools)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     @contextlib.contextmanager
     def _least_busy(self) -> Generator[Any]:
@@ -3592,7 +3540,7 @@ class CircuitBreaker:
     def __init__(self, policy: BreakerPolicy, clock: Callable[[], float] = time.monotonic) -> None:
         self._policy = policy
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._failures = 0
         self._opened_at: float | None = None
         self._probing = False
@@ -3769,7 +3717,7 @@ class Worker:
         from anyio.lowlevel import RunVar
 
         if self._limiters is None:
-            self._limiters = RunVar("worker")
+            self._limiters = RunVar(f"worker {uuid.uuid4()}")  # anyio 4.5 tells them apart by the name
         limiter = self._limiters.get(None)
         if limiter is None:
             limiter = CapacityLimiter(1)
@@ -3947,6 +3895,7 @@ class Files(Protocol):
 
     name: str
     writes: int  # how many have been done
+    min_free_bytes: int  # below which a disk counts as full
     runs: Literal[
         "in place", "in thread", "on loop"
     ]  # "in thread": calls block; "in place": they are short and hold the interpreter anyway
@@ -3960,6 +3909,14 @@ class Files(Protocol):
         """Make what has been written survive a power cut; others may use the engine meanwhile."""
         ...
 
+    def housekeep(self, task: str, work: Callable[[], object]) -> None:
+        """Do what no write waits for: where it fails, it is told in health, and tried again later."""
+        ...
+
+    def signs(self) -> list[str]:
+        """What is put off, and whether the disk is full."""
+        ...
+
     async def replace(self, collection: str, by: str) -> None:
         """Let another open collection take the place of one, at one moment; its own name is then free."""
         ...
@@ -3969,7 +3926,7 @@ class Files(Protocol):
         ...
 
     async def close(self) -> None:
-        """Flush and release everything."""
+        """Flush and release everything, also where that fails for a part of it."""
         ...
 
 
@@ -3977,7 +3934,7 @@ class FlushRound:
     """Writes that one flush makes survive a power cut."""
 
     def __init__(self) -> None:
-        self.turn = threading.Lock()  # of the member that sees to the flush; the others wait for it
+        self.turn = threading.RLock()  # of the member that sees to the flush; the others wait for it
         self.members = 0
         self.ended = False
         self.error: BackendError | None = None
@@ -3992,7 +3949,7 @@ class GroupCommit:
     def __init__(self, engine: Files) -> None:
         self._engine = engine
         self._joined = threading.Condition()
-        self.flushing = threading.Lock()
+        self.flushing: Any = threading.RLock()
         self._open = FlushRound()  # which the next flush will serve
         self._served = 0  # members of the last round
         self._duration = 0.0  # of the last flush, in seconds
@@ -4051,8 +4008,7 @@ class Directory:
         self.backends: dict[str, Any] = {}  # by collection
         self.writer, self.flusher = Worker(), Worker()  # of asynchronous stores
         self._orphaned = self._closing = self._closed = False
-        self._lock = threading.Lock()
-        self._inside: set[int] = set()  # the threads that are in a call
+        self._lock: Any = threading.RLock()  # knows whether the thread has it
         _make_directory(path)
         self._lock_file = self._take_lock()
         try:
@@ -4076,20 +4032,12 @@ class Directory:
             raise StoreError(f"{self.path}: cannot be locked, is it writable? {error}") from error
 
     def check_free(self) -> None:
-        """Raise ReenteredError in the middle of another call of this thread."""
-        if threading.get_ident() in self._inside:
-            raise ReenteredError(self.path)
+        """Raise ReenteredError in the middle of another call of this thread, which would wait for itself.
 
-    @contextlib.contextmanager
-    def _entered(self) -> Generator[None]:
-        """Refuse a call in the middle of another one of the same thread, which would wait for itself."""
-        self.check_free()
-        thread = threading.get_ident()
-        try:
-            self._inside.add(thread)
-            yield
-        finally:
-            self._inside.discard(thread)
+        That is asked of the locks: a note of it would stay behind where an interrupt comes at its line.
+        """
+        if self._lock._is_owned() or self.flushes.flushing._is_owned():
+            raise ReenteredError(self.path)
 
     def is_there(self) -> bool:
         """Whether the directory is still where it was opened."""
@@ -4107,7 +4055,8 @@ class Directory:
         try:
             if self._orphaned:
                 raise forked_error(self.path)
-            with self._entered(), self._lock:
+            self.check_free()
+            with self._lock:
                 if self._closed:
                     raise closed_error()
                 before = self.engine.writes
@@ -4131,9 +4080,11 @@ class Directory:
             )
 
     def settle(self, written: FlushRound) -> None:
-        """Wait until what was written is safe."""
-        with self._entered():
+        """Wait until what was written is safe, if it is to survive a power cut; else a flush may fail."""
+        if self.durability == "power":
             self.flushes.settle(written)
+        else:
+            self.engine.housekeep("flushing", functools.partial(self.flushes.settle, written))
 
     def release(self) -> None:
         """Give up a store's hold on the directory, and close it with the last."""
@@ -4258,6 +4209,15 @@ class Range(NamedTuple):
     lte: float | None = None
     gt: float | None = None
     lt: float | None = None
+
+    def bounds(self) -> dict[str, float | None]:
+        """The bounds by name, the stricter of two on a side: the indexes of Qdrant heed but one of them."""
+        gte, lte, gt, lt = self[1:]
+        if gte is not None and gt is not None:
+            gte, gt = (None, gt) if gt >= gte else (gte, None)
+        if lte is not None and lt is not None:
+            lte, lt = (None, lt) if lt <= lte else (lte, None)
+        return {"gte": gte, "lte": lte, "gt": gt, "lt": lt}
 
 
 class Text(NamedTuple):
@@ -4808,6 +4768,89 @@ class EngineInProcess(Engine):
         return {value: await self.count(collection, each) for value, each in narrowed}
 
 
+def payload_bytes(value: Any) -> int:
+    """About how many bytes JSON takes as it is written to a disk, rather too many."""
+    if isinstance(value, str):
+        return 8 + (len(value) if value.isascii() else 4 * len(value))
+    if isinstance(value, dict):
+        return sum(
+            8 + 4 * len(key) + payload_bytes(each) for key, each in cast("dict[str, Any]", value).items()
+        )
+    if isinstance(value, list | tuple):
+        return sum(map(payload_bytes, cast("Sequence[Any]", value)))
+    return 16
+
+
+class EngineOnDisk(EngineInProcess):
+    """What the engines that keep files do alike: they look for room first, and put off what can wait."""
+
+    RETRY_S = 30.0  # until what was put off is tried again, at the next write
+    most_left_free = MAX_INTEGER  # as much as ``min_free_bytes`` says
+    _POINT_BYTES = 256  # of a point, beside its payload and vector
+
+    def __init__(self, path: Path, min_free_bytes: int = MIN_FREE_BYTES) -> None:
+        super().__init__()
+        self._root = str(path)
+        self.min_free_bytes = min_free_bytes
+        self._put_off: dict[str, tuple[str, float]] = {}  # what is the matter, and when it is tried again
+
+    @staticmethod
+    def free_bytes(path: str) -> int:
+        """How much room there is on the disk of a directory."""
+        return shutil.disk_usage(path).free
+
+    def check_room(self, operation: str, size: int = 0) -> None:
+        """Raise BackendError where the disk is as good as full, before anything is done."""
+        try:
+            free = self.free_bytes(self._root)
+        except OSError:
+            return  # a directory that is gone, of which check_there tells
+        needed = min(self.min_free_bytes, self.most_left_free) + size
+        if free < needed:
+            done = "closed without a flush" if operation == "close" else "nothing was done"
+            raise BackendError(
+                f"{self._root}: the disk is full: {operation} needs {needed / 2**20:,.1f} MiB free, "
+                f"there are {free / 2**20:,.1f}; {done}: make room, or lower min_free_bytes "
+                "(ATTUNED_STORE_MIN_FREE_BYTES) on a small device",
+                backend=self.name,
+                operation=operation,
+                retryable=True,
+            )
+
+    def check_room_for(self, written: Sequence[Point], deleted: Sequence[str]) -> None:
+        """Raise BackendError where there is no room for a write: four times what it holds."""
+        size = self._POINT_BYTES * (len(written) + len(deleted))
+        size += sum(4 * len(point.vector) + payload_bytes(point.payload) for point in written)
+        self.check_room("write", 4 * size)
+
+    def is_due(self, task: str) -> bool:
+        """Whether a task has not been put off just now."""
+        return task not in self._put_off or time.monotonic() >= self._put_off[task][1]
+
+    def housekeep(self, task: str, work: Callable[[], object]) -> None:
+        """Do what no write waits for: where it fails, that is told, once, and it is tried again later."""
+        if not self.is_due(task):
+            return
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - the write before it has been done: whatever it is
+            message = f"{task} is put off: {error or type(error).__name__}"
+            if task not in self._put_off:
+                LOGGER.warning("%s: %s", self._root, message)
+            self._put_off[task] = message, time.monotonic() + self.RETRY_S
+        else:
+            self._put_off.pop(task, None)
+
+    def signs(self) -> list[str]:
+        """See Files.signs."""
+        signs = [message for message, _ in list(self._put_off.values())]
+        try:
+            self.check_room("write")
+        except BackendError as error:
+            signs.append(str(error))
+        return signs
+
+
 def _allows(put: Put, there: Mapping[str, Any] | None) -> bool:
     """Whether a guard lets a point be written where there is one with such a payload, or none."""
     if there is None:
@@ -4854,8 +4897,8 @@ class ClientModels:
                 asked = {"match": models.MatchValue(value=value)}
             case AnyOf(key, values):
                 asked = {"match": models.MatchAny(any=list(values))}
-            case Range(key, gte, lte, gt, lt):
-                asked = {"range": models.Range(gte=gte, lte=lte, gt=gt, lt=lt)}
+            case Range(key):
+                asked = {"range": models.Range(**condition.bounds())}
             case Text(key, text):
                 asked = {"match": models.MatchText(text=text)}
             case Absent(key):
@@ -4926,25 +4969,35 @@ def import_qdrant_edge() -> Any:
 
 
 def abandon_shards(shards: Iterable[Any], directories: Iterable[Path]) -> None:
-    """Keep shards for ever, as dropping one writes to the parent's files; let go of their locks.
+    """Keep shards for ever, as dropping one writes to its files; let go of their locks.
 
-    These are on the directories of their write-ahead logs.
+    These are on the directories of their write-ahead logs. In a forked child the files are the parent's; in
+    this process there may be no room on the disk, where writing is a signal that ends it.
     """
     import ctypes
 
     for shard in shards:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(shard))
-    logs = [(directory / "wal").stat() for directory in directories]
+    logs = list[os.stat_result]()
+    for directory in directories:
+        with contextlib.suppress(OSError):  # somebody has removed it
+            logs.append((directory / "wal").stat())
     for descriptor in Path("/dev/fd").iterdir() if Path("/dev/fd").is_dir() else ():
         with contextlib.suppress(OSError):
             if any(os.path.samestat(descriptor.stat(), log) for log in logs):
                 os.close(int(descriptor.name))
 
 
+def _bytes_in(directory: Path) -> int:
+    """The room that files take, holes left out."""
+    found = [file.stat() for file in directory.rglob("*") if file.is_file()]
+    return sum(getattr(each, "st_blocks", each.st_size // 512) * 512 for each in found)
+
+
 # ------------------------------------------------------------------------------
 
 
-class EdgeEngine(EngineInProcess):
+class EdgeEngine(EngineOnDisk):
     """Qdrant Edge: one shard a collection, in collections/<name>/, its manifest beside it."""
 
     name = "edge"
@@ -4960,8 +5013,14 @@ class EdgeEngine(EngineInProcess):
     # about 6 us a point: done once for so many changes that it does not matter.
     _REBUILD_EVERY = 200_000
 
-    def __init__(self, path: Path, durability: str, reporter: Telemetry | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        path: Path,
+        durability: str,
+        reporter: Telemetry | None = None,
+        min_free_bytes: int = MIN_FREE_BYTES,
+    ) -> None:
+        super().__init__(path, min_free_bytes)
         self.reporter = reporter
         self._api = import_qdrant_edge()
         self._path = path / "collections"
@@ -4979,7 +5038,10 @@ class EdgeEngine(EngineInProcess):
         if self._recorded(collection.name).get("dropped"):
             await self.drop(collection.name)  # which a process began that was killed
         with backend_errors(self, "open"):
-            if not self._generations(collection.name):
+            if generations := self._generations(collection.name):
+                self.check_room("open", sum(_bytes_in(each / "wal") for each in generations))
+            else:
+                self.check_room("open")
                 self._check_never_replaced(collection.name)
                 self._create(collection, self._path / collection.name, manifest)
             metadata = read_manifest(manifest)
@@ -5081,6 +5143,7 @@ class EdgeEngine(EngineInProcess):
         written, deleted = await self._judge(collection, puts, deletes)
         api, shard, changes = self._api, self._shards[collection], len(written) + len(deleted)
         with backend_errors(self, "write"):
+            self.check_room_for(written, deleted)
             try:
                 if written:
                     points = [api.Point(point.id, list(point.vector), point.payload) for point in written]
@@ -5095,7 +5158,8 @@ class EdgeEngine(EngineInProcess):
     @property
     def flush_due(self) -> bool:
         """See Files.flush_due."""
-        return any(self._done[name] - self._flushed[name] >= self._FLUSH_EVERY for name in self._shards)
+        due = any(self._done[name] - self._flushed[name] >= self._FLUSH_EVERY for name in self._shards)
+        return due and self.is_due("flushing")
 
     def flush(self) -> None:
         """See Files.flush; a shard that has not been written to since the last one needs none."""
@@ -5104,6 +5168,7 @@ class EdgeEngine(EngineInProcess):
                 done = self._done[name]
                 if done == self._flushed[name]:
                     continue
+                self.check_room("flush")
                 try:
                     shard.flush()
                 except Exception:
@@ -5115,6 +5180,8 @@ class EdgeEngine(EngineInProcess):
         """See Engine.drop; the manifest that says so is the moment, and goes last."""
         manifest = self._manifest(collection)
         with backend_errors(self, "drop"):
+            if collection in self._shards:  # else there is nothing but files to be removed, which makes room
+                self.check_room("drop")
             if manifest.exists() and self._generations(collection):
                 write_atomically(manifest, json.dumps({"dropped": True}))
             self._open.pop(collection, None)
@@ -5133,6 +5200,7 @@ class EdgeEngine(EngineInProcess):
         metadata["generation"] = metadata.get("generation", 0) + 1
         directory = self._directory(collection, metadata)
         with backend_errors(self, "replace"):
+            self.check_room("replace", _bytes_in(self._directories[by] / "wal"))
             shard = self._move(by, directory)
             try:
                 fsync(*directory.rglob("*"), directory, self._path)
@@ -5177,9 +5245,16 @@ class EdgeEngine(EngineInProcess):
         shard = self._shards[collection]
         self._changes[collection] += changes
         changed = self._changes[collection]
-        if changed >= self._REBUILD_EVERY and changed >= 2 * shard.info().points_count:
-            shard.optimize()
-            self._changes[collection] = 0
+        if changed < self._REBUILD_EVERY or not self.is_due("rebuilding"):
+            return
+
+        def rebuild() -> None:
+            if changed >= 2 * shard.info().points_count:
+                self.check_room("rebuild", _bytes_in(self._directories[collection]))
+                shard.optimize()
+                self._changes[collection] = 0
+
+        self.housekeep("rebuilding", rebuild)
 
     async def retrieve(
         self, collection: str, ids: Sequence[str], *, payload: bool = True, vector: bool = False
@@ -5249,13 +5324,21 @@ class EdgeEngine(EngineInProcess):
 
     async def close(self) -> None:
         """See Engine.close."""
+        failures = list[BaseException]()
         with backend_errors(self, "close"):
-            for shard in self._shards.values():
-                shard.flush()
-                shard.close()
+            for name, shard in self._shards.items():
+                try:
+                    self.check_room("close")
+                    shard.flush()
+                    shard.close()
+                except BaseException as error:  # noqa: BLE001 - raised once all are let go of
+                    failures.append(error)  # what was acknowledged is in the log
+                    abandon_shards([shard], [self._directories[name]])
             self._shards.clear()
             self._directories.clear()
             self._open.clear()
+            for failure in failures:
+                raise failure
 
     def abandon(self) -> None:
         """See Files.abandon."""
@@ -5274,8 +5357,8 @@ class EdgeEngine(EngineInProcess):
                 asked = {"match": api.MatchValue(value)}
             case AnyOf(key, values):
                 asked = {"match": api.MatchAny(list(values))}
-            case Range(key, gte, lte, gt, lt):
-                asked = {"range": api.RangeFloat(gte=gte, lte=lte, gt=gt, lt=lt)}
+            case Range(key):
+                asked = {"range": api.RangeFloat(**condition.bounds())}
             case Text(key, text):
                 asked = {"match": api.MatchText(text)}
             case Absent(key):
@@ -5323,6 +5406,19 @@ def import_qdrant_local() -> tuple[Any, Callable[[str], Any]]:
 def local_files(path: Path, collection: str) -> tuple[Path, Path]:
     """The list of all collections, and where the points of one are."""
     return path / "meta.json", path / "collection" / collection / "storage.sqlite"
+
+
+def close_local(client: Any) -> None:
+    """Close a client; where one of its files cannot be closed, the others are, and its lock is let go of."""
+    try:
+        client.close()
+    except BaseException:
+        for collection in client.collections.values():
+            with contextlib.suppress(Exception):  # the first failure is raised
+                collection.close()
+        client.collections.clear()
+        client.close()
+        raise
 
 
 def abandon_local(client: Any) -> None:
@@ -5420,7 +5516,7 @@ class LocalCollection:
 # ------------------------------------------------------------------------------
 
 
-class LocalEngine(EngineInProcess):
+class LocalEngine(EngineOnDisk):
     """qdrant-client's local mode, made durable, atomic and quick to write.
 
     It keeps all points in memory and, pickled, in SQLite.
@@ -5431,10 +5527,18 @@ class LocalEngine(EngineInProcess):
     runs: ExecutionMode = "in thread"
     compact = False
 
+    most_left_free = 1 << 20  # SQLite takes back what it has no room for; lists are written in place
+
     _REBUILD_EVERY = 20_000  # deleted points stay in memory until the collection is loaded again
 
-    def __init__(self, path: Path, durability: str, reporter: Telemetry | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        path: Path,
+        durability: str,
+        reporter: Telemetry | None = None,
+        min_free_bytes: int = MIN_FREE_BYTES,
+    ) -> None:
+        super().__init__(path, min_free_bytes)
         self.reporter = reporter
         models, self._make_client = import_qdrant_local()
         self._models = ClientModels(models)
@@ -5455,11 +5559,16 @@ class LocalEngine(EngineInProcess):
 
     def _connect(self) -> None:
         with backend_errors(self, f"open {self._path}"):
+            self.check_room("open")
             self._mend_list()
             client = self._make_client(str(self._path))
-            for name in self._open:
-                LocalCollection(client, name).adopt()
-                self._removed[name] = 0
+            try:
+                for name in self._open:
+                    LocalCollection(client, name).adopt()
+                    self._removed[name] = 0
+            except BaseException:
+                close_local(client)
+                raise
         self._connected = client
 
     def _mend_list(self) -> None:
@@ -5473,6 +5582,7 @@ class LocalEngine(EngineInProcess):
         client = self._client
         with backend_errors(self, f"open {self._path}"):
             if not client.collection_exists(collection.name):
+                self.check_room("open")  # the list of collections is written in place
                 # No payload indexes: local mode has none and warns.
                 client.create_collection(
                     collection.name,
@@ -5519,6 +5629,7 @@ class LocalEngine(EngineInProcess):
         structs = [make(id=point.id, vector=list(point.vector), payload=point.payload) for point in written]
         self._sorted.pop(collection, None)
         with backend_errors(self, "write"):
+            self.check_room_for(written, deleted)
             try:
                 held.persist(structs, deleted)
                 held.take_in(structs, deleted)
@@ -5545,9 +5656,11 @@ class LocalEngine(EngineInProcess):
     async def drop(self, collection: str) -> None:
         """See Engine.drop."""
         with backend_errors(self, "drop"):
+            listed = self._client.collection_exists(collection)
+            if listed:
+                self.check_room("drop")  # the list of collections is written in place
             self._open.pop(collection, None)
             self._sorted.pop(collection, None)
-            listed = self._client.collection_exists(collection)
             if listed:
                 LocalCollection(self._client, collection).close()
             # One that is not listed was being created by a process that was killed.
@@ -5558,6 +5671,7 @@ class LocalEngine(EngineInProcess):
         """Renaming the file of points is the moment."""
         files = [local_files(self._path, name)[1] for name in (by, collection)]
         with backend_errors(self, "replace"):
+            self.check_room("replace")
             self._disconnect()  # which brings the write-ahead logs into the files, and removes them
             for log in (file.with_name(file.name + "-wal") for file in files):
                 if log.exists():
@@ -5573,14 +5687,20 @@ class LocalEngine(EngineInProcess):
     def _tidy(self, collection: str, removed: int) -> None:
         self._removed[collection] += removed
         slots = LocalCollection(self._client, collection).slots
-        if self._removed[collection] >= max(self._REBUILD_EVERY, slots // 2):
+        if self._removed[collection] < max(self._REBUILD_EVERY, slots // 2):
+            return
+
+        def reload() -> None:
+            self.check_room("rebuild")
             self._disconnect()
             self._connect()
+
+        self.housekeep("rebuilding", reload)
 
     def _disconnect(self) -> None:
         client, self._connected = self._connected, None
         if client is not None:
-            client.close()
+            close_local(client)
 
     async def retrieve(
         self, collection: str, ids: Sequence[str], *, payload: bool = True, vector: bool = False
@@ -6839,8 +6959,7 @@ class MemoryBackend:
         self._waits = waits
         self._retention = Retention.of(config)
         self._capacity = max(1, self._retention.maximum)
-        self._lock = threading.RLock()
-        self._held = False  # by a call, in the middle of which the same thread may come again
+        self._lock: Any = threading.RLock()  # knows whether the thread has it
         self._index = VectorIndex(self.schema)
         self._closed = False
         OPEN.others.add(self)
@@ -6860,25 +6979,19 @@ class MemoryBackend:
 
     def upsert_latest(self, snapshot: StateSnapshot, expected: Expected) -> None:
         """Write a snapshot, which has been checked like ``expected``."""
-        with self._lock:  # and _piece(), in a third of the time
-            if self._held:
-                raise ReenteredError("memory://")
-            try:
-                self._held = True
-                self._put(snapshot, expected)
-            finally:
-                self._held = False
-
-    @contextlib.contextmanager
-    def _piece(self) -> Generator[None]:
-        """Refuse a call in the middle of another one of the same thread, which holds the lock already."""
-        if self._held:
+        if self._lock._is_owned():
             raise ReenteredError("memory://")
-        try:
-            self._held = True
-            yield
-        finally:
-            self._held = False
+        with self._lock:
+            self._put(snapshot, expected)
+
+    def _free_lock(self) -> Any:
+        """The lock, unless a call comes in the middle of another one of the same thread, which holds it.
+
+        That is asked of the lock itself: a flag would stay behind where an interrupt comes at its line.
+        """
+        if self._lock._is_owned():
+            raise ReenteredError("memory://")
+        return self._lock
 
     def _check_open(self) -> None:
         if self._closed:
@@ -6919,7 +7032,7 @@ class MemoryBackend:
         try:
             entries = list(timeline.copy())
         except RuntimeError:  # free threading: a write came between two entries
-            with self._lock, self._piece():
+            with self._free_lock():
                 entries = list(timeline)
         hidden = self._retention.hidden([entry.updated_at_unix_ms for entry in entries])
         return entries[min(hidden, len(entries) - 1) if keep_latest else hidden :]
@@ -6951,7 +7064,7 @@ class MemoryBackend:
 
     async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
         """See Backend.write."""
-        with self._lock, self._piece():
+        with self._free_lock():
             for snapshot in snapshots:
                 self._put(snapshot)
 
@@ -6961,7 +7074,7 @@ class MemoryBackend:
 
     async def delete(self, user_id: str) -> bool:
         """See Backend.delete."""
-        with self._lock, self._piece():
+        with self._free_lock():
             self._check_open()
             self._index.stale.add(user_id)
             return self.timelines.pop(user_id, None) is not None
@@ -6976,7 +7089,7 @@ class MemoryBackend:
             await self._waits.call(functools.partial(make_vectors, self.schema.vector_size))
         while not self._caught_up():
             await self._waits.pause_if_due()
-        with self._lock, self._piece():
+        with self._free_lock():
             best, rows = self._index.ranking(request)
         matches: list[Match] = []
         for number in (4 * request.limit + BATCH_SIZE, rows):  # some may not be admitted: look at all then
@@ -6990,7 +7103,7 @@ class MemoryBackend:
         return matches, None
 
     def _caught_up(self) -> bool:
-        with self._lock, self._piece():
+        with self._free_lock():
             try:
                 return self._index.catch_up(self.get_latest)
             except BaseException:  # an interrupt, say: begin anew
@@ -7046,7 +7159,7 @@ class MemoryBackend:
     async def prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
         """See Backend.prune_page."""
         page, cursor = await self.users(cursor)
-        with self._lock, self._piece():
+        with self._free_lock():
             timelines = [self.timelines[user_id] for user_id in page if user_id in self.timelines]
             return sum(self._trim(timeline) for timeline in timelines), cursor
 
@@ -7056,7 +7169,7 @@ class MemoryBackend:
 
     async def adopt(self, staged: MemoryBackend) -> None:
         """See Backend.adopt."""
-        with self._lock, self._piece():
+        with self._free_lock():
             self._check_open()
             self.timelines, self._index = staged.timelines, staged._index
 
@@ -7072,11 +7185,11 @@ class MemoryBackend:
 
     def abandon(self) -> None:
         """Go on in a forked child, which has a copy of its own, whatever other threads held at the fork."""
-        self._lock, self._held = threading.RLock(), False
+        self._lock = threading.RLock()
 
     def close(self) -> None:
         """Forget everything."""
-        with self._lock, self._piece():
+        with self._free_lock():
             self._closed = True
             self.timelines = {}
             self._index = VectorIndex(self.schema)
@@ -7632,25 +7745,12 @@ _INDEXES: Mapping[str, IndexKind] = {
     "source": "keyword",
 }
 
-
 LATEST = Equal("kind", "latest")
-
-
 HISTORY = Equal("kind", "history")
-
-
 LAST_BITS = 1e-12  # by so much an engine may change a float
-
-
 _MOST_MATCHES = 2**31 - 1
-
-
 LINEAGE = 32  # revisions that a point on a server remembers
-
-
 MAX_COUNTED = 10_000  # users whose writes are counted on a server
-
-
 WHOLE_HISTORY = 1_000_000  # more entries than the history of one user can sensibly have
 
 
@@ -8938,9 +9038,10 @@ class DirectoryPlace:
 
     def signs(self, latency_ms: float) -> list[str]:  # noqa: ARG002 - a disk has its moments
         """See Place.signs."""
-        if self.directory is not None:
-            self.directory.check_there()
-        return []
+        if self.directory is None:
+            return []
+        self.directory.check_there()
+        return self.directory.engine.signs()
 
 
 def open_directory(config: QdrantStoreConfig) -> tuple[Directory, OwnedBackend]:
@@ -8948,10 +9049,15 @@ def open_directory(config: QdrantStoreConfig) -> tuple[Directory, OwnedBackend]:
     path = os.path.realpath(absolute_path(cast("str", config.path)))
     kind = engine_class(Path(path), config)  # a missing library is found before anything is made
     # Stores share a directory and its engine: whether its requests are reported is up to the first of them.
-    make_engine = functools.partial(kind, reporter=REPORTING.reporter(wanted=config.telemetry))
+    make_engine = functools.partial(
+        kind,
+        reporter=REPORTING.reporter(wanted=config.telemetry),
+        min_free_bytes=config.min_free_bytes,
+    )
     directory = OPEN.directory_at(path, config.durability, make_engine)
     try:
         _agree(path, "durability", directory.durability, config.durability)
+        _agree(path, "min_free_bytes", directory.engine.min_free_bytes, config.min_free_bytes)
         with directory.opening:
             return directory, _backend_in(directory, config)
     except BaseException:
@@ -9005,8 +9111,17 @@ class Connection:
             raise ValidationError(message) from error
         self.backend = SharedBackend(self.engine, config)
         self.orphaned = False
-        self.inside: set[int] = set()  # the threads that are in a call over a blocking connection
+        self._entered = threading.local()
         OPEN.others.add(self)
+
+    def entering(self) -> Any:
+        """A lock of this thread alone, which tells when a call comes in the middle of another one of it."""
+        lock: Any = getattr(self._entered, "lock", None)
+        if lock is None:
+            lock = self._entered.lock = threading.RLock()
+        if lock._is_owned():
+            raise ReenteredError(self.path)
+        return lock
 
     def release(self) -> None:
         """Close a blocking connection."""
@@ -9032,7 +9147,7 @@ class ServerPlace:
         parts = urlsplit(self.location)
         if config.api_key and parts.scheme == "http" and not is_loopback(str(parts.hostname)):
             message = f"the api key is sent in the clear to {parts.hostname}: use https"
-            warnings.warn(message, UserWarning, stacklevel=5)
+            warnings.warn(message, UserWarning, stacklevel=4)
         self.connection = Connection(config, waits)
         # A connection of an event loop is closed with that.
         self._finalizer = (
@@ -9045,26 +9160,20 @@ class ServerPlace:
 
     async def drive(self, body: Coroutine[Any, Any, T], *, long: bool = False) -> T:  # noqa: ARG002 - it waits
         """See Place.drive; many run at once."""
-        connection, thread = self.connection, threading.get_ident()
-        entered = False
         try:
-            if connection.orphaned:
+            if self.connection.orphaned:
                 raise forked_error(self.location)
-            if self._waits.blocking:
-                if thread in connection.inside:
-                    raise ReenteredError(self.location)
-                entered = True
-                connection.inside.add(thread)
-            return await body
+            if not self._waits.blocking:
+                return await body
+            with self.connection.entering():
+                return await body
         finally:
-            if entered:
-                connection.inside.discard(thread)
             body.close()
 
     async def close(self) -> None:
         """See Place.close."""
-        if self._waits.blocking and threading.get_ident() in self.connection.inside:
-            raise ReenteredError(self.location)
+        if self._waits.blocking:
+            self.connection.entering()
         if self._finalizer is None or (self._finalizer.detach() and not self.connection.orphaned):
             await self._waits.shielded(self.connection.engine.close())
 
@@ -9686,8 +9795,6 @@ def _on_qdrant(config: QdrantStoreConfig, waits: Waits) -> Operations:
 
 
 _DEFAULT_TARGET = "./attuned_state"
-
-
 _BARE_ADDRESS = re.compile(r":?[\w.-]{2,}:(?=\d|/|$)")  # localhost:6333, :memory: or file:/mood, not C:\mood
 
 
@@ -10009,7 +10116,8 @@ async def _copy_states(
         users = await end.count(history=False)
         if users and not replace:
             raise ValidationError(
-                f"replace: {end.place.location} holds {users} users; replace=True replaces them"
+                f"replace: {end.place.location} holds {users} users; "
+                "replace=True (or --replace) replaces them"
             )
 
         async def fill(staged: Operations) -> None:
@@ -10138,11 +10246,7 @@ def failed_report(target: str, reason: SnapshotReason, error: Exception) -> Snap
 
 
 _Answering = Callable[["Request"], Awaitable["Response"]]
-
-
 _Authorize = Callable[["Request"], bool | Awaitable[bool]]
-
-
 _STATUSES = ("healthy", "degraded", "unhealthy")  # the worst comes last
 
 

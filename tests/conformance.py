@@ -249,6 +249,7 @@ NOW = 1_768_000_000_000
 HOUR = 3_600_000
 DAY = 24 * HOUR
 LAST_MS = 253_402_300_799_999
+LIKE_SECONDS = range(10**9, 10**10 + 1)  # which a caller is not allowed as milliseconds
 MANY = 600  # more than one batch of any store
 
 

@@ -439,7 +439,8 @@ def test_what_fails_midway_is_done_or_not_done(
             act()
             assert shown_of(store, group) == after, group
 
-    assert "batch" in failed
+    # A flush that nobody waits for is put off: all that was written is in the log.
+    assert failed == set() if name == "edge cannot flush" else "batch" in failed
     store.upsert_latest(state("dee", 1))
     close_and_check(store, path, engine, **SHORT)
     with QdrantStore(path=path, engine=engine, **SHORT) as store:
@@ -785,6 +786,28 @@ def test_the_garbage_of_edge_is_collected(
 # ------------------------------------------------------------------------------
 # Locks and forks
 # ------------------------------------------------------------------------------
+
+RELOAD = """
+import importlib, sys
+import attuned_store
+
+path, engine = sys.argv[1:]
+store = attuned_store.QdrantStore(path=path, engine=engine)
+store.upsert_latest(attuned_store.StateSnapshot("ann", {}, 1))
+importlib.reload(attuned_store)
+try:
+    attuned_store.QdrantStore(path=path, engine=engine)
+except attuned_store.StoreLockedError:
+    store.close()
+assert len(attuned_store.QdrantStore(path=path, engine=engine)) == 1
+"""
+
+
+def test_after_a_reload_closing_lets_go(path: Path, engine: Engine) -> None:
+    """A store opened before the module was reloaded holds its directory until it is closed."""
+    done = run_python(RELOAD, path, engine)
+    assert done.returncode == 0, done.stderr
+
 
 # The parent forks children that end in different ways, each after using the store that it inherited, and goes
 # on; in the end a third process tries to open the directory.

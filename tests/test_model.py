@@ -77,7 +77,7 @@ class Model:
     def patch(self, user_id: str, axes: Mapping[str, float], **fields: Any) -> StateSnapshot | None:
         return self.update(
             user_id,
-            lambda old: old.patched(axes, **fields) if old else StateSnapshot(user_id, axes, **fields),
+            lambda old: (old or StateSnapshot(user_id, {}, 0)).patched(axes, **fields),
         )
 
     def delete(self, user_id: str) -> bool:

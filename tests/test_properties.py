@@ -18,7 +18,7 @@ import attrs
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from conformance import BAD_USER_IDS, LAST_MS, NOW, Clock
+from conformance import BAD_USER_IDS, LAST_MS, LIKE_SECONDS, NOW, Clock
 from hypothesis import example, given, settings
 
 import attuned_store
@@ -32,11 +32,12 @@ USER_IDS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"])
 NAMES = st.from_regex(r"[a-z0-9]([a-z0-9_]{0,62}[a-z0-9])?", fullmatch=True)
 UNIT = st.floats(0, 1)
 AXES = st.dictionaries(NAMES, UNIT, max_size=8)
+TIMES = st.integers(0, LAST_MS).filter(lambda time_ms: time_ms not in LIKE_SECONDS)
 SNAPSHOTS = st.builds(
     StateSnapshot,
     USER_IDS,
     AXES,
-    st.integers(0, LAST_MS),
+    TIMES,
     st.sampled_from(Source),
     UNIT,
     st.integers(1, LARGEST_VERSION),
@@ -73,9 +74,7 @@ def test_ids_are_not_normalized() -> None:
 
 
 @VALUES
-@given(
-    USER_IDS, AXES, st.integers(0, LAST_MS), st.sampled_from(Source), UNIT, st.integers(1, LARGEST_VERSION)
-)
+@given(USER_IDS, AXES, TIMES, st.sampled_from(Source), UNIT, st.integers(1, LARGEST_VERSION))
 def test_a_snapshot_keeps_what_it_was_given(
     user_id: str, axes: dict[str, float], at: int, source: Source, confidence: float, version: int
 ) -> None:
@@ -468,9 +467,7 @@ def test_an_absent_axis_is_neutral(snapshot: StateSnapshot, name: str) -> None:
 
 
 @VALUES
-@given(
-    SNAPSHOTS.filter(lambda snapshot: snapshot.updated_at_unix_ms < LAST_MS), AXES, st.integers(0, LAST_MS)
-)
+@given(SNAPSHOTS.filter(lambda snapshot: snapshot.updated_at_unix_ms < LAST_MS), AXES, TIMES)
 def test_a_patched_snapshot_is_newer_and_merged(
     snapshot: StateSnapshot, axes: dict[str, float], now: int
 ) -> None:
@@ -489,7 +486,7 @@ def test_a_patched_snapshot_is_newer_and_merged(
 
 
 @VALUES
-@given(SNAPSHOTS, st.integers(0, LAST_MS), st.sampled_from(Source), UNIT, st.integers(1, LARGEST_VERSION))
+@given(SNAPSHOTS, TIMES, st.sampled_from(Source), UNIT, st.integers(1, LARGEST_VERSION))
 def test_a_patched_snapshot_takes_the_fields_it_is_given(
     snapshot: StateSnapshot, at: int, source: Source, confidence: float, version: int
 ) -> None:

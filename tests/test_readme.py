@@ -64,6 +64,7 @@ VALUES: dict[str, tuple[str, object]] = {
     "lock_timeout": ("2", 2.0),
     "cache_size": ("0", 0),
     "slow_operation_ms": ("250", 250.0),
+    "min_free_bytes": ("1048576", 1_048_576),
     "connect_timeout": ("3", 3.0),
     "request_timeout": ("4", 4.0),
     "pool_size": ("8", 8),

@@ -1923,7 +1923,7 @@ def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The waits of the store, which are recorded instead of waited for."""
     naps: list[float] = []
 
-    async def nap(seconds: float) -> None:
+    async def nap(_: object, seconds: float) -> None:
         naps.append(seconds)
         await anyio.lowlevel.checkpoint()
 

@@ -67,7 +67,8 @@ with open_store(sys.argv[1]) as store:
     print(sorted(store), report.points)
 """
 PRINTS = """
-StateSnapshot('ann', 1 axes, updated_at_unix_ms=2000, source='inferred', confidence=0.5, schema_version=1)
+StateSnapshot('ann', {'warmth': 0.75}, 1970-01-01T00:00:02.000Z, source='inferred', confidence=0.5, \
+schema_version=1)
 True 1
 1 2
 [({'warmth': 0.75}, 2000, 'inferred', 0.5), ({'warmth': 0.25}, 1000, 'self_report', 1.0)]

@@ -274,7 +274,8 @@ async def _copy_states(
         users = await end.count(history=False)
         if users and not replace:
             raise ValidationError(
-                f"replace: {end.place.location} holds {users} users; replace=True replaces them"
+                f"replace: {end.place.location} holds {users} users; "
+                "replace=True (or --replace) replaces them"
             )
 
         async def fill(staged: Operations) -> None:

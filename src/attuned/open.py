@@ -29,8 +29,6 @@ from attuned.stores import (
 )
 
 _DEFAULT_TARGET = "./attuned_state"
-
-
 _BARE_ADDRESS = re.compile(r":?[\w.-]{2,}:(?=\d|/|$)")  # localhost:6333, :memory: or file:/mood, not C:\mood
 
 

@@ -27,11 +27,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
 _Answering = Callable[["Request"], Awaitable["Response"]]
-
-
 _Authorize = Callable[["Request"], bool | Awaitable[bool]]
-
-
 _STATUSES = ("healthy", "degraded", "unhealthy")  # the worst comes last
 
 

@@ -26,11 +26,7 @@ if TYPE_CHECKING:
     from attuned.base.config import MemoryStoreConfig
 
 FORMAT_VERSION = 1
-
-
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "attuned_store")
-
-
 MS_PER_DAY = 86_400_000
 
 

@@ -10,10 +10,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 T = TypeVar("T")
-
-
 LOGGER = logging.getLogger("attuned_store")
-
 
 # For what is slow, which nobody wants on the stderr of a program that has not set up logging.
 SLOW_LOGGER = logging.getLogger("attuned_store.slow")

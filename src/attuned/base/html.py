@@ -25,29 +25,13 @@ if TYPE_CHECKING:
 # of a user id the first four characters; colours that can be read on a light and on a dark page.
 
 _MOST_BARS = 64  # axes of a snapshot
-
-
 _MOST_COLUMNS = 50  # snapshots of a history
-
-
 MAX_PLOTTED = 1_000
-
-
 _ABOVE, _BELOW = (59, 125, 216), (214, 111, 33)  # blue and orange: told apart by all kinds of eyes
-
-
 FONT = "font-family:sans-serif;font-size:12px;line-height:1.3"
-
-
 _CELL = "padding:1px 6px;text-align:left;border:none;white-space:nowrap"
-
-
 _NUMBER = "font-variant-numeric:tabular-nums"
-
-
 _ROW = "background:none"
-
-
 TABLE = "border-collapse:collapse"
 
 

@@ -50,31 +50,14 @@ CANONICAL_AXES: Final = (
     "privacy_sensitivity",
 )
 
-
 MAX_VECTOR_SIZE = 65_536
-
-
 CANONICAL_VECTOR_SIZE = len(CANONICAL_AXES) + 1  # a spare one: an axis more needs no rebuilding
-
-
 NEUTRAL = 0.5
-
-
 MAX_AXES = 1024
-
-
 _MAX_AXIS_NAME = 64
-
-
 MAX_USER_ID_BYTES = 256
-
-
 MAX_TIME_MS = 253_402_300_799_999  # the last millisecond of the year 9999, UTC
-
-
 MAX_INTEGER = 2**63 - 1  # what Qdrant's payload integers hold
-
-
 _SHOWN_AXES = 8  # of a snapshot in its repr
 _AXIS_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_")
 
@@ -235,8 +218,6 @@ class Axes(Mapping[str, float]):
 
 
 _set_shape = cast("Any", Axes._shape).__set__  # the slots' own setters, which go past __setattr__
-
-
 _set_values = cast("Any", Axes._values).__set__
 
 
@@ -555,11 +536,7 @@ class _Any(enum.Enum):
 
 
 ANY: Final = _Any.ANY  # the default of expected=: whatever is there
-
-
 Expected = StateSnapshot | Literal[_Any.ANY] | None
-
-
 UNIX_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 

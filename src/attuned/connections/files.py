@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
 import threading
 import time
@@ -23,7 +23,7 @@ from attuned.base.errors import (
 from attuned.connections.runtime import Worker, run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Generator
+    from collections.abc import Callable, Coroutine
 
 
 class Files(Protocol):
@@ -31,6 +31,7 @@ class Files(Protocol):
 
     name: str
     writes: int  # how many have been done
+    min_free_bytes: int  # below which a disk counts as full
     runs: Literal[
         "in place", "in thread", "on loop"
     ]  # "in thread": calls block; "in place": they are short and hold the interpreter anyway
@@ -44,6 +45,14 @@ class Files(Protocol):
         """Make what has been written survive a power cut; others may use the engine meanwhile."""
         ...
 
+    def housekeep(self, task: str, work: Callable[[], object]) -> None:
+        """Do what no write waits for: where it fails, it is told in health, and tried again later."""
+        ...
+
+    def signs(self) -> list[str]:
+        """What is put off, and whether the disk is full."""
+        ...
+
     async def replace(self, collection: str, by: str) -> None:
         """Let another open collection take the place of one, at one moment; its own name is then free."""
         ...
@@ -53,7 +62,7 @@ class Files(Protocol):
         ...
 
     async def close(self) -> None:
-        """Flush and release everything."""
+        """Flush and release everything, also where that fails for a part of it."""
         ...
 
 
@@ -61,7 +70,7 @@ class FlushRound:
     """Writes that one flush makes survive a power cut."""
 
     def __init__(self) -> None:
-        self.turn = threading.Lock()  # of the member that sees to the flush; the others wait for it
+        self.turn = threading.RLock()  # of the member that sees to the flush; the others wait for it
         self.members = 0
         self.ended = False
         self.error: BackendError | None = None
@@ -76,7 +85,7 @@ class GroupCommit:
     def __init__(self, engine: Files) -> None:
         self._engine = engine
         self._joined = threading.Condition()
-        self.flushing = threading.Lock()
+        self.flushing: Any = threading.RLock()
         self._open = FlushRound()  # which the next flush will serve
         self._served = 0  # members of the last round
         self._duration = 0.0  # of the last flush, in seconds
@@ -135,8 +144,7 @@ class Directory:
         self.backends: dict[str, Any] = {}  # by collection
         self.writer, self.flusher = Worker(), Worker()  # of asynchronous stores
         self._orphaned = self._closing = self._closed = False
-        self._lock = threading.Lock()
-        self._inside: set[int] = set()  # the threads that are in a call
+        self._lock: Any = threading.RLock()  # knows whether the thread has it
         _make_directory(path)
         self._lock_file = self._take_lock()
         try:
@@ -160,20 +168,12 @@ class Directory:
             raise StoreError(f"{self.path}: cannot be locked, is it writable? {error}") from error
 
     def check_free(self) -> None:
-        """Raise ReenteredError in the middle of another call of this thread."""
-        if threading.get_ident() in self._inside:
-            raise ReenteredError(self.path)
+        """Raise ReenteredError in the middle of another call of this thread, which would wait for itself.
 
-    @contextlib.contextmanager
-    def _entered(self) -> Generator[None]:
-        """Refuse a call in the middle of another one of the same thread, which would wait for itself."""
-        self.check_free()
-        thread = threading.get_ident()
-        try:
-            self._inside.add(thread)
-            yield
-        finally:
-            self._inside.discard(thread)
+        That is asked of the locks: a note of it would stay behind where an interrupt comes at its line.
+        """
+        if self._lock._is_owned() or self.flushes.flushing._is_owned():
+            raise ReenteredError(self.path)
 
     def is_there(self) -> bool:
         """Whether the directory is still where it was opened."""
@@ -191,7 +191,8 @@ class Directory:
         try:
             if self._orphaned:
                 raise forked_error(self.path)
-            with self._entered(), self._lock:
+            self.check_free()
+            with self._lock:
                 if self._closed:
                     raise closed_error()
                 before = self.engine.writes
@@ -215,9 +216,11 @@ class Directory:
             )
 
     def settle(self, written: FlushRound) -> None:
-        """Wait until what was written is safe."""
-        with self._entered():
+        """Wait until what was written is safe, if it is to survive a power cut; else a flush may fail."""
+        if self.durability == "power":
             self.flushes.settle(written)
+        else:
+            self.engine.housekeep("flushing", functools.partial(self.flushes.settle, written))
 
     def release(self) -> None:
         """Give up a store's hold on the directory, and close it with the last."""

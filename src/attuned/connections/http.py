@@ -105,8 +105,6 @@ def status_error(status: int, content: bytes, asked: str, where: ErrorOrigin) ->
 
 
 _MAX_FILE_NAME = 1024  # characters, of the name of a snapshot on a server
-
-
 MIN_SERVER_VERSION = (1, 17)  # conditional upserts with update modes
 
 

@@ -25,7 +25,7 @@ class ConnectionPools:
         number = math.ceil(connections / self.CONNECTIONS)
         self._pools = [make((connections + place) // number) for place in reversed(range(number))]
         self._busy = [0] * len(self._pools)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     @contextlib.contextmanager
     def _least_busy(self) -> Generator[Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import time
+import uuid
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, Protocol, cast
 
@@ -65,7 +66,7 @@ class Worker:
         from anyio.lowlevel import RunVar
 
         if self._limiters is None:
-            self._limiters = RunVar("worker")
+            self._limiters = RunVar(f"worker {uuid.uuid4()}")  # anyio 4.5 tells them apart by the name
         limiter = self._limiters.get(None)
         if limiter is None:
             limiter = CapacityLimiter(1)

@@ -45,8 +45,8 @@ class ClientModels:
                 asked = {"match": models.MatchValue(value=value)}
             case AnyOf(key, values):
                 asked = {"match": models.MatchAny(any=list(values))}
-            case Range(key, gte, lte, gt, lt):
-                asked = {"range": models.Range(gte=gte, lte=lte, gt=gt, lt=lt)}
+            case Range(key):
+                asked = {"range": models.Range(**condition.bounds())}
             case Text(key, text):
                 asked = {"match": models.MatchText(text=text)}
             case Absent(key):

@@ -9,12 +9,13 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from attuned.base.config import MIN_FREE_BYTES
 from attuned.base.disk import fsync, read_manifest, temporary_name, write_atomically
 from attuned.base.errors import LOGGER, BackendError, MissingDependencyError, StoreError
 from attuned.engines.filters import Absent, AnyOf, Condition, Equal, Filter, Or, Range, Text
 from attuned.engines.waist import (
     CollectionSpec,
-    EngineInProcess,
+    EngineOnDisk,
     ExecutionMode,
     Matching,
     Opened,
@@ -47,25 +48,35 @@ def import_qdrant_edge() -> Any:
 
 
 def abandon_shards(shards: Iterable[Any], directories: Iterable[Path]) -> None:
-    """Keep shards for ever, as dropping one writes to the parent's files; let go of their locks.
+    """Keep shards for ever, as dropping one writes to its files; let go of their locks.
 
-    These are on the directories of their write-ahead logs.
+    These are on the directories of their write-ahead logs. In a forked child the files are the parent's; in
+    this process there may be no room on the disk, where writing is a signal that ends it.
     """
     import ctypes
 
     for shard in shards:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(shard))
-    logs = [(directory / "wal").stat() for directory in directories]
+    logs = list[os.stat_result]()
+    for directory in directories:
+        with contextlib.suppress(OSError):  # somebody has removed it
+            logs.append((directory / "wal").stat())
     for descriptor in Path("/dev/fd").iterdir() if Path("/dev/fd").is_dir() else ():
         with contextlib.suppress(OSError):
             if any(os.path.samestat(descriptor.stat(), log) for log in logs):
                 os.close(int(descriptor.name))
 
 
+def _bytes_in(directory: Path) -> int:
+    """The room that files take, holes left out."""
+    found = [file.stat() for file in directory.rglob("*") if file.is_file()]
+    return sum(getattr(each, "st_blocks", each.st_size // 512) * 512 for each in found)
+
+
 # ------------------------------------------------------------------------------
 
 
-class EdgeEngine(EngineInProcess):
+class EdgeEngine(EngineOnDisk):
     """Qdrant Edge: one shard a collection, in collections/<name>/, its manifest beside it."""
 
     name = "edge"
@@ -81,8 +92,14 @@ class EdgeEngine(EngineInProcess):
     # about 6 us a point: done once for so many changes that it does not matter.
     _REBUILD_EVERY = 200_000
 
-    def __init__(self, path: Path, durability: str, reporter: Telemetry | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        path: Path,
+        durability: str,
+        reporter: Telemetry | None = None,
+        min_free_bytes: int = MIN_FREE_BYTES,
+    ) -> None:
+        super().__init__(path, min_free_bytes)
         self.reporter = reporter
         self._api = import_qdrant_edge()
         self._path = path / "collections"
@@ -100,7 +117,10 @@ class EdgeEngine(EngineInProcess):
         if self._recorded(collection.name).get("dropped"):
             await self.drop(collection.name)  # which a process began that was killed
         with backend_errors(self, "open"):
-            if not self._generations(collection.name):
+            if generations := self._generations(collection.name):
+                self.check_room("open", sum(_bytes_in(each / "wal") for each in generations))
+            else:
+                self.check_room("open")
                 self._check_never_replaced(collection.name)
                 self._create(collection, self._path / collection.name, manifest)
             metadata = read_manifest(manifest)
@@ -202,6 +222,7 @@ class EdgeEngine(EngineInProcess):
         written, deleted = await self._judge(collection, puts, deletes)
         api, shard, changes = self._api, self._shards[collection], len(written) + len(deleted)
         with backend_errors(self, "write"):
+            self.check_room_for(written, deleted)
             try:
                 if written:
                     points = [api.Point(point.id, list(point.vector), point.payload) for point in written]
@@ -216,7 +237,8 @@ class EdgeEngine(EngineInProcess):
     @property
     def flush_due(self) -> bool:
         """See Files.flush_due."""
-        return any(self._done[name] - self._flushed[name] >= self._FLUSH_EVERY for name in self._shards)
+        due = any(self._done[name] - self._flushed[name] >= self._FLUSH_EVERY for name in self._shards)
+        return due and self.is_due("flushing")
 
     def flush(self) -> None:
         """See Files.flush; a shard that has not been written to since the last one needs none."""
@@ -225,6 +247,7 @@ class EdgeEngine(EngineInProcess):
                 done = self._done[name]
                 if done == self._flushed[name]:
                     continue
+                self.check_room("flush")
                 try:
                     shard.flush()
                 except Exception:
@@ -236,6 +259,8 @@ class EdgeEngine(EngineInProcess):
         """See Engine.drop; the manifest that says so is the moment, and goes last."""
         manifest = self._manifest(collection)
         with backend_errors(self, "drop"):
+            if collection in self._shards:  # else there is nothing but files to be removed, which makes room
+                self.check_room("drop")
             if manifest.exists() and self._generations(collection):
                 write_atomically(manifest, json.dumps({"dropped": True}))
             self._open.pop(collection, None)
@@ -254,6 +279,7 @@ class EdgeEngine(EngineInProcess):
         metadata["generation"] = metadata.get("generation", 0) + 1
         directory = self._directory(collection, metadata)
         with backend_errors(self, "replace"):
+            self.check_room("replace", _bytes_in(self._directories[by] / "wal"))
             shard = self._move(by, directory)
             try:
                 fsync(*directory.rglob("*"), directory, self._path)
@@ -298,9 +324,16 @@ class EdgeEngine(EngineInProcess):
         shard = self._shards[collection]
         self._changes[collection] += changes
         changed = self._changes[collection]
-        if changed >= self._REBUILD_EVERY and changed >= 2 * shard.info().points_count:
-            shard.optimize()
-            self._changes[collection] = 0
+        if changed < self._REBUILD_EVERY or not self.is_due("rebuilding"):
+            return
+
+        def rebuild() -> None:
+            if changed >= 2 * shard.info().points_count:
+                self.check_room("rebuild", _bytes_in(self._directories[collection]))
+                shard.optimize()
+                self._changes[collection] = 0
+
+        self.housekeep("rebuilding", rebuild)
 
     async def retrieve(
         self, collection: str, ids: Sequence[str], *, payload: bool = True, vector: bool = False
@@ -370,13 +403,21 @@ class EdgeEngine(EngineInProcess):
 
     async def close(self) -> None:
         """See Engine.close."""
+        failures = list[BaseException]()
         with backend_errors(self, "close"):
-            for shard in self._shards.values():
-                shard.flush()
-                shard.close()
+            for name, shard in self._shards.items():
+                try:
+                    self.check_room("close")
+                    shard.flush()
+                    shard.close()
+                except BaseException as error:  # noqa: BLE001 - raised once all are let go of
+                    failures.append(error)  # what was acknowledged is in the log
+                    abandon_shards([shard], [self._directories[name]])
             self._shards.clear()
             self._directories.clear()
             self._open.clear()
+            for failure in failures:
+                raise failure
 
     def abandon(self) -> None:
         """See Files.abandon."""
@@ -395,8 +436,8 @@ class EdgeEngine(EngineInProcess):
                 asked = {"match": api.MatchValue(value)}
             case AnyOf(key, values):
                 asked = {"match": api.MatchAny(list(values))}
-            case Range(key, gte, lte, gt, lt):
-                asked = {"range": api.RangeFloat(gte=gte, lte=lte, gt=gt, lt=lt)}
+            case Range(key):
+                asked = {"range": api.RangeFloat(**condition.bounds())}
             case Text(key, text):
                 asked = {"match": api.MatchText(text)}
             case Absent(key):

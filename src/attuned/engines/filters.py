@@ -36,6 +36,15 @@ class Range(NamedTuple):
     gt: float | None = None
     lt: float | None = None
 
+    def bounds(self) -> dict[str, float | None]:
+        """The bounds by name, the stricter of two on a side: the indexes of Qdrant heed but one of them."""
+        gte, lte, gt, lt = self[1:]
+        if gte is not None and gt is not None:
+            gte, gt = (None, gt) if gt >= gte else (gte, None)
+        if lte is not None and lt is not None:
+            lte, lt = (None, lt) if lt <= lte else (lte, None)
+        return {"gte": gte, "lte": lte, "gt": gt, "lt": lt}
+
 
 class Text(NamedTuple):
     """The value is one text with all of these words, in any order and case; without a word, nothing matches.

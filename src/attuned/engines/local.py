@@ -9,13 +9,14 @@ import sys
 from bisect import bisect_left
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from attuned.base.config import MIN_FREE_BYTES
 from attuned.base.disk import fsync, write_atomically
 from attuned.base.errors import BackendError, MissingDependencyError, locked_error
 from attuned.engines.client_models import ClientModels, client_page, client_records
 from attuned.engines.filters import Filter
 from attuned.engines.waist import (
     CollectionSpec,
-    EngineInProcess,
+    EngineOnDisk,
     ExecutionMode,
     Matching,
     Opened,
@@ -64,6 +65,19 @@ def import_qdrant_local() -> tuple[Any, Callable[[str], Any]]:
 def local_files(path: Path, collection: str) -> tuple[Path, Path]:
     """The list of all collections, and where the points of one are."""
     return path / "meta.json", path / "collection" / collection / "storage.sqlite"
+
+
+def close_local(client: Any) -> None:
+    """Close a client; where one of its files cannot be closed, the others are, and its lock is let go of."""
+    try:
+        client.close()
+    except BaseException:
+        for collection in client.collections.values():
+            with contextlib.suppress(Exception):  # the first failure is raised
+                collection.close()
+        client.collections.clear()
+        client.close()
+        raise
 
 
 def abandon_local(client: Any) -> None:
@@ -161,7 +175,7 @@ class LocalCollection:
 # ------------------------------------------------------------------------------
 
 
-class LocalEngine(EngineInProcess):
+class LocalEngine(EngineOnDisk):
     """qdrant-client's local mode, made durable, atomic and quick to write.
 
     It keeps all points in memory and, pickled, in SQLite.
@@ -172,10 +186,18 @@ class LocalEngine(EngineInProcess):
     runs: ExecutionMode = "in thread"
     compact = False
 
+    most_left_free = 1 << 20  # SQLite takes back what it has no room for; lists are written in place
+
     _REBUILD_EVERY = 20_000  # deleted points stay in memory until the collection is loaded again
 
-    def __init__(self, path: Path, durability: str, reporter: Telemetry | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        path: Path,
+        durability: str,
+        reporter: Telemetry | None = None,
+        min_free_bytes: int = MIN_FREE_BYTES,
+    ) -> None:
+        super().__init__(path, min_free_bytes)
         self.reporter = reporter
         models, self._make_client = import_qdrant_local()
         self._models = ClientModels(models)
@@ -196,11 +218,16 @@ class LocalEngine(EngineInProcess):
 
     def _connect(self) -> None:
         with backend_errors(self, f"open {self._path}"):
+            self.check_room("open")
             self._mend_list()
             client = self._make_client(str(self._path))
-            for name in self._open:
-                LocalCollection(client, name).adopt()
-                self._removed[name] = 0
+            try:
+                for name in self._open:
+                    LocalCollection(client, name).adopt()
+                    self._removed[name] = 0
+            except BaseException:
+                close_local(client)
+                raise
         self._connected = client
 
     def _mend_list(self) -> None:
@@ -214,6 +241,7 @@ class LocalEngine(EngineInProcess):
         client = self._client
         with backend_errors(self, f"open {self._path}"):
             if not client.collection_exists(collection.name):
+                self.check_room("open")  # the list of collections is written in place
                 # No payload indexes: local mode has none and warns.
                 client.create_collection(
                     collection.name,
@@ -260,6 +288,7 @@ class LocalEngine(EngineInProcess):
         structs = [make(id=point.id, vector=list(point.vector), payload=point.payload) for point in written]
         self._sorted.pop(collection, None)
         with backend_errors(self, "write"):
+            self.check_room_for(written, deleted)
             try:
                 held.persist(structs, deleted)
                 held.take_in(structs, deleted)
@@ -286,9 +315,11 @@ class LocalEngine(EngineInProcess):
     async def drop(self, collection: str) -> None:
         """See Engine.drop."""
         with backend_errors(self, "drop"):
+            listed = self._client.collection_exists(collection)
+            if listed:
+                self.check_room("drop")  # the list of collections is written in place
             self._open.pop(collection, None)
             self._sorted.pop(collection, None)
-            listed = self._client.collection_exists(collection)
             if listed:
                 LocalCollection(self._client, collection).close()
             # One that is not listed was being created by a process that was killed.
@@ -299,6 +330,7 @@ class LocalEngine(EngineInProcess):
         """Renaming the file of points is the moment."""
         files = [local_files(self._path, name)[1] for name in (by, collection)]
         with backend_errors(self, "replace"):
+            self.check_room("replace")
             self._disconnect()  # which brings the write-ahead logs into the files, and removes them
             for log in (file.with_name(file.name + "-wal") for file in files):
                 if log.exists():
@@ -314,14 +346,20 @@ class LocalEngine(EngineInProcess):
     def _tidy(self, collection: str, removed: int) -> None:
         self._removed[collection] += removed
         slots = LocalCollection(self._client, collection).slots
-        if self._removed[collection] >= max(self._REBUILD_EVERY, slots // 2):
+        if self._removed[collection] < max(self._REBUILD_EVERY, slots // 2):
+            return
+
+        def reload() -> None:
+            self.check_room("rebuild")
             self._disconnect()
             self._connect()
+
+        self.housekeep("rebuilding", reload)
 
     def _disconnect(self) -> None:
         client, self._connected = self._connected, None
         if client is not None:
-            client.close()
+            close_local(client)
 
     async def retrieve(
         self, collection: str, ids: Sequence[str], *, payload: bool = True, vector: bool = False

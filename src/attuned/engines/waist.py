@@ -12,12 +12,23 @@ process never suspend. Whoever drives it makes one call at a time, under a lock;
 from __future__ import annotations
 
 import contextlib
+import shutil
+import time
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast
 
 import attrs
 
-from attuned.base.errors import BackendError, BackendRejectedError, CollectionNotFoundError, StoreError, T
+from attuned.base.config import MIN_FREE_BYTES
+from attuned.base.errors import (
+    LOGGER,
+    BackendError,
+    BackendRejectedError,
+    CollectionNotFoundError,
+    StoreError,
+    T,
+)
 from attuned.base.telemetry import Telemetry, report_request
+from attuned.base.values import MAX_INTEGER
 from attuned.connections.files import Files
 from attuned.engines.filters import Equal, Filter, matches
 
@@ -396,6 +407,89 @@ class EngineInProcess(Engine):
         """See Engine.count_by; value by value, which is quickest within the process."""
         narrowed = ((value, where._replace(must=(Equal(key, value), *where.must))) for value in values)
         return {value: await self.count(collection, each) for value, each in narrowed}
+
+
+def payload_bytes(value: Any) -> int:
+    """About how many bytes JSON takes as it is written to a disk, rather too many."""
+    if isinstance(value, str):
+        return 8 + (len(value) if value.isascii() else 4 * len(value))
+    if isinstance(value, dict):
+        return sum(
+            8 + 4 * len(key) + payload_bytes(each) for key, each in cast("dict[str, Any]", value).items()
+        )
+    if isinstance(value, list | tuple):
+        return sum(map(payload_bytes, cast("Sequence[Any]", value)))
+    return 16
+
+
+class EngineOnDisk(EngineInProcess):
+    """What the engines that keep files do alike: they look for room first, and put off what can wait."""
+
+    RETRY_S = 30.0  # until what was put off is tried again, at the next write
+    most_left_free = MAX_INTEGER  # as much as ``min_free_bytes`` says
+    _POINT_BYTES = 256  # of a point, beside its payload and vector
+
+    def __init__(self, path: Path, min_free_bytes: int = MIN_FREE_BYTES) -> None:
+        super().__init__()
+        self._root = str(path)
+        self.min_free_bytes = min_free_bytes
+        self._put_off: dict[str, tuple[str, float]] = {}  # what is the matter, and when it is tried again
+
+    @staticmethod
+    def free_bytes(path: str) -> int:
+        """How much room there is on the disk of a directory."""
+        return shutil.disk_usage(path).free
+
+    def check_room(self, operation: str, size: int = 0) -> None:
+        """Raise BackendError where the disk is as good as full, before anything is done."""
+        try:
+            free = self.free_bytes(self._root)
+        except OSError:
+            return  # a directory that is gone, of which check_there tells
+        needed = min(self.min_free_bytes, self.most_left_free) + size
+        if free < needed:
+            done = "closed without a flush" if operation == "close" else "nothing was done"
+            raise BackendError(
+                f"{self._root}: the disk is full: {operation} needs {needed / 2**20:,.1f} MiB free, "
+                f"there are {free / 2**20:,.1f}; {done}: make room, or lower min_free_bytes "
+                "(ATTUNED_STORE_MIN_FREE_BYTES) on a small device",
+                backend=self.name,
+                operation=operation,
+                retryable=True,
+            )
+
+    def check_room_for(self, written: Sequence[Point], deleted: Sequence[str]) -> None:
+        """Raise BackendError where there is no room for a write: four times what it holds."""
+        size = self._POINT_BYTES * (len(written) + len(deleted))
+        size += sum(4 * len(point.vector) + payload_bytes(point.payload) for point in written)
+        self.check_room("write", 4 * size)
+
+    def is_due(self, task: str) -> bool:
+        """Whether a task has not been put off just now."""
+        return task not in self._put_off or time.monotonic() >= self._put_off[task][1]
+
+    def housekeep(self, task: str, work: Callable[[], object]) -> None:
+        """Do what no write waits for: where it fails, that is told, once, and it is tried again later."""
+        if not self.is_due(task):
+            return
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - the write before it has been done: whatever it is
+            message = f"{task} is put off: {error or type(error).__name__}"
+            if task not in self._put_off:
+                LOGGER.warning("%s: %s", self._root, message)
+            self._put_off[task] = message, time.monotonic() + self.RETRY_S
+        else:
+            self._put_off.pop(task, None)
+
+    def signs(self) -> list[str]:
+        """See Files.signs."""
+        signs = [message for message, _ in list(self._put_off.values())]
+        try:
+            self.check_room("write")
+        except BackendError as error:
+            signs.append(str(error))
+        return signs
 
 
 def _allows(put: Put, there: Mapping[str, Any] | None) -> bool:

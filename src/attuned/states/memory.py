@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import heapq
 import itertools
@@ -29,7 +28,7 @@ from attuned.states.contract import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
+    from collections.abc import Callable, Coroutine, Iterator, Sequence
 
     from attuned.base.config import MemoryStoreConfig
     from attuned.base.errors import T
@@ -110,8 +109,7 @@ class MemoryBackend:
         self._waits = waits
         self._retention = Retention.of(config)
         self._capacity = max(1, self._retention.maximum)
-        self._lock = threading.RLock()
-        self._held = False  # by a call, in the middle of which the same thread may come again
+        self._lock: Any = threading.RLock()  # knows whether the thread has it
         self._index = VectorIndex(self.schema)
         self._closed = False
         OPEN.others.add(self)
@@ -131,25 +129,19 @@ class MemoryBackend:
 
     def upsert_latest(self, snapshot: StateSnapshot, expected: Expected) -> None:
         """Write a snapshot, which has been checked like ``expected``."""
-        with self._lock:  # and _piece(), in a third of the time
-            if self._held:
-                raise ReenteredError("memory://")
-            try:
-                self._held = True
-                self._put(snapshot, expected)
-            finally:
-                self._held = False
-
-    @contextlib.contextmanager
-    def _piece(self) -> Generator[None]:
-        """Refuse a call in the middle of another one of the same thread, which holds the lock already."""
-        if self._held:
+        if self._lock._is_owned():
             raise ReenteredError("memory://")
-        try:
-            self._held = True
-            yield
-        finally:
-            self._held = False
+        with self._lock:
+            self._put(snapshot, expected)
+
+    def _free_lock(self) -> Any:
+        """The lock, unless a call comes in the middle of another one of the same thread, which holds it.
+
+        That is asked of the lock itself: a flag would stay behind where an interrupt comes at its line.
+        """
+        if self._lock._is_owned():
+            raise ReenteredError("memory://")
+        return self._lock
 
     def _check_open(self) -> None:
         if self._closed:
@@ -190,7 +182,7 @@ class MemoryBackend:
         try:
             entries = list(timeline.copy())
         except RuntimeError:  # free threading: a write came between two entries
-            with self._lock, self._piece():
+            with self._free_lock():
                 entries = list(timeline)
         hidden = self._retention.hidden([entry.updated_at_unix_ms for entry in entries])
         return entries[min(hidden, len(entries) - 1) if keep_latest else hidden :]
@@ -222,7 +214,7 @@ class MemoryBackend:
 
     async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
         """See Backend.write."""
-        with self._lock, self._piece():
+        with self._free_lock():
             for snapshot in snapshots:
                 self._put(snapshot)
 
@@ -232,7 +224,7 @@ class MemoryBackend:
 
     async def delete(self, user_id: str) -> bool:
         """See Backend.delete."""
-        with self._lock, self._piece():
+        with self._free_lock():
             self._check_open()
             self._index.stale.add(user_id)
             return self.timelines.pop(user_id, None) is not None
@@ -247,7 +239,7 @@ class MemoryBackend:
             await self._waits.call(functools.partial(make_vectors, self.schema.vector_size))
         while not self._caught_up():
             await self._waits.pause_if_due()
-        with self._lock, self._piece():
+        with self._free_lock():
             best, rows = self._index.ranking(request)
         matches: list[Match] = []
         for number in (4 * request.limit + BATCH_SIZE, rows):  # some may not be admitted: look at all then
@@ -261,7 +253,7 @@ class MemoryBackend:
         return matches, None
 
     def _caught_up(self) -> bool:
-        with self._lock, self._piece():
+        with self._free_lock():
             try:
                 return self._index.catch_up(self.get_latest)
             except BaseException:  # an interrupt, say: begin anew
@@ -317,7 +309,7 @@ class MemoryBackend:
     async def prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
         """See Backend.prune_page."""
         page, cursor = await self.users(cursor)
-        with self._lock, self._piece():
+        with self._free_lock():
             timelines = [self.timelines[user_id] for user_id in page if user_id in self.timelines]
             return sum(self._trim(timeline) for timeline in timelines), cursor
 
@@ -327,7 +319,7 @@ class MemoryBackend:
 
     async def adopt(self, staged: MemoryBackend) -> None:
         """See Backend.adopt."""
-        with self._lock, self._piece():
+        with self._free_lock():
             self._check_open()
             self.timelines, self._index = staged.timelines, staged._index
 
@@ -343,11 +335,11 @@ class MemoryBackend:
 
     def abandon(self) -> None:
         """Go on in a forked child, which has a copy of its own, whatever other threads held at the fork."""
-        self._lock, self._held = threading.RLock(), False
+        self._lock = threading.RLock()
 
     def close(self) -> None:
         """Forget everything."""
-        with self._lock, self._piece():
+        with self._free_lock():
             self._closed = True
             self.timelines = {}
             self._index = VectorIndex(self.schema)

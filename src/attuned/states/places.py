@@ -145,9 +145,10 @@ class DirectoryPlace:
 
     def signs(self, latency_ms: float) -> list[str]:  # noqa: ARG002 - a disk has its moments
         """See Place.signs."""
-        if self.directory is not None:
-            self.directory.check_there()
-        return []
+        if self.directory is None:
+            return []
+        self.directory.check_there()
+        return self.directory.engine.signs()
 
 
 def open_directory(config: QdrantStoreConfig) -> tuple[Directory, OwnedBackend]:
@@ -155,10 +156,15 @@ def open_directory(config: QdrantStoreConfig) -> tuple[Directory, OwnedBackend]:
     path = os.path.realpath(absolute_path(cast("str", config.path)))
     kind = engine_class(Path(path), config)  # a missing library is found before anything is made
     # Stores share a directory and its engine: whether its requests are reported is up to the first of them.
-    make_engine = functools.partial(kind, reporter=REPORTING.reporter(wanted=config.telemetry))
+    make_engine = functools.partial(
+        kind,
+        reporter=REPORTING.reporter(wanted=config.telemetry),
+        min_free_bytes=config.min_free_bytes,
+    )
     directory = OPEN.directory_at(path, config.durability, make_engine)
     try:
         _agree(path, "durability", directory.durability, config.durability)
+        _agree(path, "min_free_bytes", directory.engine.min_free_bytes, config.min_free_bytes)
         with directory.opening:
             return directory, _backend_in(directory, config)
     except BaseException:
@@ -212,8 +218,17 @@ class Connection:
             raise ValidationError(message) from error
         self.backend = SharedBackend(self.engine, config)
         self.orphaned = False
-        self.inside: set[int] = set()  # the threads that are in a call over a blocking connection
+        self._entered = threading.local()
         OPEN.others.add(self)
+
+    def entering(self) -> Any:
+        """A lock of this thread alone, which tells when a call comes in the middle of another one of it."""
+        lock: Any = getattr(self._entered, "lock", None)
+        if lock is None:
+            lock = self._entered.lock = threading.RLock()
+        if lock._is_owned():
+            raise ReenteredError(self.path)
+        return lock
 
     def release(self) -> None:
         """Close a blocking connection."""
@@ -239,7 +254,7 @@ class ServerPlace:
         parts = urlsplit(self.location)
         if config.api_key and parts.scheme == "http" and not is_loopback(str(parts.hostname)):
             message = f"the api key is sent in the clear to {parts.hostname}: use https"
-            warnings.warn(message, UserWarning, stacklevel=5)
+            warnings.warn(message, UserWarning, stacklevel=4)
         self.connection = Connection(config, waits)
         # A connection of an event loop is closed with that.
         self._finalizer = (
@@ -252,26 +267,20 @@ class ServerPlace:
 
     async def drive(self, body: Coroutine[Any, Any, T], *, long: bool = False) -> T:  # noqa: ARG002 - it waits
         """See Place.drive; many run at once."""
-        connection, thread = self.connection, threading.get_ident()
-        entered = False
         try:
-            if connection.orphaned:
+            if self.connection.orphaned:
                 raise forked_error(self.location)
-            if self._waits.blocking:
-                if thread in connection.inside:
-                    raise ReenteredError(self.location)
-                entered = True
-                connection.inside.add(thread)
-            return await body
+            if not self._waits.blocking:
+                return await body
+            with self.connection.entering():
+                return await body
         finally:
-            if entered:
-                connection.inside.discard(thread)
             body.close()
 
     async def close(self) -> None:
         """See Place.close."""
-        if self._waits.blocking and threading.get_ident() in self.connection.inside:
-            raise ReenteredError(self.location)
+        if self._waits.blocking:
+            self.connection.entering()
         if self._finalizer is None or (self._finalizer.detach() and not self.connection.orphaned):
             await self._waits.shielded(self.connection.engine.close())
 

@@ -42,25 +42,12 @@ _INDEXES: Mapping[str, IndexKind] = {
     "source": "keyword",
 }
 
-
 LATEST = Equal("kind", "latest")
-
-
 HISTORY = Equal("kind", "history")
-
-
 LAST_BITS = 1e-12  # by so much an engine may change a float
-
-
 _MOST_MATCHES = 2**31 - 1
-
-
 LINEAGE = 32  # revisions that a point on a server remembers
-
-
 MAX_COUNTED = 10_000  # users whose writes are counted on a server
-
-
 WHOLE_HISTORY = 1_000_000  # more entries than the history of one user can sensibly have
 
 
