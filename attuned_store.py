@@ -65,6 +65,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import (
@@ -2505,6 +2506,8 @@ class ArchiveReader:
     them must be able to take that back, or have read them once before.
     """
 
+    block_bytes = 1 << 15  # of lines, parsed at once in 2 ms
+
     def __init__(self, unpacked: GzipReader) -> None:
         self._unpacked = unpacked
         self._lines_digest = hashlib.sha256()
@@ -2520,7 +2523,7 @@ class ArchiveReader:
     def states(self) -> Iterator[list[StateSnapshot]]:
         """All states, so many at a time as stand in a block of lines."""
         counted = StateCounter()
-        while lines := self._take_lines(self._unpacked.block_bytes):
+        while lines := self._take_lines(self.block_bytes):
             states = parse_states(lines, 2 + counted.states)
             counted.add(states)
             counted.check_axes(self.axes)
@@ -4820,8 +4823,9 @@ class Engine(Protocol):
         limit: int,
         *,
         tenant: str | None = None,
+        payload: bool = True,
     ) -> list[Record]:
-        """The nearest points by cosine, best first."""
+        """The nearest points by cosine, best first; without payloads, their ids and scores alone."""
         ...
 
     async def count(self, collection: str, where: Filter, *, tenant: str | None = None) -> int:
@@ -5189,9 +5193,14 @@ class ClientModels:
             "with_payload": payload or (False if newest_by is None else [newest_by]),
         }
 
-    def search(self, vector: Sequence[float], narrowed: Any, limit: int) -> dict[str, Any]:
+    def search(self, vector: Sequence[float], narrowed: Any, limit: int, *, payload: bool) -> dict[str, Any]:
         """The arguments of query_points() for Engine.search."""
-        return {"query": list(vector), "query_filter": narrowed, "limit": limit}
+        return {
+            "query": list(vector),
+            "query_filter": narrowed,
+            "limit": limit,
+            "with_payload": payload,
+        }
 
 
 def client_records(found: Iterable[Any]) -> list[Record]:
@@ -5562,6 +5571,7 @@ class EdgeEngine(EngineOnDisk):
         limit: int,
         *,
         tenant: str | None = None,
+        payload: bool = True,
     ) -> list[Record]:
         """See Engine.search."""
         api, narrowed = self._api, self._filter(self._narrowed(collection, where, tenant))
@@ -5571,7 +5581,7 @@ class EdgeEngine(EngineOnDisk):
                     limit=limit,
                     query=api.Query.Nearest(list(vector)),
                     filter=narrowed,
-                    with_payload=True,
+                    with_payload=payload,
                 )
             )
         return [Record(record.id, record.payload or {}, record.score) for record in found]
@@ -6008,11 +6018,12 @@ class LocalEngine(EngineOnDisk):
         limit: int,
         *,
         tenant: str | None = None,
+        payload: bool = True,
     ) -> list[Record]:
         """See Engine.search."""
         narrowed = self._narrowed(collection, where, tenant)
         with backend_errors(self, "search"):
-            arguments = self._models.search(vector, self._models.filter(narrowed), limit)
+            arguments = self._models.search(vector, self._models.filter(narrowed), limit, payload=payload)
             return client_records(self._client.query_points(collection, **arguments).points)
 
     async def count(self, collection: str, where: Filter, *, tenant: str | None = None) -> int:
@@ -6260,6 +6271,7 @@ class MemoryEngine(EngineInProcess):
         limit: int,
         *,
         tenant: str | None = None,
+        payload: bool = True,
     ) -> list[Record]:
         """See Engine.search."""
         held, direction = self._held(collection, tenant), _direction(vector)
@@ -6276,7 +6288,7 @@ class MemoryEngine(EngineInProcess):
         for score, point_id in nearest:
             point = held.points[point_id]
             if matches(where, point.payload):
-                records.append(_record(point, score=score))
+                records.append(_record(point, payload=payload, score=score))
                 if len(records) == limit:
                     break
         return records
@@ -6713,10 +6725,11 @@ class ServerEngine:
         limit: int,
         *,
         tenant: str | None = None,
+        payload: bool = True,
     ) -> list[Record]:
         """See Engine.search."""
         narrowed = self._narrowed(collection, where, tenant)
-        asked = self._models.search(vector, narrowed, limit) | self._read_options
+        asked = self._models.search(vector, narrowed, limit, payload=payload) | self._read_options
         found = await self._send("search", lambda: self._client.query_points(collection, **asked))
         return client_records(found.points)
 
@@ -7049,8 +7062,11 @@ class Backend(Protocol):
         """Remove all of a user; True if there was anything."""
         ...
 
-    async def search(self, request: SearchRequest) -> list[Match]:
-        """The most similar snapshots that the request admits, best first."""
+    async def search(self, request: SearchRequest, cursor: Cursor) -> tuple[list[Match], Cursor]:
+        """A page of the snapshots that the request admits, about in the order of their similarity.
+
+        Further pages hold less similar ones; who asks has enough with as many as the request wants.
+        """
         ...
 
     async def users(self, cursor: Cursor) -> tuple[list[str], Cursor]:
@@ -7217,6 +7233,11 @@ class VectorIndex:
         self._row_of: dict[str, int] = {}
         self._free: list[int] = []
 
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing was taken in yet."""
+        return self._vectors is None
+
     def catch_up(self, latest: Callable[[str], StateSnapshot | None]) -> bool:
         """Take in some of the users written since; whether all are taken in."""
         for _ in range(min(4 * BATCH_SIZE, len(self.stale))):
@@ -7238,26 +7259,22 @@ class VectorIndex:
         self._rows[row : row + 1] = [snapshot]
         self._vectors.put(row, self._schema.vector(snapshot.axes))
 
-    def search(self, search: SearchRequest) -> list[Match]:
-        """The best matches among those taken in."""
-        if self._vectors is None:
-            return []
-        scores = self._vectors.scores(self._schema.vector(search.axes), len(self._rows))
-        for number in (4 * search.limit + BATCH_SIZE, len(scores)):
-            matches = self._matches(search, scores, self._vectors.best(scores, number))
-            if len(matches) == search.limit or number >= len(scores):
-                break
-        return matches
+    def ranking(self, search: SearchRequest) -> tuple[Callable[[int], Iterator[Match]], int]:
+        """What gives the best of so many rows, as they are now, at any time later; and how many there are."""
+        vectors, rows = self._vectors, list(self._rows)
+        if vectors is None:
+            return lambda _: iter(()), 0
+        scores = vectors.scores(self._schema.vector(search.axes), len(rows))
 
-    def _matches(self, search: SearchRequest, scores: Any, rows: Iterable[int]) -> list[Match]:
-        matches: list[Match] = []
-        for row in rows:
-            snapshot, score = self._rows[row], clamp_score(float(scores[row]))
-            if score < search.score_threshold or len(matches) == search.limit:
-                break
-            if snapshot is not None and search.admits(snapshot):
-                matches.append(Match(snapshot, score))
-        return matches
+        def best(number: int) -> Iterator[Match]:
+            for row in vectors.best(scores, number):
+                snapshot, score = rows[row], clamp_score(float(scores[row]))
+                if score < search.score_threshold:
+                    return
+                if snapshot is not None and search.admits(snapshot):
+                    yield Match(snapshot, score)
+
+        return best, len(rows)
 
 
 class MemoryBackend:
@@ -7399,16 +7416,28 @@ class MemoryBackend:
             self._index.stale.add(user_id)
             return self.timelines.pop(user_id, None) is not None
 
-    async def search(self, request: SearchRequest) -> list[Match]:
-        """See Backend.search."""
+    async def search(self, request: SearchRequest, cursor: Cursor) -> tuple[list[Match], Cursor]:  # noqa: ARG002
+        """See Backend.search; there is but one page."""
         self._check_open()
         self.schema.check(request.axes)
         if request.history or request.user_id is not None:
-            return await self._scan(request)
+            return await self._scan(request), None
+        if self._index.is_new and "numpy" not in sys.modules:  # which takes 0.1 s to import
+            await self._waits.call(functools.partial(make_vectors, self.schema.vector_size))
         while not self._caught_up():
-            await self._waits.pause()
+            await self._waits.pause_if_due()
         with self._free_lock():
-            return self._index.search(request)
+            best, rows = self._index.ranking(request)
+        matches: list[Match] = []
+        for number in (4 * request.limit + BATCH_SIZE, rows):  # some may not be admitted: look at all then
+            matches.clear()
+            for match in itertools.islice(best(number), request.limit):
+                matches.append(match)
+                if len(matches) % BATCH_SIZE == 0:
+                    await self._waits.pause_if_due()
+            if len(matches) == request.limit or number >= rows:
+                break
+        return matches, None
 
     def _caught_up(self) -> bool:
         with self._free_lock():
@@ -7720,7 +7749,11 @@ class Operations:
                 exclude_user_id = query
             query = await self.latest_or_raise(query)
         request = SearchRequest.of(query, exclude_user_id=exclude_user_id, **options)
-        return await self._drive("search", lambda backend: backend.search(request))
+        pages = self._pages("search", lambda backend, cursor: backend.search(request, cursor))
+        found: dict[tuple[str, int], Match] = {}
+        while len(found) < request.limit and (page := await pages.next()) is not None:
+            found |= {(match.snapshot.user_id, match.snapshot.updated_at_unix_ms): match for match in page}
+        return sorted(found.values(), key=attrgetter("score"), reverse=True)[: request.limit]
 
     # Many states
 
@@ -7731,6 +7764,12 @@ class Operations:
         await self.open()
         written = 0
         total = len(cast("Any", snapshots)) if hasattr(snapshots, "__len__") else None
+        if isinstance(snapshots, list | tuple):
+            snapshots = tuple(snapshots)  # of this moment, whatever the caller does to it between two pieces
+            for position, snapshot in enumerate(snapshots):
+                if position % BATCH_SIZE == 0:
+                    await self.waits.pause_if_due()
+                check_state(self.backend.schema, snapshot)
         try:
             for batch in self._batches(snapshots):
                 await self._write(batch)
@@ -7746,7 +7785,7 @@ class Operations:
         await self._drive("", lambda backend: backend.write(batch))
 
     def _batches(self, snapshots: Iterable[StateSnapshot]) -> Iterator[list[StateSnapshot]]:
-        """Cut into batches, checked before they are handed out: a list or tuple whole, others batch by batch.
+        """Cut into batches, checked before they are handed out: a tuple was, others are batch by batch.
 
         An error of the caller's iterator is raised when what came before it has been dealt with.
         """
@@ -7755,10 +7794,7 @@ class Operations:
                 f"snapshots: an iterable of StateSnapshot is needed, got {type_name(snapshots)}"
             )
         schema, size = self.backend.schema, self.backend.batch_size
-        known = isinstance(snapshots, list | tuple)
-        if known:
-            for snapshot in snapshots:
-                check_state(schema, snapshot)
+        known = isinstance(snapshots, tuple)  # and checked
         failures: list[Exception] = []
 
         def until_failure() -> Iterator[StateSnapshot]:
@@ -8147,6 +8183,14 @@ class _Reading(NamedTuple):
     share: int  # how many users to read at once
 
 
+class _Ranking(NamedTuple):
+    """Where a long search stands."""
+
+    ids: Sequence[str]  # of points, the most similar first
+    position: int  # of the next of these to be looked at
+    asked: int  # how many were asked for; 0 if there are no more
+
+
 class PointsBackend(ABC):
     """The logic of the Qdrant stores that every engine shares.
 
@@ -8235,21 +8279,50 @@ class PointsBackend(ABC):
         """The latest snapshot of a user, as a step of other operations."""
         return (await self.find([user_id])).get(user_id)
 
-    async def search(self, request: SearchRequest) -> list[Match]:
-        """See Backend.search."""
+    async def search(self, request: SearchRequest, cursor: _Ranking | None) -> tuple[list[Match], Cursor]:
+        """See Backend.search; where more are wanted than one piece may hold, their ids come first."""
         vector, where = self.schema.vector(request.axes), _where(request)
         if request.history and not self._retention.maximum:
-            return []
-        limit = min(2 * request.limit + 1 if request.history else request.limit, _MOST_MATCHES)
-        while True:
-            records = await self.engine.search(self._collection, vector, where, limit, tenant=request.user_id)
-            shown = await self._shown(records) if request.history else records
-            found = ((decode_snapshot(record.payload), record.score) for record in shown)
-            matches = [Match(entry, clamp_score(score)) for entry, score in found if request.admits(entry)]
-            if len(matches) >= request.limit or len(records) < limit or limit == _MOST_MATCHES:
-                break
-            limit = min(4 * limit, _MOST_MATCHES)  # some were not to be shown: look further
-        return [match for match in matches[: request.limit] if match.score >= request.score_threshold]
+            return [], None
+        wanted = 2 * request.limit + 1 if request.history else request.limit
+        find = functools.partial(self.engine.search, self._collection, vector, where, tenant=request.user_id)
+        if cursor is None:
+            limit = min(wanted, max(4 * BATCH_SIZE, self.batch_size))
+            records = await find(limit)
+            matches = await self._matches(request, [(record, record.score) for record in records])
+            ended = len(records) < limit or records[-1].score < request.score_threshold
+            if ended or len(matches) >= request.limit:
+                return matches, None
+            return [], _Ranking((), 0, limit)
+        if cursor.position >= len(cursor.ids):  # some were not to be shown: look further
+            limit = min(max(wanted, 4 * cursor.asked), _MOST_MATCHES)
+            records = await find(limit, payload=False)
+            least = request.score_threshold - 1e-4
+            ids = [str(record.id) for record in records if record.score >= least]
+            asked = 0 if len(ids) < limit or limit == _MOST_MATCHES else limit
+            return [], _Ranking(ids, cursor.position, asked) if cursor.position < len(ids) else None
+        position = cursor.position + self.batch_size
+        records = await self.engine.retrieve(self._collection, cursor.ids[cursor.position : position])
+        # A state may have been replaced since: what is told of it is what it is now.
+        scored = [(record, self._score(vector, record)) for record in records]
+        following = cursor._replace(position=position) if cursor.asked or position < len(cursor.ids) else None
+        return await self._matches(request, scored), following
+
+    def _score(self, direction: Sequence[float], record: Record) -> float:
+        axes = decode_snapshot(record.payload).axes
+        return math.fsum(map(operator.mul, direction, self.schema.vector(axes)))
+
+    async def _matches(self, request: SearchRequest, scored: Sequence[tuple[Record, float]]) -> list[Match]:
+        """Those of these records that are to be shown."""
+        if request.history:
+            shown = {record.id for record in await self._shown([record for record, _ in scored])}
+            scored = [(record, score) for record, score in scored if record.id in shown]
+        found = ((decode_snapshot(record.payload), clamp_score(score)) for record, score in scored)
+        return [
+            Match(entry, score)
+            for entry, score in found
+            if score >= request.score_threshold and request.admits(entry)
+        ]
 
     async def _shown(self, records: Sequence[Record]) -> list[Record]:
         """Those records of both kinds that history shows, each state once: one not yet trimmed holds more."""

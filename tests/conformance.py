@@ -58,6 +58,7 @@ from attuned_store import (
     StoreClosedError,
     StoreError,
     StoreLockedError,
+    Suspending,
     UserNotFoundError,
     ValidationError,
     acopy,
@@ -295,6 +296,23 @@ async def together(store: AsyncStateStore, jobs: Iterable[Callable[[], Coroutine
         async with anyio.create_task_group() as tasks:
             for job in jobs:
                 tasks.start_soon(job)
+
+
+async def turns_during(call: Callable[[], Awaitable[T]]) -> tuple[int, T]:
+    """How often another task had its turn while something was awaited, and what that gave."""
+    turns, ended = 0, False
+
+    async def watch() -> None:
+        nonlocal turns
+        while not ended:
+            await anyio.lowlevel.checkpoint()
+            turns += 1
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(watch)
+        answer = await call()
+        counted, ended = turns, True
+    return counted, answer
 
 
 async def users_of(store: AsyncStateStore) -> list[str]:
@@ -1401,6 +1419,27 @@ class StoreTests:
         assert await store.search_similar(QUERY, score_threshold=1.01) == []
         assert "dee" in found_users(await store.search_similar(QUERY, score_threshold=0))
 
+    async def test_a_search_for_all_finds_all(self, store: AsyncStateStore) -> None:
+        """More matches than one piece of a search holds are found too: all of them, the best first."""
+        newest, older = random_states(MANY, 17), random_states(MANY, 18)
+        await store.upsert_many(newest)
+        await store.upsert_many(state(each.user_id, -1, each.axes) for each in older)
+
+        found = await store.search_similar(QUERY, limit=10_000)
+        assert sorted(found_users(found)) == sorted(each.user_id for each in newest)
+        check_scores(found, QUERY)
+        entire = await store.search_similar(QUERY, limit=10_000, history=True)
+        assert len(entire) == len({match.snapshot for match in entire}) == 2 * MANY
+        check_scores(entire, QUERY)
+
+        for history, all_of_them in ((False, found), (True, entire)):
+            least = (all_of_them[400].score + all_of_them[401].score) / 2
+            for options in ({"limit": 401}, {"limit": 10_000, "score_threshold": least}):
+                best = await store.search_similar(QUERY, history=history, **cast("Any", options))
+                assert [match.score for match in best] == pytest.approx(
+                    [match.score for match in all_of_them[:401]], abs=1e-5
+                )
+
     async def test_a_search_sees_what_was_written_before_it(self, store: AsyncStateStore) -> None:
         """A search after a write, a patch or a delete answers from what is there now."""
         await store.upsert_many([state("ann", axes={"warmth": 0.9}), state("bob", axes={"warmth": 0.1})])
@@ -1785,6 +1824,61 @@ class AsyncStoreTests:
         second = await store.update("ann", slow)
         assert second is not None
         assert second.axis("warmth") == 0.1
+
+    async def test_a_long_search_lets_other_tasks_run(
+        self, store: AsyncStateStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """While many matches are collected, other tasks have their turns."""
+        monkeypatch.setattr(Suspending, "TURN_S", 0.0)
+        await store.upsert_many(random_states(MANY, 19))
+        await store.search_similar(QUERY)  # which may have more to do the first time
+
+        turns, found = await turns_during(partial(store.search_similar, QUERY, limit=10_000))
+
+        assert turns >= 5
+        assert len(found) == MANY
+
+    async def test_a_long_search_tells_what_is_written_meanwhile_as_it_is(
+        self, store: AsyncStateStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each user is found once, and every score is that of the state told, whoever writes meanwhile."""
+        monkeypatch.setattr(Suspending, "TURN_S", 0.0)
+        await store.upsert_many(random_states(MANY, 19))
+
+        async def write() -> None:
+            for number in range(30):
+                axes = {"warmth": number / 30, "formality": 0.25}
+                await store.upsert_latest(state(f"user-{20 * number}", 10_000, axes))
+                await anyio.lowlevel.checkpoint()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(write)
+            found = await store.search_similar(QUERY, limit=10_000)
+
+        assert len(set(found_users(found))) == len(found) == MANY
+        check_scores(found, QUERY)
+
+    async def test_checking_a_long_list_lets_other_tasks_run(
+        self, store: AsyncStateStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A list is checked whole before anything is written, in pieces, and counts as it was given."""
+        monkeypatch.setattr(Suspending, "TURN_S", 0.0)
+        states: list[Any] = random_states(MANY, 20)
+        await store.count()
+
+        async def refuse() -> None:
+            with pytest.raises(ValidationError):
+                await store.upsert_many([*states, "no state"])
+
+        assert (await turns_during(refuse))[0] >= 5
+        assert await store.count() == 0
+
+        async def spoil() -> None:
+            states.append("what comes too late")
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(spoil)
+            assert await store.upsert_many(states) == MANY
 
     async def test_an_update_that_waits_holds_up_nobody(self, store: AsyncStateStore) -> None:
         """While the function of an update waits, other tasks read and write, that user too."""

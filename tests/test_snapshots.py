@@ -442,6 +442,7 @@ def test_verifying_and_listing_have_asynchronous_forms(tmp_path: Path) -> None:
 def holder(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
     """A store that holds something, which reads in small blocks."""
     monkeypatch.setattr(attuned_store.GzipReader, "block_bytes", 400)
+    monkeypatch.setattr(attuned_store.ArchiveReader, "block_bytes", 400)
     store = MemoryStore()
     store.upsert_many([state("zoe", 1), state("ann", 99)])
     return store
@@ -771,6 +772,7 @@ def test_any_content_comes_back_from_a_snapshot(states: list[StateSnapshot], blo
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         patch.setattr(attuned_store.ArchiveWriter, "block_bytes", block_bytes)
         patch.setattr(attuned_store.GzipReader, "block_bytes", block_bytes)
+        patch.setattr(attuned_store.ArchiveReader, "block_bytes", block_bytes)
         store, other = MemoryStore(max_history_per_user=99), MemoryStore(max_history_per_user=99)
         store.upsert_many(states)
         path = store.create_snapshot(directory).path

@@ -70,9 +70,14 @@ class ClientModels:
             "with_payload": payload or (False if newest_by is None else [newest_by]),
         }
 
-    def search(self, vector: Sequence[float], narrowed: Any, limit: int) -> dict[str, Any]:
+    def search(self, vector: Sequence[float], narrowed: Any, limit: int, *, payload: bool) -> dict[str, Any]:
         """The arguments of query_points() for Engine.search."""
-        return {"query": list(vector), "query_filter": narrowed, "limit": limit}
+        return {
+            "query": list(vector),
+            "query_filter": narrowed,
+            "limit": limit,
+            "with_payload": payload,
+        }
 
 
 def client_records(found: Iterable[Any]) -> list[Record]:

@@ -379,6 +379,7 @@ class EdgeEngine(EngineOnDisk):
         limit: int,
         *,
         tenant: str | None = None,
+        payload: bool = True,
     ) -> list[Record]:
         """See Engine.search."""
         api, narrowed = self._api, self._filter(self._narrowed(collection, where, tenant))
@@ -388,7 +389,7 @@ class EdgeEngine(EngineOnDisk):
                     limit=limit,
                     query=api.Query.Nearest(list(vector)),
                     filter=narrowed,
-                    with_payload=True,
+                    with_payload=payload,
                 )
             )
         return [Record(record.id, record.payload or {}, record.score) for record in found]

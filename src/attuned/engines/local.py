@@ -406,11 +406,12 @@ class LocalEngine(EngineOnDisk):
         limit: int,
         *,
         tenant: str | None = None,
+        payload: bool = True,
     ) -> list[Record]:
         """See Engine.search."""
         narrowed = self._narrowed(collection, where, tenant)
         with backend_errors(self, "search"):
-            arguments = self._models.search(vector, self._models.filter(narrowed), limit)
+            arguments = self._models.search(vector, self._models.filter(narrowed), limit, payload=payload)
             return client_records(self._client.query_points(collection, **arguments).points)
 
     async def count(self, collection: str, where: Filter, *, tenant: str | None = None) -> int:

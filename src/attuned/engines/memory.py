@@ -186,6 +186,7 @@ class MemoryEngine(EngineInProcess):
         limit: int,
         *,
         tenant: str | None = None,
+        payload: bool = True,
     ) -> list[Record]:
         """See Engine.search."""
         held, direction = self._held(collection, tenant), _direction(vector)
@@ -202,7 +203,7 @@ class MemoryEngine(EngineInProcess):
         for score, point_id in nearest:
             point = held.points[point_id]
             if matches(where, point.payload):
-                records.append(_record(point, score=score))
+                records.append(_record(point, payload=payload, score=score))
                 if len(records) == limit:
                     break
         return records

@@ -444,10 +444,11 @@ class ServerEngine:
         limit: int,
         *,
         tenant: str | None = None,
+        payload: bool = True,
     ) -> list[Record]:
         """See Engine.search."""
         narrowed = self._narrowed(collection, where, tenant)
-        asked = self._models.search(vector, narrowed, limit) | self._read_options
+        asked = self._models.search(vector, narrowed, limit, payload=payload) | self._read_options
         found = await self._send("search", lambda: self._client.query_points(collection, **asked))
         return client_records(found.points)
 

@@ -197,8 +197,9 @@ class Engine(Protocol):
         limit: int,
         *,
         tenant: str | None = None,
+        payload: bool = True,
     ) -> list[Record]:
-        """The nearest points by cosine, best first."""
+        """The nearest points by cosine, best first; without payloads, their ids and scores alone."""
         ...
 
     async def count(self, collection: str, where: Filter, *, tenant: str | None = None) -> int:

@@ -270,6 +270,8 @@ class ArchiveReader:
     them must be able to take that back, or have read them once before.
     """
 
+    block_bytes = 1 << 15  # of lines, parsed at once in 2 ms
+
     def __init__(self, unpacked: GzipReader) -> None:
         self._unpacked = unpacked
         self._lines_digest = hashlib.sha256()
@@ -285,7 +287,7 @@ class ArchiveReader:
     def states(self) -> Iterator[list[StateSnapshot]]:
         """All states, so many at a time as stand in a block of lines."""
         counted = StateCounter()
-        while lines := self._take_lines(self._unpacked.block_bytes):
+        while lines := self._take_lines(self.block_bytes):
             states = parse_states(lines, 2 + counted.states)
             counted.add(states)
             counted.check_axes(self.axes)

@@ -201,8 +201,11 @@ class Backend(Protocol):
         """Remove all of a user; True if there was anything."""
         ...
 
-    async def search(self, request: SearchRequest) -> list[Match]:
-        """The most similar snapshots that the request admits, best first."""
+    async def search(self, request: SearchRequest, cursor: Cursor) -> tuple[list[Match], Cursor]:
+        """A page of the snapshots that the request admits, about in the order of their similarity.
+
+        Further pages hold less similar ones; who asks has enough with as many as the request wants.
+        """
         ...
 
     async def users(self, cursor: Cursor) -> tuple[list[str], Cursor]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import operator
+import sys
 import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -26,7 +28,7 @@ from attuned.states.contract import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Coroutine, Iterator, Sequence
 
     from attuned.base.config import MemoryStoreConfig
     from attuned.base.errors import T
@@ -43,6 +45,11 @@ class VectorIndex:
         self._rows: list[StateSnapshot | None] = []
         self._row_of: dict[str, int] = {}
         self._free: list[int] = []
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing was taken in yet."""
+        return self._vectors is None
 
     def catch_up(self, latest: Callable[[str], StateSnapshot | None]) -> bool:
         """Take in some of the users written since; whether all are taken in."""
@@ -65,26 +72,22 @@ class VectorIndex:
         self._rows[row : row + 1] = [snapshot]
         self._vectors.put(row, self._schema.vector(snapshot.axes))
 
-    def search(self, search: SearchRequest) -> list[Match]:
-        """The best matches among those taken in."""
-        if self._vectors is None:
-            return []
-        scores = self._vectors.scores(self._schema.vector(search.axes), len(self._rows))
-        for number in (4 * search.limit + BATCH_SIZE, len(scores)):
-            matches = self._matches(search, scores, self._vectors.best(scores, number))
-            if len(matches) == search.limit or number >= len(scores):
-                break
-        return matches
+    def ranking(self, search: SearchRequest) -> tuple[Callable[[int], Iterator[Match]], int]:
+        """What gives the best of so many rows, as they are now, at any time later; and how many there are."""
+        vectors, rows = self._vectors, list(self._rows)
+        if vectors is None:
+            return lambda _: iter(()), 0
+        scores = vectors.scores(self._schema.vector(search.axes), len(rows))
 
-    def _matches(self, search: SearchRequest, scores: Any, rows: Iterable[int]) -> list[Match]:
-        matches: list[Match] = []
-        for row in rows:
-            snapshot, score = self._rows[row], clamp_score(float(scores[row]))
-            if score < search.score_threshold or len(matches) == search.limit:
-                break
-            if snapshot is not None and search.admits(snapshot):
-                matches.append(Match(snapshot, score))
-        return matches
+        def best(number: int) -> Iterator[Match]:
+            for row in vectors.best(scores, number):
+                snapshot, score = rows[row], clamp_score(float(scores[row]))
+                if score < search.score_threshold:
+                    return
+                if snapshot is not None and search.admits(snapshot):
+                    yield Match(snapshot, score)
+
+        return best, len(rows)
 
 
 class MemoryBackend:
@@ -226,16 +229,28 @@ class MemoryBackend:
             self._index.stale.add(user_id)
             return self.timelines.pop(user_id, None) is not None
 
-    async def search(self, request: SearchRequest) -> list[Match]:
-        """See Backend.search."""
+    async def search(self, request: SearchRequest, cursor: Cursor) -> tuple[list[Match], Cursor]:  # noqa: ARG002
+        """See Backend.search; there is but one page."""
         self._check_open()
         self.schema.check(request.axes)
         if request.history or request.user_id is not None:
-            return await self._scan(request)
+            return await self._scan(request), None
+        if self._index.is_new and "numpy" not in sys.modules:  # which takes 0.1 s to import
+            await self._waits.call(functools.partial(make_vectors, self.schema.vector_size))
         while not self._caught_up():
-            await self._waits.pause()
+            await self._waits.pause_if_due()
         with self._free_lock():
-            return self._index.search(request)
+            best, rows = self._index.ranking(request)
+        matches: list[Match] = []
+        for number in (4 * request.limit + BATCH_SIZE, rows):  # some may not be admitted: look at all then
+            matches.clear()
+            for match in itertools.islice(best(number), request.limit):
+                matches.append(match)
+                if len(matches) % BATCH_SIZE == 0:
+                    await self._waits.pause_if_due()
+            if len(matches) == request.limit or number >= rows:
+                break
+        return matches, None
 
     def _caught_up(self) -> bool:
         with self._free_lock():

@@ -7,6 +7,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import attrs
@@ -48,6 +49,7 @@ from attuned.snapshots.directory import (
     SnapshotRequest,
 )
 from attuned.states.contract import (
+    BATCH_SIZE,
     CLOSED,
     UNOPENED,
     Backend,
@@ -252,7 +254,11 @@ class Operations:
                 exclude_user_id = query
             query = await self.latest_or_raise(query)
         request = SearchRequest.of(query, exclude_user_id=exclude_user_id, **options)
-        return await self._drive("search", lambda backend: backend.search(request))
+        pages = self._pages("search", lambda backend, cursor: backend.search(request, cursor))
+        found: dict[tuple[str, int], Match] = {}
+        while len(found) < request.limit and (page := await pages.next()) is not None:
+            found |= {(match.snapshot.user_id, match.snapshot.updated_at_unix_ms): match for match in page}
+        return sorted(found.values(), key=attrgetter("score"), reverse=True)[: request.limit]
 
     # Many states
 
@@ -263,6 +269,12 @@ class Operations:
         await self.open()
         written = 0
         total = len(cast("Any", snapshots)) if hasattr(snapshots, "__len__") else None
+        if isinstance(snapshots, list | tuple):
+            snapshots = tuple(snapshots)  # of this moment, whatever the caller does to it between two pieces
+            for position, snapshot in enumerate(snapshots):
+                if position % BATCH_SIZE == 0:
+                    await self.waits.pause_if_due()
+                check_state(self.backend.schema, snapshot)
         try:
             for batch in self._batches(snapshots):
                 await self._write(batch)
@@ -278,7 +290,7 @@ class Operations:
         await self._drive("", lambda backend: backend.write(batch))
 
     def _batches(self, snapshots: Iterable[StateSnapshot]) -> Iterator[list[StateSnapshot]]:
-        """Cut into batches, checked before they are handed out: a list or tuple whole, others batch by batch.
+        """Cut into batches, checked before they are handed out: a tuple was, others are batch by batch.
 
         An error of the caller's iterator is raised when what came before it has been dealt with.
         """
@@ -287,10 +299,7 @@ class Operations:
                 f"snapshots: an iterable of StateSnapshot is needed, got {type_name(snapshots)}"
             )
         schema, size = self.backend.schema, self.backend.batch_size
-        known = isinstance(snapshots, list | tuple)
-        if known:
-            for snapshot in snapshots:
-                check_state(schema, snapshot)
+        known = isinstance(snapshots, tuple)  # and checked
         failures: list[Exception] = []
 
         def until_failure() -> Iterator[StateSnapshot]:

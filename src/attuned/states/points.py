@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
+import operator
 from abc import ABC, abstractmethod
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -142,6 +144,14 @@ class _Reading(NamedTuple):
     share: int  # how many users to read at once
 
 
+class _Ranking(NamedTuple):
+    """Where a long search stands."""
+
+    ids: Sequence[str]  # of points, the most similar first
+    position: int  # of the next of these to be looked at
+    asked: int  # how many were asked for; 0 if there are no more
+
+
 class PointsBackend(ABC):
     """The logic of the Qdrant stores that every engine shares.
 
@@ -230,21 +240,50 @@ class PointsBackend(ABC):
         """The latest snapshot of a user, as a step of other operations."""
         return (await self.find([user_id])).get(user_id)
 
-    async def search(self, request: SearchRequest) -> list[Match]:
-        """See Backend.search."""
+    async def search(self, request: SearchRequest, cursor: _Ranking | None) -> tuple[list[Match], Cursor]:
+        """See Backend.search; where more are wanted than one piece may hold, their ids come first."""
         vector, where = self.schema.vector(request.axes), _where(request)
         if request.history and not self._retention.maximum:
-            return []
-        limit = min(2 * request.limit + 1 if request.history else request.limit, _MOST_MATCHES)
-        while True:
-            records = await self.engine.search(self._collection, vector, where, limit, tenant=request.user_id)
-            shown = await self._shown(records) if request.history else records
-            found = ((decode_snapshot(record.payload), record.score) for record in shown)
-            matches = [Match(entry, clamp_score(score)) for entry, score in found if request.admits(entry)]
-            if len(matches) >= request.limit or len(records) < limit or limit == _MOST_MATCHES:
-                break
-            limit = min(4 * limit, _MOST_MATCHES)  # some were not to be shown: look further
-        return [match for match in matches[: request.limit] if match.score >= request.score_threshold]
+            return [], None
+        wanted = 2 * request.limit + 1 if request.history else request.limit
+        find = functools.partial(self.engine.search, self._collection, vector, where, tenant=request.user_id)
+        if cursor is None:
+            limit = min(wanted, max(4 * BATCH_SIZE, self.batch_size))
+            records = await find(limit)
+            matches = await self._matches(request, [(record, record.score) for record in records])
+            ended = len(records) < limit or records[-1].score < request.score_threshold
+            if ended or len(matches) >= request.limit:
+                return matches, None
+            return [], _Ranking((), 0, limit)
+        if cursor.position >= len(cursor.ids):  # some were not to be shown: look further
+            limit = min(max(wanted, 4 * cursor.asked), _MOST_MATCHES)
+            records = await find(limit, payload=False)
+            least = request.score_threshold - 1e-4
+            ids = [str(record.id) for record in records if record.score >= least]
+            asked = 0 if len(ids) < limit or limit == _MOST_MATCHES else limit
+            return [], _Ranking(ids, cursor.position, asked) if cursor.position < len(ids) else None
+        position = cursor.position + self.batch_size
+        records = await self.engine.retrieve(self._collection, cursor.ids[cursor.position : position])
+        # A state may have been replaced since: what is told of it is what it is now.
+        scored = [(record, self._score(vector, record)) for record in records]
+        following = cursor._replace(position=position) if cursor.asked or position < len(cursor.ids) else None
+        return await self._matches(request, scored), following
+
+    def _score(self, direction: Sequence[float], record: Record) -> float:
+        axes = decode_snapshot(record.payload).axes
+        return math.fsum(map(operator.mul, direction, self.schema.vector(axes)))
+
+    async def _matches(self, request: SearchRequest, scored: Sequence[tuple[Record, float]]) -> list[Match]:
+        """Those of these records that are to be shown."""
+        if request.history:
+            shown = {record.id for record in await self._shown([record for record, _ in scored])}
+            scored = [(record, score) for record, score in scored if record.id in shown]
+        found = ((decode_snapshot(record.payload), clamp_score(score)) for record, score in scored)
+        return [
+            Match(entry, score)
+            for entry, score in found
+            if score >= request.score_threshold and request.admits(entry)
+        ]
 
     async def _shown(self, records: Sequence[Record]) -> list[Record]:
         """Those records of both kinds that history shows, each state once: one not yet trimmed holds more."""
