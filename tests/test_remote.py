@@ -88,7 +88,6 @@ from attuned_store import (
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-    from pathlib import Path
 
 pytestmark = [pytest.mark.once, pytest.mark.anyio, pytest.mark.timeout(120)]
 
