@@ -4769,6 +4769,7 @@ class Engine(Protocol):
     ``indexed``: pages, orders and counts of a filter are found without looking at every point. Where not,
     what stands above keeps in memory what it would have to ask for often.
     ``compact``: nested values in a payload cost more than one string of the same content.
+    ``rounds_floats``: a float in a payload may come back changed in its last bit.
     ``reporter``: what requests are reported to, None for nothing.
     """
 
@@ -4776,6 +4777,7 @@ class Engine(Protocol):
     runs: ExecutionMode
     indexed: bool
     compact: bool
+    rounds_floats: bool
     reporter: Telemetry | None
 
     async def open(self, collection: CollectionSpec) -> Mapping[str, Any]:
@@ -5275,6 +5277,7 @@ class EdgeEngine(EngineOnDisk):
     indexed = True
     runs: ExecutionMode = "in place"
     compact = True
+    rounds_floats = True
 
     # Flushing is what lets the write-ahead log shrink. It holds up the process, so that it has a turn of its
     # own, apart from the write after which it is due. More often costs throughput; more rarely makes the
@@ -5797,6 +5800,7 @@ class LocalEngine(EngineOnDisk):
     indexed = False
     runs: ExecutionMode = "in thread"
     compact = False
+    rounds_floats = False
 
     most_left_free = 1 << 20  # SQLite takes back what it has no room for; lists are written in place
 
@@ -6175,6 +6179,7 @@ class MemoryEngine(EngineInProcess):
     runs: ExecutionMode = "in place"
     indexed = True  # by tenant; of all tenants every point is looked at, which takes about a microsecond
     compact = False
+    rounds_floats = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -6414,6 +6419,7 @@ class ServerEngine:
     name = "server"
     indexed = True
     compact = False
+    rounds_floats = True
 
     def __init__(self, config: QdrantStoreConfig, waits: Waits) -> None:
         self._models = ClientModels(import_qdrant_client().models)
@@ -8091,28 +8097,41 @@ MAX_COUNTED = 10_000  # users whose writes are counted on a server
 WHOLE_HISTORY = 1_000_000  # more entries than the history of one user can sensibly have
 
 
-def encode_snapshot(snapshot: StateSnapshot, kind: str, *, compact: bool) -> dict[str, Any]:
+def encode_snapshot(snapshot: StateSnapshot, kind: str, engine: Engine) -> dict[str, Any]:
     """The payload of a point, without the user: its axes nested or, where that is cheaper, as a text.
 
-    Qdrant Edge may change a float in its last bit; in the compact form there is a text of the confidence too.
+    Where an engine would read a float as another one there is a text that tells the exact one.
     """
-    axes = snapshot.axes
-    exact = {"exact_confidence": repr(snapshot.confidence)} if compact and snapshot.confidence != 1.0 else {}
+    axes, confidence, exact = snapshot.axes, snapshot.confidence, dict[str, str]()
+    if engine.rounds_floats:
+        if _is_rounded(confidence):
+            exact["exact_confidence"] = repr(confidence)
+        if not engine.compact and any(map(_is_rounded, axes._values)):
+            exact["exact_axes"] = pack_axes(axes)
     return {
         "updated_at_unix_ms": snapshot.updated_at_unix_ms,
         "source": snapshot.source.value,
-        "confidence": snapshot.confidence,
+        "confidence": confidence,
         "schema_version": snapshot.schema_version,
-        "axes": pack_axes(axes) if compact else dict(axes),
+        "axes": pack_axes(axes) if engine.compact else dict(axes),
         "kind": kind,
         **exact,
     }
 
 
+def _is_rounded(value: float) -> bool:
+    """Whether an engine that reads the digits and divides by a power of ten may miss a value from 0 to 1.
+
+    It meets it where all its digits, of which there are at most 15, make an integer.
+    """
+    text = repr(value)
+    return len(text) > len("0.123456789012345") or "e" in text
+
+
 def decode_snapshot(payload: Mapping[str, Any]) -> StateSnapshot:
     """The snapshot that a payload of either form holds."""
     try:
-        axes = payload["axes"]
+        axes = payload.get("exact_axes", payload["axes"])
         return stored_snapshot(
             payload["user_id"],
             unpack_axes(axes) if isinstance(axes, str) else axes,
@@ -8376,7 +8395,8 @@ class PointsBackend(ABC):
         """
         ids = {make_point_id(user_id, time_ms): user_id for user_id, time_ms in latest.items()}
         there = await self.engine.retrieve(self._collection, list(ids), payload=False) if ids else []
-        return set(latest).difference(ids[str(record.id)] for record in there)
+        found = {str(record.id) for record in there}
+        return {user_id for point_id, user_id in ids.items() if point_id not in found}
 
     async def count(self) -> int:
         """See Backend.count."""
@@ -8516,7 +8536,7 @@ class PointsBackend(ABC):
 
     def _point(self, snapshot: StateSnapshot, suffix: str | int, **extra: Any) -> Point:
         kind = "latest" if suffix == "latest" else "history"
-        payload = encode_snapshot(snapshot, kind, compact=self.engine.compact)
+        payload = encode_snapshot(snapshot, kind, self.engine)
         return Point(
             make_point_id(snapshot.user_id, suffix),
             self.schema.vector(snapshot.axes),

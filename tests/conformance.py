@@ -1714,7 +1714,7 @@ class StoreTests:
         health = await store.health()
 
         assert health.status == "healthy"
-        assert health.backend == case.backend
+        assert health.backend == case.backend.replace("real", "server")
         assert health.users == 2
 
     async def test_a_closed_store_answers_nothing(self, store: AsyncStateStore) -> None:

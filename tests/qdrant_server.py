@@ -85,6 +85,14 @@ OPEN_PATHS = ("/", "/healthz", "/readyz", "/livez")  # need no api key
 # Requests and responses -------------------------------------------------------
 
 
+def rounded_float(text: str) -> float:
+    """A number as Qdrant reads it: its digits as an integer, which is divided by a power of ten."""
+    digits, _, exponent = text.lower().partition("e")
+    whole, _, fraction = digits.partition(".")
+    places = len(fraction) - int(exponent or 0)
+    return float(whole + fraction) / 10.0**places if 0 <= places <= 22 else float(text)
+
+
 @dataclasses.dataclass(slots=True)
 class Request:
     """One request as it arrived. `body` is empty for an upload, whose size is `size`."""
@@ -103,7 +111,7 @@ class Request:
 
     @property
     def json(self) -> Any:
-        return json.loads(self.body)
+        return json.loads(self.body, parse_float=rounded_float)
 
     def is_write(self) -> bool:
         """Whether it changes points (not collections, indexes, aliases or snapshots)."""
@@ -1242,7 +1250,7 @@ def parse(request: Request, kind: Any) -> Any:
     try:
         if b"NaN" in request.body or b"Infinity" in request.body:
             from_json(request.body, allow_inf_nan=False)
-        return _adapter(kind).validate_json(request.body)
+        return _adapter(kind).validate_json(json.dumps(request.json) if request.is_write() else request.body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))

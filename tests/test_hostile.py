@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import base64
+import copy
 import html
 import json
 import traceback
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, quote_plus
 
+import hypothesis.strategies as st
 import pytest
 from conformance import needs, state
+from hypothesis import HealthCheck, given, settings
 from qdrant_server import Action, QdrantServer, edit, rate_limited, reply
+from test_fuzz import LONG
 
 from attuned_store import (
     AsyncQdrantStore,
@@ -29,7 +33,8 @@ from attuned_store import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
+    from pathlib import Path
 
 pytestmark = [pytest.mark.once, pytest.mark.anyio, pytest.mark.timeout(600)]
 
@@ -241,3 +246,138 @@ async def test_a_retry_after_of_any_kind_is_a_429(
 
     assert isinstance(error, RateLimitedError)
     assert least <= error.retry_after_s <= most
+
+
+HUGE = [10**400, -(10**400), 10**4299, 2**63, 2**64, -1, 0, 1e308, float("inf"), float("nan"), 0.5]
+odd = st.one_of(
+    st.sampled_from(HUGE),
+    st.none(),
+    st.booleans(),
+    st.sampled_from(["", "x", "\ud800", "\x1b[2J\n", "9" * 5_000, "1.18.0", "latest", "history", "ann"]),
+    st.sampled_from([[], {}, [[]], {"x": {}}, ["ann"], {"status": []}, {"status": {"error": 10**400}}]),
+)
+
+
+@st.composite
+def mutations(draw: st.DrawFn) -> Callable[[Any], Any]:
+    """A change of some places of any JSON, chosen by numbers, as it is not known yet."""
+    choices = draw(st.lists(st.tuples(st.integers(0, 10**6), odd, st.booleans()), min_size=1, max_size=3))
+
+    def change(body: Any) -> Any:
+        body = json.loads(json.dumps(body))
+        for number, value, removes in choices:
+            places = [(body, key) for key in body] if isinstance(body, dict) else []
+            for holder, key in places:
+                inner = holder[key]
+                if isinstance(inner, dict | list):
+                    places += [
+                        (inner, each) for each in (inner if isinstance(inner, dict) else range(len(inner)))
+                    ]
+            if not places:
+                return value
+            holder, key = places[number % len(places)]
+            if removes and isinstance(holder, dict):
+                del holder[key]
+            else:
+                holder[key] = copy.deepcopy(value)
+        return body
+
+    return change
+
+
+raw = st.one_of(
+    st.binary(max_size=64),
+    st.sampled_from(
+        [b"[" * 100_000, b'{"a":' * 50_000, b"9" * 5_000, b'{"status":' + b"9" * 5_000 + b"}", b"null"]
+    ),
+    odd.map(lambda value: json.dumps(value).encode()),
+)
+header = st.tuples(
+    st.sampled_from(["Retry-After", "Location", "Content-Type", "Content-Encoding", "Set-Cookie", "X-Any"]),
+    st.one_of(
+        st.text(st.characters(min_codepoint=32, max_codepoint=255, exclude_characters="\x7f"), max_size=30),
+        st.sampled_from(
+            ["9" * 400, "gzip", "br", "http://[", "http://a:b:c", "//\xff", "text/html; charset=nope"]
+        ),
+    ),
+)
+answers = st.builds(
+    lambda status, body, headers: reply(status, body, dict(headers)),
+    st.one_of(
+        st.sampled_from([200, 201, 204, 301, 307, 400, 404, 408, 429, 500, 503]), st.integers(200, 999)
+    ),
+    raw,
+    st.lists(header, max_size=2),
+)
+CALLS: dict[str, Callable[[Any, Any], object]] = {
+    "upsert_latest": lambda store, _: store.upsert_latest(state(at=1)),
+    "expected": lambda store, _: store.upsert_latest(state(at=1), expected=state()),
+    "upsert_many": lambda store, _: store.upsert_many([state(f"u{n}", n) for n in range(3)]),
+    "get_latest": lambda store, _: store.get_latest("ann"),
+    "get_many": lambda store, _: store.get_many(["ann", "bob"]),
+    "get_history": lambda store, _: store.get_history("ann"),
+    "search": lambda store, _: store.search_similar({"warmth": 0.9}),
+    "search history": lambda store, _: store.search_similar({"warmth": 0.9}, history=True),
+    "users": lambda store, _: [user for user, _ in zip(store.users(), range(99), strict=False)],
+    "count": lambda store, _: store.count(history=True),
+    "delete": lambda store, _: store.delete("ann"),
+    "prune": lambda store, _: store.prune(),
+    "health": lambda store, _: store.health(),
+    "portable": lambda store, path: store.create_snapshot(path, kind="portable"),
+    "native": lambda store, path: store.create_snapshot(path, kind="native"),
+}
+
+
+class Hostile(NamedTuple):
+    """A server, a store whose answers it makes up, and another one that nobody disturbs."""
+
+    server: QdrantServer
+    store: QdrantStore
+    spared: QdrantStore
+
+
+@pytest.fixture(scope="module")
+def hostile() -> Iterator[Hostile]:
+    pytest.importorskip("qdrant_client")
+    with QdrantServer() as server:
+        options: dict[str, Any] = {"url": server.url, "verify": False, "max_history_per_user": 2}
+        with (
+            QdrantStore(**options, retry=ONCE, breaker=NEVER, request_timeout=20.0) as store,
+            QdrantStore(**options) as spared,
+        ):
+            store.count()
+            yield Hostile(server, store, spared)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_answer_makes_an_undocumented_error(name: str, hostile: Hostile, tmp_path: Path) -> None:
+    """Whatever an answer holds, a call gives an answer or a StoreError in one printable line."""
+    server, store, spared = hostile
+
+    @settings(
+        max_examples=700 if LONG else 25,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.one_of(mutations().map(edit), answers), st.integers(0, 5), st.booleans())
+    def tried(action: Action, skip: int, opened: bool) -> None:
+        server.rules.clear()
+        for at in range(4):
+            spared.upsert_latest(state(at=at))
+        store._operations.backend.is_open = opened
+        server.on(action, skip=skip, times=2)
+        failures = list[StoreError]()
+        try:
+            CALLS[name](store, tmp_path)
+        except StoreError as error:
+            failures.append(error)
+        server.errors.clear()
+        for failure in failures:
+            assert len(str(failure).splitlines()) <= 1
+            str(failure).encode()
+
+    try:
+        tried()
+    finally:
+        server.rules.clear()

@@ -83,6 +83,7 @@ class EdgeEngine(EngineOnDisk):
     indexed = True
     runs: ExecutionMode = "in place"
     compact = True
+    rounds_floats = True
 
     # Flushing is what lets the write-ahead log shrink. It holds up the process, so that it has a turn of its
     # own, apart from the write after which it is due. More often costs throughput; more rarely makes the

@@ -185,6 +185,7 @@ class LocalEngine(EngineOnDisk):
     indexed = False
     runs: ExecutionMode = "in thread"
     compact = False
+    rounds_floats = False
 
     most_left_free = 1 << 20  # SQLite takes back what it has no room for; lists are written in place
 

@@ -90,6 +90,7 @@ class MemoryEngine(EngineInProcess):
     runs: ExecutionMode = "in place"
     indexed = True  # by tenant; of all tenants every point is looked at, which takes about a microsecond
     compact = False
+    rounds_floats = False
 
     def __init__(self) -> None:
         super().__init__()

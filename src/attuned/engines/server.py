@@ -133,6 +133,7 @@ class ServerEngine:
     name = "server"
     indexed = True
     compact = False
+    rounds_floats = True
 
     def __init__(self, config: QdrantStoreConfig, waits: Waits) -> None:
         self._models = ClientModels(import_qdrant_client().models)

@@ -143,6 +143,7 @@ class Engine(Protocol):
     ``indexed``: pages, orders and counts of a filter are found without looking at every point. Where not,
     what stands above keeps in memory what it would have to ask for often.
     ``compact``: nested values in a payload cost more than one string of the same content.
+    ``rounds_floats``: a float in a payload may come back changed in its last bit.
     ``reporter``: what requests are reported to, None for nothing.
     """
 
@@ -150,6 +151,7 @@ class Engine(Protocol):
     runs: ExecutionMode
     indexed: bool
     compact: bool
+    rounds_floats: bool
     reporter: Telemetry | None
 
     async def open(self, collection: CollectionSpec) -> Mapping[str, Any]:

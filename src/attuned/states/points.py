@@ -52,28 +52,41 @@ MAX_COUNTED = 10_000  # users whose writes are counted on a server
 WHOLE_HISTORY = 1_000_000  # more entries than the history of one user can sensibly have
 
 
-def encode_snapshot(snapshot: StateSnapshot, kind: str, *, compact: bool) -> dict[str, Any]:
+def encode_snapshot(snapshot: StateSnapshot, kind: str, engine: Engine) -> dict[str, Any]:
     """The payload of a point, without the user: its axes nested or, where that is cheaper, as a text.
 
-    Qdrant Edge may change a float in its last bit; in the compact form there is a text of the confidence too.
+    Where an engine would read a float as another one there is a text that tells the exact one.
     """
-    axes = snapshot.axes
-    exact = {"exact_confidence": repr(snapshot.confidence)} if compact and snapshot.confidence != 1.0 else {}
+    axes, confidence, exact = snapshot.axes, snapshot.confidence, dict[str, str]()
+    if engine.rounds_floats:
+        if _is_rounded(confidence):
+            exact["exact_confidence"] = repr(confidence)
+        if not engine.compact and any(map(_is_rounded, axes._values)):
+            exact["exact_axes"] = pack_axes(axes)
     return {
         "updated_at_unix_ms": snapshot.updated_at_unix_ms,
         "source": snapshot.source.value,
-        "confidence": snapshot.confidence,
+        "confidence": confidence,
         "schema_version": snapshot.schema_version,
-        "axes": pack_axes(axes) if compact else dict(axes),
+        "axes": pack_axes(axes) if engine.compact else dict(axes),
         "kind": kind,
         **exact,
     }
 
 
+def _is_rounded(value: float) -> bool:
+    """Whether an engine that reads the digits and divides by a power of ten may miss a value from 0 to 1.
+
+    It meets it where all its digits, of which there are at most 15, make an integer.
+    """
+    text = repr(value)
+    return len(text) > len("0.123456789012345") or "e" in text
+
+
 def decode_snapshot(payload: Mapping[str, Any]) -> StateSnapshot:
     """The snapshot that a payload of either form holds."""
     try:
-        axes = payload["axes"]
+        axes = payload.get("exact_axes", payload["axes"])
         return stored_snapshot(
             payload["user_id"],
             unpack_axes(axes) if isinstance(axes, str) else axes,
@@ -337,7 +350,8 @@ class PointsBackend(ABC):
         """
         ids = {make_point_id(user_id, time_ms): user_id for user_id, time_ms in latest.items()}
         there = await self.engine.retrieve(self._collection, list(ids), payload=False) if ids else []
-        return set(latest).difference(ids[str(record.id)] for record in there)
+        found = {str(record.id) for record in there}
+        return {user_id for point_id, user_id in ids.items() if point_id not in found}
 
     async def count(self) -> int:
         """See Backend.count."""
@@ -477,7 +491,7 @@ class PointsBackend(ABC):
 
     def _point(self, snapshot: StateSnapshot, suffix: str | int, **extra: Any) -> Point:
         kind = "latest" if suffix == "latest" else "history"
-        payload = encode_snapshot(snapshot, kind, compact=self.engine.compact)
+        payload = encode_snapshot(snapshot, kind, self.engine)
         return Point(
             make_point_id(snapshot.user_id, suffix),
             self.schema.vector(snapshot.axes),
