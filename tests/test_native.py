@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -9,6 +11,7 @@ import json
 import logging
 import os
 import tarfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,8 +22,10 @@ from qdrant_server import (
     Action,
     QdrantServer,
     Response,
+    Stream,
     corrupt,
     delay,
+    drip,
     drop,
     edit,
     edit_result,
@@ -56,7 +61,7 @@ from attuned_store import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 pytestmark = [pytest.mark.once, pytest.mark.anyio, pytest.mark.timeout(120)]
 
@@ -150,6 +155,48 @@ async def test_a_snapshot_of_the_server_is_downloaded_whole(
     assert verify_snapshot(path_of(report)).sha256 == sha256
     assert server.snapshots(C) == []
     assert (server.counts[MAKE], server.counts[DOWNLOAD], server.counts[REMOVE]) == (1, 1, 1)
+
+
+async def in_fifteen_pieces(exchange: Any) -> Response:
+    """Send the body in so many pieces, a tenth of a second apart."""
+    response = await exchange.proceed()
+    size = -(-response.length // 15)
+
+    def cut(pieces: Callable[[], Iterator[bytes]]) -> Iterator[bytes]:
+        data = b"".join(pieces())
+        return (data[start : start + size] for start in range(0, len(data), size))
+
+    body = Stream(response.length, functools.partial(cut, response.pieces))
+    return dataclasses.replace(response, body=body, pause=0.1)
+
+
+async def test_a_download_may_take_longer_than_an_answer(
+    connect: Any, server: QdrantServer, tmp_path: Path
+) -> None:
+    """As long as enough bytes a second come, a file may take any time."""
+    store: AsyncStateStore = connect(request_timeout=1.0, retry=RetryPolicy(attempts=1, deadline_s=1.0))
+    await store.upsert_many(PEOPLE)
+    server.on(in_fifteen_pieces, route=DOWNLOAD)
+    begun = time.monotonic()
+
+    report = await store.create_snapshot(tmp_path, kind="native")
+
+    assert time.monotonic() - begun > 1.4
+    assert path_of(report).stat().st_size == report.bytes
+    assert verify_snapshot(path_of(report)).sha256 == report.sha256
+
+
+async def test_a_download_that_drips_ends(connect: Any, server: QdrantServer, tmp_path: Path) -> None:
+    """A file that comes slower than the least speed is a timeout, although no single byte is late."""
+    store: AsyncStateStore = connect(request_timeout=0.5, retry=RetryPolicy(attempts=1))
+    await store.upsert_many(PEOPLE)
+    server.on(drip(0.02), route=DOWNLOAD)
+    begun = time.monotonic()
+
+    error = await failing(store, tmp_path, kind="native")
+
+    assert isinstance(error, BackendTimeoutError)
+    assert time.monotonic() - begun < 10
 
 
 SPREAD = {
