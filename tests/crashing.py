@@ -17,7 +17,15 @@ import threading
 import warnings
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from attuned_store import AsyncQdrantStore, AsyncStateStore, QdrantStore, StateSnapshot, StateStore
+from attuned_store import (
+    AsyncQdrantStore,
+    AsyncStateStore,
+    EdgeEngine,
+    LocalEngine,
+    QdrantStore,
+    StateSnapshot,
+    StateStore,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,6 +44,7 @@ class Task(NamedTuple):
     maximum: int
     workers: int
     seed: str
+    rebuild_every: int | None = None  # changes, far fewer than usual
 
     @property
     def options(self) -> dict[str, Any]:
@@ -123,6 +132,8 @@ async def run_async(task: Task) -> None:
 
 def run(task: Task) -> None:
     """Write until the process is killed."""
+    if task.rebuild_every is not None:
+        EdgeEngine._REBUILD_EVERY = LocalEngine._REBUILD_EVERY = task.rebuild_every
     if task.form == "async":
         asyncio.run(run_async(task))
     store = QdrantStore(**task.options)

@@ -129,8 +129,13 @@ def parts_of(operation: Operation) -> list[Operation]:
 
 
 @pytest.mark.once
+@pytest.mark.parametrize(
+    "rebuild_every", [None, 20], ids=["any moment", "rebuilding"]
+)  # most of the time then goes into that
 @pytest.mark.parametrize(("engine", "form"), FORMS)
-def test_killed_processes_lose_nothing(tmp_path: Path, engine: Any, form: str) -> None:
+def test_killed_processes_lose_nothing(
+    tmp_path: Path, engine: Any, form: str, rebuild_every: int | None
+) -> None:
     """After kill -9 at any moment what was acknowledged is there, and what was going on is done or not."""
     killer = Killer(engine)
     try:
@@ -145,6 +150,7 @@ def test_killed_processes_lose_nothing(tmp_path: Path, engine: Any, form: str) -
                 BOUNDS[turn],
                 source.randint(1, 3),
                 f"{engine} {form} {number}",
+                rebuild_every,
             )
             check_one_kill(killer, task, source)
             if turn == len(BOUNDS) - 1:

@@ -53,8 +53,11 @@ def small_disk(engine: Engine, tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("_turn", range(7 if os.environ.get("ATTUNED_TEST_LONG") else 1))
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_a_disk_that_is_filled_to_the_last_byte(scenario: str, engine: Engine, small_disk: Path) -> None:
+def test_a_disk_that_is_filled_to_the_last_byte(
+    scenario: str, engine: Engine, small_disk: Path, _turn: int
+) -> None:
     """Every way of using a store meets a full disk: errors, no signal, nothing lost, and all goes on."""
     script = Path(__file__).with_name("filling.py")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
