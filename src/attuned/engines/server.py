@@ -30,13 +30,10 @@ from attuned.connections.http import (
     BlockingClient,
     BlockingLimits,
     LeastSpeed,
-    ServerErrors,
     SuspendingLimits,
     cookie_jar,
     download_awaiting,
     download_blocking,
-    environment_error,
-    http_status_of,
     is_file_name,
     limit_client,
     limit_transport,
@@ -45,6 +42,7 @@ from attuned.connections.http import (
 from attuned.connections.pools import ConnectionPools
 from attuned.connections.resilience import Resilience
 from attuned.connections.runtime import Waits, run
+from attuned.connections.server_errors import ServerErrors, environment_error, http_status_of
 from attuned.engines.client_models import ClientModels, client_page, client_records, import_qdrant_client
 from attuned.engines.filters import AnyOf, Filter
 from attuned.engines.waist import (
