@@ -111,7 +111,8 @@ def writing(disk: Disk) -> None:
             disk.write(store, states(500 + 100 * number, 600 + 100 * number))
 
     error = disk.refused(write_on)
-    assert "free" in str(error) and "min_free_bytes" in str(error), error  # noqa: PT018
+    # It may fill up between the look and the write, which local mode survives.
+    assert "min_free_bytes" in str(error) or "disk is full" in str(error), error
     other.wait()
     disk.fill()
     for call in (
