@@ -1206,7 +1206,7 @@ def unsettled_message(user_ids: Sequence[str]) -> str:
     """What a report says of users who were not read at rest."""
     if not user_ids:
         return ""
-    shown = ", ".join(map(short_id, user_ids[:5])) + (", and others" if len(user_ids) > 5 else "")  # noqa: PLR2004
+    shown = ", ".join(map(short_id, user_ids[:5])) + (", and others" if user_ids[5:] else "")
     return (
         f"{plural(len(user_ids), 'user')} could not be read at rest, being written to all the while: {shown}"
     )
@@ -4268,6 +4268,9 @@ class ErrorOrigin(TypedDict):
 
 _SAID_CHARACTERS = 200  # of what a server says, in an error message
 _MAX_WAIT_S = 10**9  # that a server may ask for; more is as good as for ever
+_LEAST_SECRET = 4  # characters; a shorter one would be found in any text
+_HINTS = {401: "; is api_key right?", 403: "; may this api_key do that?"}
+_REDIRECTS = (301, 302, 303, 307, 308)
 
 
 class ServerErrors:
@@ -4394,12 +4397,6 @@ def _proxy_variable(scheme: str) -> str:
     return max(names, default=f"the system's settings for proxies ({scheme})")
 
 
-_HINTS = {401: "; is api_key right?", 403: "; may this api_key do that?"}
-
-
-_REDIRECTS = (301, 302, 303, 307, 308)
-
-
 def _written_forms(secret: str) -> list[str]:
     """How a secret may stand in a text: as it is, in urls, JSON, HTML and base64; the longest first."""
     from html import escape as html_escape
@@ -4414,9 +4411,6 @@ def _written_forms(secret: str) -> list[str]:
         inner = encoded[-(-before * 8 // 6) : whole]
         forms |= {inner, inner.replace("+", "-").replace("/", "_")}
     return sorted((form for form in forms if len(form) >= _LEAST_SECRET), key=len, reverse=True)
-
-
-_LEAST_SECRET = 4  # characters; a shorter one would be found in any text
 
 
 def _retry_after(error: Exception) -> float:
@@ -8314,7 +8308,7 @@ class PointsBackend(ABC):
         if cursor is None:
             limit = min(wanted, max(4 * BATCH_SIZE, self.batch_size))
             records = await find(limit)
-            matches = await self._matches(request, [(record, record.score) for record in records])
+            matches = await self._matches(request, records)
             ended = len(records) < limit or records[-1].score < request.score_threshold
             if ended or len(matches) >= request.limit:
                 return matches, None
@@ -8328,26 +8322,25 @@ class PointsBackend(ABC):
             return [], _Ranking(ids, cursor.position, asked) if cursor.position < len(ids) else None
         position = cursor.position + self.batch_size
         records = await self.engine.retrieve(self._collection, cursor.ids[cursor.position : position])
-        # A state may have been replaced since: what is told of it is what it is now.
-        scored = [(record, self._score(vector, record)) for record in records]
         following = cursor._replace(position=position) if cursor.asked or position < len(cursor.ids) else None
-        return await self._matches(request, scored), following
+        return await self._matches(request, records, vector), following
 
-    def _score(self, direction: Sequence[float], record: Record) -> float:
-        axes = decode_snapshot(record.payload).axes
-        return math.fsum(map(operator.mul, direction, self.schema.vector(axes)))
+    async def _matches(
+        self, request: SearchRequest, records: Sequence[Record], direction: Sequence[float] | None = None
+    ) -> list[Match]:
+        """Those of these records that are to be shown; with a direction they are compared with it anew.
 
-    async def _matches(self, request: SearchRequest, scored: Sequence[tuple[Record, float]]) -> list[Match]:
-        """Those of these records that are to be shown."""
-        if request.history:
-            shown = {record.id for record in await self._shown([record for record, _ in scored])}
-            scored = [(record, score) for record, score in scored if record.id in shown]
-        found = ((decode_snapshot(record.payload), clamp_score(score)) for record, score in scored)
-        return [
-            Match(entry, score)
-            for entry, score in found
-            if score >= request.score_threshold and request.admits(entry)
-        ]
+        A state may have been replaced since it was found: what is told of it is what it is now.
+        """
+        matches: list[Match] = []
+        for record in await self._shown(records) if request.history else records:
+            entry, score = decode_snapshot(record.payload), record.score
+            if direction is not None:
+                score = math.fsum(map(operator.mul, direction, self.schema.vector(entry.axes)))
+            match = Match(entry, clamp_score(score))
+            if match.score >= request.score_threshold and request.admits(entry):
+                matches.append(match)
+        return matches
 
     async def _shown(self, records: Sequence[Record]) -> list[Record]:
         """Those records of both kinds that history shows, each state once: one not yet trimmed holds more."""

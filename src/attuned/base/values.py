@@ -576,7 +576,7 @@ def unsettled_message(user_ids: Sequence[str]) -> str:
     """What a report says of users who were not read at rest."""
     if not user_ids:
         return ""
-    shown = ", ".join(map(short_id, user_ids[:5])) + (", and others" if len(user_ids) > 5 else "")  # noqa: PLR2004
+    shown = ", ".join(map(short_id, user_ids[:5])) + (", and others" if user_ids[5:] else "")
     return (
         f"{plural(len(user_ids), 'user')} could not be read at rest, being written to all the while: {shown}"
     )

@@ -39,6 +39,9 @@ class ErrorOrigin(TypedDict):
 
 _SAID_CHARACTERS = 200  # of what a server says, in an error message
 _MAX_WAIT_S = 10**9  # that a server may ask for; more is as good as for ever
+_LEAST_SECRET = 4  # characters; a shorter one would be found in any text
+_HINTS = {401: "; is api_key right?", 403: "; may this api_key do that?"}
+_REDIRECTS = (301, 302, 303, 307, 308)
 
 
 class ServerErrors:
@@ -165,12 +168,6 @@ def _proxy_variable(scheme: str) -> str:
     return max(names, default=f"the system's settings for proxies ({scheme})")
 
 
-_HINTS = {401: "; is api_key right?", 403: "; may this api_key do that?"}
-
-
-_REDIRECTS = (301, 302, 303, 307, 308)
-
-
 def _written_forms(secret: str) -> list[str]:
     """How a secret may stand in a text: as it is, in urls, JSON, HTML and base64; the longest first."""
     from html import escape as html_escape
@@ -185,9 +182,6 @@ def _written_forms(secret: str) -> list[str]:
         inner = encoded[-(-before * 8 // 6) : whole]
         forms |= {inner, inner.replace("+", "-").replace("/", "_")}
     return sorted((form for form in forms if len(form) >= _LEAST_SECRET), key=len, reverse=True)
-
-
-_LEAST_SECRET = 4  # characters; a shorter one would be found in any text
 
 
 def _retry_after(error: Exception) -> float:
