@@ -226,7 +226,7 @@ def test_the_lock_of_a_shard_is_on_the_directory_of_its_log(api: Any, tmp_path: 
         return found
 
     shard = new_shard(api, tmp_path / "shard")
-    assert holding() == 1
+    assert holding() in (1, 2)  # the thread that makes the next segment opens it as well, for a moment
     with pytest.raises(Exception, match="WouldBlock"):
         api.EdgeShard.load(str(tmp_path / "shard"))
     shard.close()
