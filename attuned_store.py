@@ -312,7 +312,8 @@ class BackendError(StoreError):
 
     ``backend`` and ``operation`` say where, ``retryable`` whether the same call may succeed later. With
     ``ambiguous`` what was asked for may have been done, as where a reply was lost, or where a flush failed
-    after the write; without it, it has not been done.
+    after the write; without it, it has not been done. ``status`` is the HTTP status of a server's answer,
+    None where none came.
     """
 
     def __init__(
@@ -323,12 +324,14 @@ class BackendError(StoreError):
         operation: str,
         retryable: bool = False,
         ambiguous: bool = False,
+        status: int | None = None,
     ) -> None:
         super().__init__(message)
         self.backend = backend
         self.operation = operation
         self.retryable = retryable
         self.ambiguous = ambiguous
+        self.status = status
 
 
 class BackendUnavailableError(BackendError):
@@ -346,16 +349,20 @@ class BackendRejectedError(BackendError):
 class CollectionNotFoundError(BackendRejectedError):
     """There is no such collection, or it has not been opened."""
 
-    def __init__(self, message: str, *, collection: str, backend: str, operation: str) -> None:
-        super().__init__(message, backend=backend, operation=operation)
+    def __init__(
+        self, message: str, *, collection: str, backend: str, operation: str, status: int | None = None
+    ) -> None:
+        super().__init__(message, backend=backend, operation=operation, status=status)
         self.collection = collection
 
 
 class WaitError(BackendError):
     """A failure with a known time to wait."""
 
-    def __init__(self, message: str, *, retry_after_s: float, backend: str, operation: str) -> None:
-        super().__init__(message, backend=backend, operation=operation, retryable=True)
+    def __init__(
+        self, message: str, *, retry_after_s: float, backend: str, operation: str, status: int | None = None
+    ) -> None:
+        super().__init__(message, backend=backend, operation=operation, retryable=True, status=status)
         self.retry_after_s = retry_after_s
 
 
@@ -3657,13 +3664,6 @@ class CircuitBreaker:
             self._probing = self._probing and not probe
 
 
-def _is_failure(error: BackendError) -> bool:
-    """Whether an error says something against the health of a server. A 4xx does not: it is an answer."""
-    status: int | None = getattr(error.__cause__, "status_code", None)
-    answered = isinstance(error, RateLimitedError) or (status is not None and 400 <= status < 500)  # noqa: PLR2004
-    return error.retryable and not answered
-
-
 class Resilience:
     """Sends requests under a retry policy and a circuit breaker; waiting is handed in, as it differs."""
 
@@ -3714,7 +3714,8 @@ class Resilience:
                     answer = await (request() if within is None else within(self._left(begun), request))
             except BackendError as error:
                 error.ambiguous = unsure = writes and (unsure or error.ambiguous)
-                self.breaker.leave(failed=_is_failure(error), probe=probe)
+                refused = error.status is not None and error.status < HTTPStatus.INTERNAL_SERVER_ERROR
+                self.breaker.leave(failed=error.retryable and not refused, probe=probe)
                 wait = self._wait(error, attempt)
                 if wait is None or self._clock() + wait > begun + self._policy.deadline_s:
                     raise
@@ -4264,6 +4265,7 @@ class ErrorOrigin(TypedDict):
 
     backend: str
     operation: str
+    status: int | None
 
 
 _SAID_CHARACTERS = 200  # of what a server says, in an error message
@@ -4300,8 +4302,9 @@ class ServerErrors:
         shown = "".join(traceback.format_exception(error))
         return error if self.hide(shown) == shown else None
 
-    def _origin(self, operation: str) -> tuple[str, ErrorOrigin]:
-        return f"Qdrant at {self._url}: {operation}", ErrorOrigin(backend="server", operation=operation)
+    def _origin(self, operation: str, status: int | None = None) -> tuple[str, ErrorOrigin]:
+        origin = ErrorOrigin(backend="server", operation=operation, status=status)
+        return f"Qdrant at {self._url}: {operation}", origin
 
     def failure(self, error: Exception, operation: str) -> BackendError:
         """What a failed request means; ``ambiguous`` where it may have been carried out all the same."""
@@ -4309,14 +4312,15 @@ class ServerErrors:
         from qdrant_client.common.client_exceptions import QdrantException
         from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
-        asked, where = self._origin(operation)
         if isinstance(error, QdrantException):  # its own exceptions are of answers with 429 and Retry-After
+            asked, where = self._origin(operation, HTTPStatus.TOO_MANY_REQUESTS)
             wait = _retry_after(error)
             return RateLimitedError(
                 f"{asked}: too many requests, wait {wait:g} s", retry_after_s=wait, **where
             )
         if isinstance(error, UnexpectedResponse):
             return self.answer(error.status_code or 0, error.content, error.headers, operation)
+        asked, where = self._origin(operation)
         cause = error.source if isinstance(error, ResponseHandlingException) else error
         said = self.said(cause) or type(cause).__name__
         unsent = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
@@ -4332,7 +4336,7 @@ class ServerErrors:
 
     def answer(self, status: int, content: bytes, headers: Mapping[str, str], operation: str) -> BackendError:
         """What an answer with another status than asked for means."""
-        asked, where = self._origin(operation)
+        asked, where = self._origin(operation, status)
         try:
             said = str(json.loads(content)["status"]["error"])
         except (ValueError, LookupError, TypeError, RecursionError):
@@ -4431,11 +4435,6 @@ def _without_secrets(url: str) -> str:
     """An address without the user, the query and the fragment, which may hold what nobody else is to see."""
     plain = re.split(r"[?#]", url, maxsplit=1)[0]
     return re.sub(r"^([A-Za-z][A-Za-z0-9+.-]*:)?(//)[^/]*@", r"\1\2", plain)
-
-
-def http_status_of(error: BackendError) -> int | None:
-    """The HTTP status behind an error, where an answer had come."""
-    return getattr(error.__cause__, "status_code", None)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -6597,7 +6596,7 @@ class ServerEngine:
         try:
             return await self._send("describe", lambda: self._client.get_collection(name))
         except BackendRejectedError as error:
-            if http_status_of(error) == HTTPStatus.NOT_FOUND:
+            if error.status == HTTPStatus.NOT_FOUND:
                 return None
             raise
 
@@ -6616,7 +6615,7 @@ class ServerEngine:
                 ),
             )
         except BackendRejectedError as error:
-            if http_status_of(error) != HTTPStatus.CONFLICT:  # another one was faster
+            if error.status != HTTPStatus.CONFLICT:  # another one was faster
                 raise
 
     async def _create_indexes(self, collection: CollectionSpec, there: set[str]) -> None:
@@ -6844,7 +6843,7 @@ class ServerEngine:
             try:
                 return await self._attempt(operation, allowed, request)
             except BackendTimeoutError as error:
-                error.retryable = error.__cause__ is None  # a gateway has answered
+                error.retryable = error.status is not None  # a gateway has answered
                 raise
 
         return await self.resilience.send(operation, ask, attempt, writes=upload is not None)

@@ -580,11 +580,13 @@ async def test_a_server_may_take_long_to_make_a_snapshot(
     assert (await store.create_snapshot(tmp_path)).status == "completed"
 
 
+@pytest.mark.parametrize("key", [None, "httpx"])  # the second stands in every traceback of a request
 async def test_a_snapshot_that_takes_too_long_is_not_asked_for_again(
-    connect: Any, server: QdrantServer, tmp_path: Path
+    key: str | None, connect: Any, server: QdrantServer, tmp_path: Path
 ) -> None:
     """When the time is up the server may still be at it: it is not asked to make another one."""
-    store = connect(snapshot_timeout=0.2)
+    server.api_key = key
+    store = connect(api_key=key, snapshot_timeout=0.2)
     await store.upsert_many(PEOPLE)
     server.clear()
     server.on(hang(), route=MAKE)

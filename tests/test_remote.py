@@ -1569,6 +1569,16 @@ async def test_the_right_api_key_opens(connect: Any, server: QdrantServer) -> No
     assert KEY not in repr(await store.health()) + repr(store.config)
 
 
+async def test_a_key_that_stands_in_tracebacks_opens(connect: Any, server: QdrantServer) -> None:
+    """What an answer means does not hang on its cause, which is left out where it would show the key."""
+    server.api_key = "qdrant"
+    store = connect(api_key="qdrant")
+
+    await store.upsert_latest(state())
+
+    assert await store.count() == 1
+
+
 @pytest.mark.parametrize("key", [KEY + "\n", " " + KEY, KEY + "\r\nx: y"])
 async def test_a_key_that_cannot_be_a_header_is_not_shown(
     key: str, connect: Any, server: QdrantServer

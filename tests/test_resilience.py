@@ -61,6 +61,7 @@ from attuned_store import (
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from pathlib import Path
 
 pytestmark = [
     pytest.mark.once,  # the same on every Python
@@ -214,6 +215,7 @@ async def test_attempts_are_counted(
     assert type(error) is kind
     assert isinstance(error, BackendError)
     assert (error.backend, error.operation, error.retryable) == ("server", "retrieve", True)
+    assert error.status == (int(name) if name.isdigit() else None)
     assert error.__cause__ is not None
     assert (len(server.requests), fake.waits) == (3, [0.1, 0.2])
 
@@ -230,6 +232,7 @@ async def test_what_lasts_is_not_tried_again(
         error = await caught(store.get_latest("ann"))
         assert isinstance(error, BackendRejectedError if status < 500 else BackendUnavailableError)
         assert not error.retryable
+        assert error.status == status
         assert f"HTTP {status}" in str(error)
         assert "No way: not so" in str(error)
         assert len(server.requests) == number
@@ -512,13 +515,18 @@ async def test_an_answer_is_no_failure_of_the_server(
     assert len(server.requests) == 10
 
 
-async def test_408_is_no_failure_of_the_server(connect: Any, server: QdrantServer) -> None:
-    """A 4xx does not count as a failure, 408 included."""
+@pytest.mark.parametrize("asked", ["through the client", "plainly"])
+async def test_408_is_no_failure_of_the_server(
+    asked: str, connect: Any, server: QdrantServer, tmp_path: Path
+) -> None:
+    """A 4xx does not count as a failure, 408 included, whichever way it was asked for."""
     store = await connect(retry=ONCE, breaker=BreakerPolicy(failures=2))
-    server.on(reply(408))
+    await store.upsert_latest(state())
+    server.on(reply(408), route="POST /collections/{collection}/snapshots" if asked == "plainly" else None)
 
     for _ in range(4):
-        assert isinstance(await caught(store.count()), BackendTimeoutError)
+        failing = store.create_snapshot(tmp_path) if asked == "plainly" else store.count()
+        assert isinstance(await caught(failing), BackendTimeoutError)
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def errors() -> list[StoreError]:
     for name in attuned_store.__all__:
         kind = getattr(attuned_store, name)
         if isinstance(kind, type) and issubclass(kind, StoreError):
-            where = {"backend": "edge", "operation": "write"}
+            where = {"backend": "edge", "operation": "write", "status": 503}
             if issubclass(kind, attuned_store.RateLimitedError | attuned_store.CircuitOpenError):
                 found.append(kind("wait", retry_after_s=1.5, **where))
             elif issubclass(kind, attuned_store.BackendError):

@@ -190,6 +190,7 @@ def catching(store: StateStore, snapshot: StateSnapshot) -> None:
         assert_type(error.retry_after_s, float)
     except BackendError as error:
         assert_type((error.backend, error.operation, error.retryable), tuple[str, str, bool])
+        assert_type(error.status, int | None)
     except StoreError as error:
         assert_type(error.written, int | None)
 

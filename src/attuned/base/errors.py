@@ -149,7 +149,8 @@ class BackendError(StoreError):
 
     ``backend`` and ``operation`` say where, ``retryable`` whether the same call may succeed later. With
     ``ambiguous`` what was asked for may have been done, as where a reply was lost, or where a flush failed
-    after the write; without it, it has not been done.
+    after the write; without it, it has not been done. ``status`` is the HTTP status of a server's answer,
+    None where none came.
     """
 
     def __init__(
@@ -160,12 +161,14 @@ class BackendError(StoreError):
         operation: str,
         retryable: bool = False,
         ambiguous: bool = False,
+        status: int | None = None,
     ) -> None:
         super().__init__(message)
         self.backend = backend
         self.operation = operation
         self.retryable = retryable
         self.ambiguous = ambiguous
+        self.status = status
 
 
 class BackendUnavailableError(BackendError):
@@ -183,16 +186,20 @@ class BackendRejectedError(BackendError):
 class CollectionNotFoundError(BackendRejectedError):
     """There is no such collection, or it has not been opened."""
 
-    def __init__(self, message: str, *, collection: str, backend: str, operation: str) -> None:
-        super().__init__(message, backend=backend, operation=operation)
+    def __init__(
+        self, message: str, *, collection: str, backend: str, operation: str, status: int | None = None
+    ) -> None:
+        super().__init__(message, backend=backend, operation=operation, status=status)
         self.collection = collection
 
 
 class WaitError(BackendError):
     """A failure with a known time to wait."""
 
-    def __init__(self, message: str, *, retry_after_s: float, backend: str, operation: str) -> None:
-        super().__init__(message, backend=backend, operation=operation, retryable=True)
+    def __init__(
+        self, message: str, *, retry_after_s: float, backend: str, operation: str, status: int | None = None
+    ) -> None:
+        super().__init__(message, backend=backend, operation=operation, retryable=True, status=status)
         self.retry_after_s = retry_after_s
 
 

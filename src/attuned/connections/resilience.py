@@ -7,6 +7,7 @@ import math
 import random
 import threading
 import time
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Literal, cast
 
 from attuned.base.errors import BackendError, CircuitOpenError, RateLimitedError, T
@@ -80,13 +81,6 @@ class CircuitBreaker:
             self._probing = self._probing and not probe
 
 
-def _is_failure(error: BackendError) -> bool:
-    """Whether an error says something against the health of a server. A 4xx does not: it is an answer."""
-    status: int | None = getattr(error.__cause__, "status_code", None)
-    answered = isinstance(error, RateLimitedError) or (status is not None and 400 <= status < 500)  # noqa: PLR2004
-    return error.retryable and not answered
-
-
 class Resilience:
     """Sends requests under a retry policy and a circuit breaker; waiting is handed in, as it differs."""
 
@@ -137,7 +131,8 @@ class Resilience:
                     answer = await (request() if within is None else within(self._left(begun), request))
             except BackendError as error:
                 error.ambiguous = unsure = writes and (unsure or error.ambiguous)
-                self.breaker.leave(failed=_is_failure(error), probe=probe)
+                refused = error.status is not None and error.status < HTTPStatus.INTERNAL_SERVER_ERROR
+                self.breaker.leave(failed=error.retryable and not refused, probe=probe)
                 wait = self._wait(error, attempt)
                 if wait is None or self._clock() + wait > begun + self._policy.deadline_s:
                     raise

@@ -35,6 +35,7 @@ class ErrorOrigin(TypedDict):
 
     backend: str
     operation: str
+    status: int | None
 
 
 _SAID_CHARACTERS = 200  # of what a server says, in an error message
@@ -71,8 +72,9 @@ class ServerErrors:
         shown = "".join(traceback.format_exception(error))
         return error if self.hide(shown) == shown else None
 
-    def _origin(self, operation: str) -> tuple[str, ErrorOrigin]:
-        return f"Qdrant at {self._url}: {operation}", ErrorOrigin(backend="server", operation=operation)
+    def _origin(self, operation: str, status: int | None = None) -> tuple[str, ErrorOrigin]:
+        origin = ErrorOrigin(backend="server", operation=operation, status=status)
+        return f"Qdrant at {self._url}: {operation}", origin
 
     def failure(self, error: Exception, operation: str) -> BackendError:
         """What a failed request means; ``ambiguous`` where it may have been carried out all the same."""
@@ -80,14 +82,15 @@ class ServerErrors:
         from qdrant_client.common.client_exceptions import QdrantException
         from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
-        asked, where = self._origin(operation)
         if isinstance(error, QdrantException):  # its own exceptions are of answers with 429 and Retry-After
+            asked, where = self._origin(operation, HTTPStatus.TOO_MANY_REQUESTS)
             wait = _retry_after(error)
             return RateLimitedError(
                 f"{asked}: too many requests, wait {wait:g} s", retry_after_s=wait, **where
             )
         if isinstance(error, UnexpectedResponse):
             return self.answer(error.status_code or 0, error.content, error.headers, operation)
+        asked, where = self._origin(operation)
         cause = error.source if isinstance(error, ResponseHandlingException) else error
         said = self.said(cause) or type(cause).__name__
         unsent = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
@@ -103,7 +106,7 @@ class ServerErrors:
 
     def answer(self, status: int, content: bytes, headers: Mapping[str, str], operation: str) -> BackendError:
         """What an answer with another status than asked for means."""
-        asked, where = self._origin(operation)
+        asked, where = self._origin(operation, status)
         try:
             said = str(json.loads(content)["status"]["error"])
         except (ValueError, LookupError, TypeError, RecursionError):
@@ -202,8 +205,3 @@ def _without_secrets(url: str) -> str:
     """An address without the user, the query and the fragment, which may hold what nobody else is to see."""
     plain = re.split(r"[?#]", url, maxsplit=1)[0]
     return re.sub(r"^([A-Za-z][A-Za-z0-9+.-]*:)?(//)[^/]*@", r"\1\2", plain)
-
-
-def http_status_of(error: BackendError) -> int | None:
-    """The HTTP status behind an error, where an answer had come."""
-    return getattr(error.__cause__, "status_code", None)

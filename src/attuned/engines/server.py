@@ -42,7 +42,7 @@ from attuned.connections.http import (
 from attuned.connections.pools import ConnectionPools
 from attuned.connections.resilience import Resilience
 from attuned.connections.runtime import Waits, run
-from attuned.connections.server_errors import ServerErrors, environment_error, http_status_of
+from attuned.connections.server_errors import ServerErrors, environment_error
 from attuned.engines.client_models import ClientModels, client_page, client_records, import_qdrant_client
 from attuned.engines.filters import AnyOf, Filter
 from attuned.engines.waist import (
@@ -309,7 +309,7 @@ class ServerEngine:
         try:
             return await self._send("describe", lambda: self._client.get_collection(name))
         except BackendRejectedError as error:
-            if http_status_of(error) == HTTPStatus.NOT_FOUND:
+            if error.status == HTTPStatus.NOT_FOUND:
                 return None
             raise
 
@@ -328,7 +328,7 @@ class ServerEngine:
                 ),
             )
         except BackendRejectedError as error:
-            if http_status_of(error) != HTTPStatus.CONFLICT:  # another one was faster
+            if error.status != HTTPStatus.CONFLICT:  # another one was faster
                 raise
 
     async def _create_indexes(self, collection: CollectionSpec, there: set[str]) -> None:
@@ -556,7 +556,7 @@ class ServerEngine:
             try:
                 return await self._attempt(operation, allowed, request)
             except BackendTimeoutError as error:
-                error.retryable = error.__cause__ is None  # a gateway has answered
+                error.retryable = error.status is not None  # a gateway has answered
                 raise
 
         return await self.resilience.send(operation, ask, attempt, writes=upload is not None)
