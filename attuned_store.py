@@ -1203,12 +1203,6 @@ def stored_snapshot(  # noqa: PLR0917 - the fields of a snapshot
     return snapshot
 
 
-class States(list[StateSnapshot]):
-    """All states of some users; ``unsettled`` are those whose states may be of several moments."""
-
-    unsettled: Sequence[str] = ()
-
-
 def unsettled_message(user_ids: Sequence[str]) -> str:
     """What a report says of users who were not read at rest."""
     if not user_ids:
@@ -3034,11 +3028,14 @@ class PortableSnapshotWriter(SnapshotWriter):
         contents = ArchiveContents(origin.engine, request.created_at, origin.collection, tuple(axes))
         self._archive = ArchiveWriter(self._new.file, contents)
 
-    def add(self, states: Sequence[StateSnapshot]) -> int:
-        """Take in states, all of a user, oldest first; returns how many there are by now."""
+    def add(self, states: Sequence[StateSnapshot], unsettled: Sequence[str] = ()) -> int:
+        """Take in states, all of a user, oldest first; returns how many there are by now.
+
+        ``unsettled`` are the users whose states may be of several moments.
+        """
         with self._errors():
             self._archive.add(states)
-        self._unsettled += getattr(states, "unsettled", ())
+        self._unsettled += unsettled
         return self._archive.counted.states
 
     def finish(self) -> SnapshotReport:
@@ -6919,6 +6916,14 @@ BATCH_SIZE = 64  # snapshots or users in one step of a long operation: about 5 m
 Cursor = Any  # where the next page begins: known to the backend alone; None begins
 
 
+class StatesPage(NamedTuple):
+    """All states of some users, each user's together, oldest first, and where the next page begins."""
+
+    states: Sequence[StateSnapshot]
+    cursor: Cursor = None
+    unsettled: Sequence[str] = ()  # the users whose states may be of several moments
+
+
 @attrs.frozen
 class Retention:
     """How much history is kept and shown."""
@@ -7078,11 +7083,8 @@ class Backend(Protocol):
         """A page of users."""
         ...
 
-    async def states(self, cursor: Cursor) -> tuple[list[StateSnapshot], Cursor]:
-        """A page of users' states, all that history shows of each and the latest, oldest first.
-
-        For each user as it was at one moment.
-        """
+    async def states(self, cursor: Cursor) -> StatesPage:
+        """All that history shows of a page of users, and the latest; what is of one user is of one moment."""
         ...
 
     async def count(self) -> int:
@@ -7477,7 +7479,7 @@ class MemoryBackend:
         self._check_open()
         return page_of_ids(iter(list(self.timelines)) if cursor is None else cursor, self.batch_size)
 
-    async def states(self, cursor: Cursor) -> tuple[list[StateSnapshot], Cursor]:
+    async def states(self, cursor: Cursor) -> StatesPage:
         """See Backend.states."""
         self._check_open()
         remaining: Iterator[str] = iter(list(self.timelines)) if cursor is None else cursor
@@ -7485,8 +7487,8 @@ class MemoryBackend:
         for user_id in remaining:
             states += self._moment(user_id, keep_latest=True)
             if len(states) >= self.batch_size:
-                return states, remaining
-        return states, None
+                return StatesPage(states, remaining)
+        return StatesPage(states)
 
     async def count(self) -> int:
         """See Backend.count."""
@@ -7839,9 +7841,14 @@ class Operations:
         """The pages of all user ids."""
         return self._pages("users", lambda backend, cursor: backend.users(cursor))
 
-    def states(self) -> Pager[list[StateSnapshot]]:
+    def states(self) -> Pager[StatesPage]:
         """The pages of all states, each user's together."""
-        return self._pages("", lambda backend, cursor: backend.states(cursor))
+
+        async def page(backend: Backend, cursor: Cursor) -> tuple[StatesPage, Cursor]:
+            found = await backend.states(cursor)
+            return found, found.cursor
+
+        return self._pages("", page)
 
     def _pages(
         self, name: str, fetch: Callable[[Backend, Cursor], Coroutine[Any, Any, tuple[T, Cursor]]]
@@ -7932,8 +7939,8 @@ class Operations:
             request = attrs.evolve(request, kind="portable")
         with PortableSnapshotWriter(request, self.origin(), self.axes()) as writer:
             pages = self.states()
-            while (states := await pages.next()) is not None:
-                progress(writer.add(states), None)
+            while (page := await pages.next()) is not None:
+                progress(writer.add(page.states, page.unsettled), None)
             return await self.waits.call(writer.finish)
 
     async def restore_snapshot(self, path: Any, mode: str, progress: Progress | None) -> SnapshotReport:
@@ -8452,29 +8459,29 @@ class PointsBackend(ABC):
         times = await self._times_of(user_id)
         return times if latest_ms in times else sorted([*times, latest_ms])
 
-    async def states(self, cursor: _Reading | None) -> tuple[list[StateSnapshot], _Reading | None]:
-        """All of what some users have, oldest first."""
+    async def states(self, cursor: _Reading | None) -> StatesPage:
+        """See Backend.states."""
         following, share = cursor or (None, 1)
         page = await self.engine.page(self._collection, Filter((LATEST,)), limit=share, cursor=following)
         latest = {payload_field(record, "user_id", str): record for record in page.records}
-        states = await self._read(latest)
+        found = await self._read(latest)
         if page.cursor is None:
-            return states, None
-        return states, _Reading(page.cursor, self._share(len(latest), len(states)))
+            return found
+        return found._replace(cursor=_Reading(page.cursor, self._share(len(latest), len(found.states))))
 
     def _share(self, users: int, states: int) -> int:
         """How many users to read at once, going by those just read."""
         return max(1, int(2 * self.batch_size * users / max(users, states, 1)))
 
-    async def _read(self, latest: Mapping[str, Record]) -> States:
+    async def _read(self, latest: Mapping[str, Record]) -> StatesPage:
         """All states of users whose latest points have just been read."""
         if not (latest and self._retention.maximum):
-            return self._states(latest, ())
+            return StatesPage(self._states(latest, ()))
         where = Filter((AnyOf("user_id", list(latest)), HISTORY))
         histories = await self.engine.page(self._collection, where, limit=WHOLE_HISTORY)
-        return self._states(latest, histories.records)
+        return StatesPage(self._states(latest, histories.records))
 
-    def _states(self, latest: Mapping[str, Record], histories: Iterable[Record]) -> States:
+    def _states(self, latest: Mapping[str, Record], histories: Iterable[Record]) -> list[StateSnapshot]:
         """What history shows of users, and the latest."""
         points = {
             user_id: {payload_field(record, "updated_at_unix_ms", int): record}
@@ -8483,7 +8490,7 @@ class PointsBackend(ABC):
         for record in histories:
             entries = points.get(payload_field(record, "user_id", str), {})
             entries.setdefault(payload_field(record, "updated_at_unix_ms", int), record)
-        states = States()
+        states = list[StateSnapshot]()
         for entries in points.values():
             times = sorted(entries)
             shown = times[min(self._retention.hidden(times), len(times) - 1) :]
@@ -8908,7 +8915,7 @@ class OwnedBackend(PointsBackend):
         if not self.engine.indexed:
             await self._learn_times()
 
-    async def states(self, cursor: Cursor) -> tuple[list[StateSnapshot], Cursor]:
+    async def states(self, cursor: Cursor) -> StatesPage:
         """See PointsBackend.states."""
         if self.engine.indexed:
             return await super().states(cursor)
@@ -8925,7 +8932,7 @@ class OwnedBackend(PointsBackend):
         for record in records:
             kinds[payload_field(record, "kind", str)].append(record)
         heads = {payload_field(record, "user_id", str): record for record in kinds["latest"]}
-        return self._states(heads, kinds["history"]), following
+        return StatesPage(self._states(heads, kinds["history"]), following)
 
     async def _relearn(self, user_id: str) -> None:
         """Take the times of a history from an engine that cannot be asked at every use."""
@@ -9027,7 +9034,7 @@ class SharedBackend(PointsBackend):
         newest = await self._newest(user_id, wanted, max(window.since, self._retention.cutoff()))
         return [entry for entry in newest if entry.updated_at_unix_ms <= window.until][: window.limit]
 
-    async def _read(self, latest: Mapping[str, Record]) -> States:
+    async def _read(self, latest: Mapping[str, Record]) -> StatesPage:
         """See PointsBackend._read; what was read before says of whom, no more: others write meanwhile.
 
         All of a user is read in one request. Where that meets several shards, each at a moment of its own, it
@@ -9054,9 +9061,7 @@ class SharedBackend(PointsBackend):
             for record in points[user_id].values()
             if record is not newest[user_id]
         ]
-        states = self._states(newest, histories)
-        states.unsettled = unsettled
-        return states
+        return StatesPage(self._states(newest, histories), unsettled=unsettled)
 
     async def _points_of(self, user_ids: Sequence[str]) -> dict[str, dict[object, Record]]:
         """All points of users, by user and id; without those of the history where none is kept."""
@@ -10554,10 +10559,10 @@ async def _copy_states(
 
         async def fill(staged: Operations) -> None:
             pages = origin.states()
-            while (states := await pages.next()) is not None:
-                read.add(states)
-                unsettled.extend(getattr(states, "unsettled", ()))
-                await staged.upsert_many(states, None)
+            while (page := await pages.next()) is not None:
+                read.add(page.states)
+                unsettled.extend(page.unsettled)
+                await staged.upsert_many(page.states, None)
                 heard(read.count, None)
             if not end.backend.native_snapshots:  # a server is changed in place: nothing is beside it
                 read.check(await _digest(staged))
@@ -10578,8 +10583,8 @@ async def _copy_states(
 
 async def _digest(store: Operations) -> _Digest:
     digest, pages = _Digest(), store.states()
-    while (states := await pages.next()) is not None:
-        digest.add(states)
+    while (page := await pages.next()) is not None:
+        digest.add(page.states)
     return digest
 
 

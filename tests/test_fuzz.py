@@ -608,7 +608,7 @@ def content(store: StateStore) -> Any:
     """What a store holds, as it is read, and page by page past what it remembers."""
     pager, pages = store._operations.states(), list[StateSnapshot]()
     while (page := attuned_store.run(pager.next())) is not None:
-        pages += page
+        pages += page.states
     return (
         {user_id: (store.get_latest(user_id), store.get_history(user_id)) for user_id in store},
         sorted(pages, key=lambda state: (state.user_id, state.updated_at_unix_ms)),

@@ -730,7 +730,7 @@ def test_memory_does_not_grow_with_the_number_of_states(tmp_path: Path) -> None:
             start = cursor or 0
             stop = min(start + 64, number)
             made = [state(f"user-{each}", each) for each in range(start, stop)]
-            return made, stop if stop < number else None
+            return attuned_store.StatesPage(made, stop if stop < number else None)
 
         store = MemoryStore()
         store._backend.states = states  # type: ignore[method-assign]

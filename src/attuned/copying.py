@@ -281,10 +281,10 @@ async def _copy_states(
 
         async def fill(staged: Operations) -> None:
             pages = origin.states()
-            while (states := await pages.next()) is not None:
-                read.add(states)
-                unsettled.extend(getattr(states, "unsettled", ()))
-                await staged.upsert_many(states, None)
+            while (page := await pages.next()) is not None:
+                read.add(page.states)
+                unsettled.extend(page.unsettled)
+                await staged.upsert_many(page.states, None)
                 heard(read.count, None)
             if not end.backend.native_snapshots:  # a server is changed in place: nothing is beside it
                 read.check(await _digest(staged))
@@ -305,8 +305,8 @@ async def _copy_states(
 
 async def _digest(store: Operations) -> _Digest:
     digest, pages = _Digest(), store.states()
-    while (states := await pages.next()) is not None:
-        digest.add(states)
+    while (page := await pages.next()) is not None:
+        digest.add(page.states)
     return digest
 
 

@@ -566,12 +566,6 @@ def stored_snapshot(  # noqa: PLR0917 - the fields of a snapshot
     return snapshot
 
 
-class States(list[StateSnapshot]):
-    """All states of some users; ``unsettled`` are those whose states may be of several moments."""
-
-    unsettled: Sequence[str] = ()
-
-
 def unsettled_message(user_ids: Sequence[str]) -> str:
     """What a report says of users who were not read at rest."""
     if not user_ids:

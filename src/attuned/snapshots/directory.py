@@ -330,11 +330,14 @@ class PortableSnapshotWriter(SnapshotWriter):
         contents = ArchiveContents(origin.engine, request.created_at, origin.collection, tuple(axes))
         self._archive = ArchiveWriter(self._new.file, contents)
 
-    def add(self, states: Sequence[StateSnapshot]) -> int:
-        """Take in states, all of a user, oldest first; returns how many there are by now."""
+    def add(self, states: Sequence[StateSnapshot], unsettled: Sequence[str] = ()) -> int:
+        """Take in states, all of a user, oldest first; returns how many there are by now.
+
+        ``unsettled`` are the users whose states may be of several moments.
+        """
         with self._errors():
             self._archive.add(states)
-        self._unsettled += getattr(states, "unsettled", ())
+        self._unsettled += unsettled
         return self._archive.counted.states
 
     def finish(self) -> SnapshotReport:

@@ -53,6 +53,14 @@ BATCH_SIZE = 64  # snapshots or users in one step of a long operation: about 5 m
 Cursor = Any  # where the next page begins: known to the backend alone; None begins
 
 
+class StatesPage(NamedTuple):
+    """All states of some users, each user's together, oldest first, and where the next page begins."""
+
+    states: Sequence[StateSnapshot]
+    cursor: Cursor = None
+    unsettled: Sequence[str] = ()  # the users whose states may be of several moments
+
+
 @attrs.frozen
 class Retention:
     """How much history is kept and shown."""
@@ -212,11 +220,8 @@ class Backend(Protocol):
         """A page of users."""
         ...
 
-    async def states(self, cursor: Cursor) -> tuple[list[StateSnapshot], Cursor]:
-        """A page of users' states, all that history shows of each and the latest, oldest first.
-
-        For each user as it was at one moment.
-        """
+    async def states(self, cursor: Cursor) -> StatesPage:
+        """All that history shows of a page of users, and the latest; what is of one user is of one moment."""
         ...
 
     async def count(self) -> int:

@@ -22,6 +22,7 @@ from attuned.states.contract import (
     HistoryWindow,
     Retention,
     SearchRequest,
+    StatesPage,
     clamp_score,
     conflict_error,
     page_of_ids,
@@ -285,7 +286,7 @@ class MemoryBackend:
         self._check_open()
         return page_of_ids(iter(list(self.timelines)) if cursor is None else cursor, self.batch_size)
 
-    async def states(self, cursor: Cursor) -> tuple[list[StateSnapshot], Cursor]:
+    async def states(self, cursor: Cursor) -> StatesPage:
         """See Backend.states."""
         self._check_open()
         remaining: Iterator[str] = iter(list(self.timelines)) if cursor is None else cursor
@@ -293,8 +294,8 @@ class MemoryBackend:
         for user_id in remaining:
             states += self._moment(user_id, keep_latest=True)
             if len(states) >= self.batch_size:
-                return states, remaining
-        return states, None
+                return StatesPage(states, remaining)
+        return StatesPage(states)
 
     async def count(self) -> int:
         """See Backend.count."""

@@ -58,6 +58,7 @@ from attuned.states.contract import (
     NativeBackend,
     Place,
     SearchRequest,
+    StatesPage,
     check_expected,
     check_state,
 )
@@ -339,9 +340,14 @@ class Operations:
         """The pages of all user ids."""
         return self._pages("users", lambda backend, cursor: backend.users(cursor))
 
-    def states(self) -> Pager[list[StateSnapshot]]:
+    def states(self) -> Pager[StatesPage]:
         """The pages of all states, each user's together."""
-        return self._pages("", lambda backend, cursor: backend.states(cursor))
+
+        async def page(backend: Backend, cursor: Cursor) -> tuple[StatesPage, Cursor]:
+            found = await backend.states(cursor)
+            return found, found.cursor
+
+        return self._pages("", page)
 
     def _pages(
         self, name: str, fetch: Callable[[Backend, Cursor], Coroutine[Any, Any, tuple[T, Cursor]]]
@@ -432,8 +438,8 @@ class Operations:
             request = attrs.evolve(request, kind="portable")
         with PortableSnapshotWriter(request, self.origin(), self.axes()) as writer:
             pages = self.states()
-            while (states := await pages.next()) is not None:
-                progress(writer.add(states), None)
+            while (page := await pages.next()) is not None:
+                progress(writer.add(page.states, page.unsettled), None)
             return await self.waits.call(writer.finish)
 
     async def restore_snapshot(self, path: Any, mode: str, progress: Progress | None) -> SnapshotReport:

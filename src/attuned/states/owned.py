@@ -15,7 +15,7 @@ from attuned.base.errors import StoreError, T
 from attuned.base.values import MAX_TIME_MS, StateSnapshot, time_of
 from attuned.engines.filters import Filter
 from attuned.engines.waist import EmbeddedEngine, Point, Put, Record
-from attuned.states.contract import Cursor, HistoryWindow, Retention, conflict_error, page_of_ids
+from attuned.states.contract import Cursor, HistoryWindow, Retention, StatesPage, conflict_error, page_of_ids
 from attuned.states.points import PointsBackend, decode_snapshot, payload_field
 
 if TYPE_CHECKING:
@@ -367,7 +367,7 @@ class OwnedBackend(PointsBackend):
         if not self.engine.indexed:
             await self._learn_times()
 
-    async def states(self, cursor: Cursor) -> tuple[list[StateSnapshot], Cursor]:
+    async def states(self, cursor: Cursor) -> StatesPage:
         """See PointsBackend.states."""
         if self.engine.indexed:
             return await super().states(cursor)
@@ -384,7 +384,7 @@ class OwnedBackend(PointsBackend):
         for record in records:
             kinds[payload_field(record, "kind", str)].append(record)
         heads = {payload_field(record, "user_id", str): record for record in kinds["latest"]}
-        return self._states(heads, kinds["history"]), following
+        return StatesPage(self._states(heads, kinds["history"]), following)
 
     async def _relearn(self, user_id: str) -> None:
         """Take the times of a history from an engine that cannot be asked at every use."""

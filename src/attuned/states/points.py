@@ -17,7 +17,6 @@ from attuned.base.values import (
     MAX_VECTOR_SIZE,
     Health,
     Match,
-    States,
     StateSnapshot,
     check_integer,
     stored_snapshot,
@@ -31,6 +30,7 @@ from attuned.states.contract import (
     HistoryWindow,
     Retention,
     SearchRequest,
+    StatesPage,
     clamp_score,
 )
 
@@ -408,29 +408,29 @@ class PointsBackend(ABC):
         times = await self._times_of(user_id)
         return times if latest_ms in times else sorted([*times, latest_ms])
 
-    async def states(self, cursor: _Reading | None) -> tuple[list[StateSnapshot], _Reading | None]:
-        """All of what some users have, oldest first."""
+    async def states(self, cursor: _Reading | None) -> StatesPage:
+        """See Backend.states."""
         following, share = cursor or (None, 1)
         page = await self.engine.page(self._collection, Filter((LATEST,)), limit=share, cursor=following)
         latest = {payload_field(record, "user_id", str): record for record in page.records}
-        states = await self._read(latest)
+        found = await self._read(latest)
         if page.cursor is None:
-            return states, None
-        return states, _Reading(page.cursor, self._share(len(latest), len(states)))
+            return found
+        return found._replace(cursor=_Reading(page.cursor, self._share(len(latest), len(found.states))))
 
     def _share(self, users: int, states: int) -> int:
         """How many users to read at once, going by those just read."""
         return max(1, int(2 * self.batch_size * users / max(users, states, 1)))
 
-    async def _read(self, latest: Mapping[str, Record]) -> States:
+    async def _read(self, latest: Mapping[str, Record]) -> StatesPage:
         """All states of users whose latest points have just been read."""
         if not (latest and self._retention.maximum):
-            return self._states(latest, ())
+            return StatesPage(self._states(latest, ()))
         where = Filter((AnyOf("user_id", list(latest)), HISTORY))
         histories = await self.engine.page(self._collection, where, limit=WHOLE_HISTORY)
-        return self._states(latest, histories.records)
+        return StatesPage(self._states(latest, histories.records))
 
-    def _states(self, latest: Mapping[str, Record], histories: Iterable[Record]) -> States:
+    def _states(self, latest: Mapping[str, Record], histories: Iterable[Record]) -> list[StateSnapshot]:
         """What history shows of users, and the latest."""
         points = {
             user_id: {payload_field(record, "updated_at_unix_ms", int): record}
@@ -439,7 +439,7 @@ class PointsBackend(ABC):
         for record in histories:
             entries = points.get(payload_field(record, "user_id", str), {})
             entries.setdefault(payload_field(record, "updated_at_unix_ms", int), record)
-        states = States()
+        states = list[StateSnapshot]()
         for entries in points.values():
             times = sorted(entries)
             shown = times[min(self._retention.hidden(times), len(times) - 1) :]

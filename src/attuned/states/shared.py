@@ -20,11 +20,11 @@ from attuned.base.errors import (
     T,
     short_id,
 )
-from attuned.base.values import MAX_TIME_MS, Health, SnapshotReport, States, StateSnapshot
+from attuned.base.values import MAX_TIME_MS, Health, SnapshotReport, StateSnapshot
 from attuned.engines.filters import Absent, AnyOf, Equal, Filter, Range
 from attuned.engines.waist import Matching, Point, Put, Record, SharedEngine
 from attuned.snapshots.directory import NativeSnapshotWriter, SnapshotOrigin, SnapshotRequest
-from attuned.states.contract import HistoryWindow, conflict_error
+from attuned.states.contract import HistoryWindow, StatesPage, conflict_error
 from attuned.states.points import (
     LATEST,
     LINEAGE,
@@ -125,7 +125,7 @@ class SharedBackend(PointsBackend):
         newest = await self._newest(user_id, wanted, max(window.since, self._retention.cutoff()))
         return [entry for entry in newest if entry.updated_at_unix_ms <= window.until][: window.limit]
 
-    async def _read(self, latest: Mapping[str, Record]) -> States:
+    async def _read(self, latest: Mapping[str, Record]) -> StatesPage:
         """See PointsBackend._read; what was read before says of whom, no more: others write meanwhile.
 
         All of a user is read in one request. Where that meets several shards, each at a moment of its own, it
@@ -152,9 +152,7 @@ class SharedBackend(PointsBackend):
             for record in points[user_id].values()
             if record is not newest[user_id]
         ]
-        states = self._states(newest, histories)
-        states.unsettled = unsettled
-        return states
+        return StatesPage(self._states(newest, histories), unsettled=unsettled)
 
     async def _points_of(self, user_ids: Sequence[str]) -> dict[str, dict[object, Record]]:
         """All points of users, by user and id; without those of the history where none is kept."""
