@@ -7235,15 +7235,10 @@ class VectorIndex:
     def __init__(self, schema: Schema) -> None:
         self.stale: set[str] = set()
         self._schema = schema
-        self._vectors: Vectors | None = None
+        self.vectors: Vectors | None = None  # until there is something to be taken in
         self._rows: list[StateSnapshot | None] = []
         self._row_of: dict[str, int] = {}
         self._free: list[int] = []
-
-    @property
-    def is_new(self) -> bool:
-        """Whether nothing was taken in yet."""
-        return self._vectors is None
 
     def catch_up(self, latest: Callable[[str], StateSnapshot | None]) -> bool:
         """Take in some of the users written since; whether all are taken in."""
@@ -7253,8 +7248,8 @@ class VectorIndex:
         return not self.stale
 
     def _take(self, user_id: str, snapshot: StateSnapshot | None) -> None:
-        if self._vectors is None:
-            self._vectors = make_vectors(self._schema.vector_size)
+        if self.vectors is None:
+            self.vectors = make_vectors(self._schema.vector_size)
         row = self._row_of.get(user_id)
         if snapshot is None:
             if row is not None:
@@ -7264,11 +7259,11 @@ class VectorIndex:
         if row is None:
             row = self._row_of[user_id] = self._free.pop() if self._free else len(self._rows)
         self._rows[row : row + 1] = [snapshot]
-        self._vectors.put(row, self._schema.vector(snapshot.axes))
+        self.vectors.put(row, self._schema.vector(snapshot.axes))
 
     def ranking(self, search: SearchRequest) -> tuple[Callable[[int], Iterator[Match]], int]:
         """What gives the best of so many rows, as they are now, at any time later; and how many there are."""
-        vectors, rows = self._vectors, list(self._rows)
+        vectors, rows = self.vectors, list(self._rows)
         if vectors is None:
             return lambda _: iter(()), 0
         scores = vectors.scores(self._schema.vector(search.axes), len(rows))
@@ -7429,7 +7424,7 @@ class MemoryBackend:
         self.schema.check(request.axes)
         if request.history or request.user_id is not None:
             return await self._scan(request), None
-        if self._index.is_new and "numpy" not in sys.modules:  # which takes 0.1 s to import
+        if self._index.vectors is None and "numpy" not in sys.modules:  # which takes 0.1 s to import
             await self._waits.call(functools.partial(make_vectors, self.schema.vector_size))
         while not self._caught_up():
             await self._waits.pause_if_due()
