@@ -1783,24 +1783,23 @@ def _names_in(history: Iterable[StateSnapshot], order: Iterable[str] = ()) -> li
     return list(dict.fromkeys([*(name for name in order if name in there), *there]))
 
 
-def _cell(snapshot: StateSnapshot, name: str) -> str:
-    """A value as a coloured cell, whose title tells it; without a colour where there is no value."""
-    said = f"{snapshot.axes[name]:.3f}" if name in snapshot.axes else "no value"
-    title = f"{iso_time(snapshot.updated_at_unix_ms)}, {snapshot.source}, {snapshot.confidence:g}: {said}"
-    colour = f"padding:0;border:none;min-width:12px;height:12px;background:{_rgba(snapshot.axis(name))}"
-    return element("td", colour, title=title)
-
-
 def _history_html(history: Sequence[StateSnapshot]) -> str:
-    """Snapshots as a heat map: a row for each axis, a column for each snapshot, the newest at the right."""
+    """Snapshots as a heat map: a row for each axis, a column for each snapshot, the newest at the right.
+
+    The title of a cell tells its value; without one it has no colour.
+    """
     shown = history[:_MOST_COLUMNS][::-1]
     if not shown:
         return element("div", FONT, "<b>no history</b>")
-    names = _names_in(history)[:_MOST_BARS]
-    rows = (
-        element("tr", _ROW, element("td", _CELL, html.escape(name)), *(_cell(each, name) for each in shown))
-        for name in names
-    )
+    rows = list[str]()
+    for name in _names_in(history)[:_MOST_BARS]:
+        cells = [element("td", _CELL, html.escape(name))]
+        for each in shown:
+            said = f"{each.axes[name]:.3f}" if name in each.axes else "no value"
+            title = f"{iso_time(each.updated_at_unix_ms)}, {each.source}, {each.confidence:g}: {said}"
+            colour = f"padding:0;border:none;min-width:12px;height:12px;background:{_rgba(each.axis(name))}"
+            cells.append(element("td", colour, title=title))
+        rows.append(element("tr", _ROW, *cells))
     users = html.escape(", ".join(map(short_id, distinct_users(shown))))
     first, last = (iso_time(shown[end].updated_at_unix_ms) for end in (0, -1))
     facts = f"<b>{users}</b> {plural(len(shown), 'snapshot')}, from {first} at the left to {last}"
@@ -1844,14 +1843,6 @@ def store_html(store: Any, health: Health | None) -> str:
     return element("div", FONT, f"<b>{type(store).__name__}</b>", element("table", TABLE, *rows))
 
 
-def _matplotlib() -> tuple[Any, Any]:
-    try:
-        # Not an import statement, at which a type checker would want matplotlib wherever this file is copied.
-        return import_module("matplotlib.pyplot"), import_module("matplotlib.dates")
-    except ImportError as error:
-        raise MissingDependencyError("plotting needs matplotlib: pip install matplotlib") from error
-
-
 def plot_states(history: Sequence[StateSnapshot], axes: Iterable[str] | None, known: Sequence[str]) -> Any:
     """Each axis as a line of its own, one below the other: its steps through time, around neutral.
 
@@ -1864,7 +1855,11 @@ def plot_states(history: Sequence[StateSnapshot], axes: Iterable[str] | None, kn
         for name in names:
             if name not in known:
                 raise ValidationError(f"axes: the store has no axis {brief(name)}; it has {', '.join(known)}")
-    pyplot, dates = _matplotlib()
+    try:  # not import statements, at which a type checker would want matplotlib wherever this file is copied
+        pyplot: Any = import_module("matplotlib.pyplot")
+        dates: Any = import_module("matplotlib.dates")
+    except ImportError as error:
+        raise MissingDependencyError("plotting needs matplotlib: pip install matplotlib") from error
     entries = history[::-1]
     times = [datetime.fromtimestamp(each.updated_at_unix_ms / 1000, UTC) for each in entries]
     held = (times[-1] - times[0]) * 0.04 or timedelta(hours=1)  # what the last state is drawn for
@@ -4710,6 +4705,12 @@ class Put(NamedTuple):
         """Whether there is anything to be judged."""
         return self.mode != "upsert" or self.over is not None
 
+    def allows(self, there: Mapping[str, Any] | None) -> bool:
+        """Whether a point may be written where there is one with such a payload, or none."""
+        if there is None:
+            return self.mode != "update"
+        return self.mode != "insert" and (self.over is None or matches(self.over, there))
+
 
 class Matching(NamedTuple):
     """All points of a tenant, or of all tenants, that match a filter."""
@@ -5004,7 +5005,7 @@ class EngineInProcess(Engine):
         for put in puts:
             points = [with_tenant(point, key) for point in put.points]
             if put.guarded:
-                points = [point for point in points if _allows(put, there.get(point.id))]
+                points = [point for point in points if put.allows(there.get(point.id))]
             if asked:
                 there.update((point.id, point.payload) for point in points)
             written.update((point.id, point) for point in points)
@@ -5118,13 +5119,6 @@ class EngineOnDisk(EngineInProcess):
         except BackendError as error:
             signs.append(str(error))
         return signs
-
-
-def _allows(put: Put, there: Mapping[str, Any] | None) -> bool:
-    """Whether a guard lets a point be written where there is one with such a payload, or none."""
-    if there is None:
-        return put.mode != "update"
-    return put.mode != "insert" and (put.over is None or matches(put.over, there))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -6079,21 +6073,17 @@ def engine_of(path: Path) -> Literal["edge", "local"] | None:
     """The engine whose files a directory holds; None for neither."""
     try:
         edge, local = (path / "collections").exists(), (path / "meta.json").exists()
-        of_a_server = edge and _is_of_a_server(path)
+        shards = (path / "collections").iterdir() if edge else ()
+        found = [each for each in shards if each.is_dir() and each.name[0] != "."]
+        manifests = {each.with_name(each.name.partition("@")[0] + ".json") for each in found}
+        foreign = bool(found) and not any(manifest.exists() for manifest in manifests)  # ours come first
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error}") from error
     if edge and local:
         raise StoreError(f"{path}: holds the files of two engines (collections/ of edge, meta.json of local)")
-    if of_a_server:
+    if foreign:
         raise StoreError(f"{path}: holds collections of something else, such as a Qdrant server")
     return "edge" if edge else "local" if local else None
-
-
-def _is_of_a_server(path: Path) -> bool:
-    """Whether there are collections, none of which has a manifest of ours, which is there before them."""
-    found = [each for each in (path / "collections").iterdir() if each.is_dir() and each.name[0] != "."]
-    manifests = {each.with_name(each.name.partition("@")[0] + ".json") for each in found}
-    return bool(found) and not any(manifest.exists() for manifest in manifests)
 
 
 def collection_exists(config: QdrantStoreConfig) -> bool:

@@ -87,24 +87,23 @@ def _names_in(history: Iterable[StateSnapshot], order: Iterable[str] = ()) -> li
     return list(dict.fromkeys([*(name for name in order if name in there), *there]))
 
 
-def _cell(snapshot: StateSnapshot, name: str) -> str:
-    """A value as a coloured cell, whose title tells it; without a colour where there is no value."""
-    said = f"{snapshot.axes[name]:.3f}" if name in snapshot.axes else "no value"
-    title = f"{iso_time(snapshot.updated_at_unix_ms)}, {snapshot.source}, {snapshot.confidence:g}: {said}"
-    colour = f"padding:0;border:none;min-width:12px;height:12px;background:{_rgba(snapshot.axis(name))}"
-    return element("td", colour, title=title)
-
-
 def _history_html(history: Sequence[StateSnapshot]) -> str:
-    """Snapshots as a heat map: a row for each axis, a column for each snapshot, the newest at the right."""
+    """Snapshots as a heat map: a row for each axis, a column for each snapshot, the newest at the right.
+
+    The title of a cell tells its value; without one it has no colour.
+    """
     shown = history[:_MOST_COLUMNS][::-1]
     if not shown:
         return element("div", FONT, "<b>no history</b>")
-    names = _names_in(history)[:_MOST_BARS]
-    rows = (
-        element("tr", _ROW, element("td", _CELL, html.escape(name)), *(_cell(each, name) for each in shown))
-        for name in names
-    )
+    rows = list[str]()
+    for name in _names_in(history)[:_MOST_BARS]:
+        cells = [element("td", _CELL, html.escape(name))]
+        for each in shown:
+            said = f"{each.axes[name]:.3f}" if name in each.axes else "no value"
+            title = f"{iso_time(each.updated_at_unix_ms)}, {each.source}, {each.confidence:g}: {said}"
+            colour = f"padding:0;border:none;min-width:12px;height:12px;background:{_rgba(each.axis(name))}"
+            cells.append(element("td", colour, title=title))
+        rows.append(element("tr", _ROW, *cells))
     users = html.escape(", ".join(map(short_id, distinct_users(shown))))
     first, last = (iso_time(shown[end].updated_at_unix_ms) for end in (0, -1))
     facts = f"<b>{users}</b> {plural(len(shown), 'snapshot')}, from {first} at the left to {last}"
@@ -148,14 +147,6 @@ def store_html(store: Any, health: Health | None) -> str:
     return element("div", FONT, f"<b>{type(store).__name__}</b>", element("table", TABLE, *rows))
 
 
-def _matplotlib() -> tuple[Any, Any]:
-    try:
-        # Not an import statement, at which a type checker would want matplotlib wherever this file is copied.
-        return import_module("matplotlib.pyplot"), import_module("matplotlib.dates")
-    except ImportError as error:
-        raise MissingDependencyError("plotting needs matplotlib: pip install matplotlib") from error
-
-
 def plot_states(history: Sequence[StateSnapshot], axes: Iterable[str] | None, known: Sequence[str]) -> Any:
     """Each axis as a line of its own, one below the other: its steps through time, around neutral.
 
@@ -168,7 +159,11 @@ def plot_states(history: Sequence[StateSnapshot], axes: Iterable[str] | None, kn
         for name in names:
             if name not in known:
                 raise ValidationError(f"axes: the store has no axis {brief(name)}; it has {', '.join(known)}")
-    pyplot, dates = _matplotlib()
+    try:  # not import statements, at which a type checker would want matplotlib wherever this file is copied
+        pyplot: Any = import_module("matplotlib.pyplot")
+        dates: Any = import_module("matplotlib.dates")
+    except ImportError as error:
+        raise MissingDependencyError("plotting needs matplotlib: pip install matplotlib") from error
     entries = history[::-1]
     times = [datetime.fromtimestamp(each.updated_at_unix_ms / 1000, UTC) for each in entries]
     held = (times[-1] - times[0]) * 0.04 or timedelta(hours=1)  # what the last state is drawn for

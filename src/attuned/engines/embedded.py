@@ -44,21 +44,17 @@ def engine_of(path: Path) -> Literal["edge", "local"] | None:
     """The engine whose files a directory holds; None for neither."""
     try:
         edge, local = (path / "collections").exists(), (path / "meta.json").exists()
-        of_a_server = edge and _is_of_a_server(path)
+        shards = (path / "collections").iterdir() if edge else ()
+        found = [each for each in shards if each.is_dir() and each.name[0] != "."]
+        manifests = {each.with_name(each.name.partition("@")[0] + ".json") for each in found}
+        foreign = bool(found) and not any(manifest.exists() for manifest in manifests)  # ours come first
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error}") from error
     if edge and local:
         raise StoreError(f"{path}: holds the files of two engines (collections/ of edge, meta.json of local)")
-    if of_a_server:
+    if foreign:
         raise StoreError(f"{path}: holds collections of something else, such as a Qdrant server")
     return "edge" if edge else "local" if local else None
-
-
-def _is_of_a_server(path: Path) -> bool:
-    """Whether there are collections, none of which has a manifest of ours, which is there before them."""
-    found = [each for each in (path / "collections").iterdir() if each.is_dir() and each.name[0] != "."]
-    manifests = {each.with_name(each.name.partition("@")[0] + ".json") for each in found}
-    return bool(found) and not any(manifest.exists() for manifest in manifests)
 
 
 def collection_exists(config: QdrantStoreConfig) -> bool:

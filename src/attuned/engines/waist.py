@@ -88,6 +88,12 @@ class Put(NamedTuple):
         """Whether there is anything to be judged."""
         return self.mode != "upsert" or self.over is not None
 
+    def allows(self, there: Mapping[str, Any] | None) -> bool:
+        """Whether a point may be written where there is one with such a payload, or none."""
+        if there is None:
+            return self.mode != "update"
+        return self.mode != "insert" and (self.over is None or matches(self.over, there))
+
 
 class Matching(NamedTuple):
     """All points of a tenant, or of all tenants, that match a filter."""
@@ -382,7 +388,7 @@ class EngineInProcess(Engine):
         for put in puts:
             points = [with_tenant(point, key) for point in put.points]
             if put.guarded:
-                points = [point for point in points if _allows(put, there.get(point.id))]
+                points = [point for point in points if put.allows(there.get(point.id))]
             if asked:
                 there.update((point.id, point.payload) for point in points)
             written.update((point.id, point) for point in points)
@@ -496,10 +502,3 @@ class EngineOnDisk(EngineInProcess):
         except BackendError as error:
             signs.append(str(error))
         return signs
-
-
-def _allows(put: Put, there: Mapping[str, Any] | None) -> bool:
-    """Whether a guard lets a point be written where there is one with such a payload, or none."""
-    if there is None:
-        return put.mode != "update"
-    return put.mode != "insert" and (put.over is None or matches(put.over, there))
