@@ -25,13 +25,14 @@ LARGE = """
 import sys
 import attuned_store as a
 number, directory = int(sys.argv[1]), sys.argv[2]
-fields = dict(reason="manual", keep=None, keep_remote=False)
-order = a._Order.of(directory, "portable", fields, native=False)
+fields = dict(reason="manual", keep=None, keep_remote=False, native=False)
+request = a.SnapshotRequest.of(directory, "portable", **fields)
 axes = a.Axes({name: place / 23 for place, name in enumerate(a.CANONICAL_AXES)})
-with a._PortableTaking(order, a._Origin("bench", "bench", "bench"), a.CANONICAL_AXES) as taking:
+origin = a.SnapshotOrigin("bench", "bench", "bench")
+with a.PortableSnapshotWriter(request, origin, a.CANONICAL_AXES) as writer:
     for start in range(0, number, 100):
-        taking.add([a.StateSnapshot(f"user-{each}", axes, each) for each in range(start, start + 100)])
-    report = taking.finish()
+        writer.add([a.StateSnapshot(f"user-{each}", axes, each) for each in range(start, start + 100)])
+    report = writer.finish()
 assert a.verify_snapshot(report.path).points == number
 status = open("/proc/self/status").read()  # ru_maxrss would begin with the parent's
 print(status.partition("VmHWM:")[2].split()[0])

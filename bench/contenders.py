@@ -256,7 +256,7 @@ class OursInMemory(_Ours):
     def open(self) -> None:
         options: Any = {"axes": AXES, "telemetry": False}  # bench_telemetry.py shows what that costs
         store, both = MemoryStore(**options), AsyncMemoryStore(**options)
-        store._backend, store._operations = both._backend, both._operations
+        both._backend, both._operations = store._backend, store._operations  # whose waits never suspend
         self.use(store, both)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +106,20 @@ def test_what_became_worse_is_told(report: dict[str, Any]) -> None:
 def test_a_figure_has_three_digits(report: dict[str, Any], figure: float, text: str) -> None:
     """Times are shown with three digits and the unit that suits them."""
     assert report["shown"](figure, "s") == text
+
+
+def test_the_program_whose_memory_is_measured_runs(tmp_path: Path) -> None:
+    """It stands in a string, where no type checker reads it."""
+    tree = ast.parse((ROOT / "bench" / "bench_snapshots.py").read_text("utf-8"))
+    (program,) = (
+        node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and ast.unparse(node.targets[0]) == "LARGE"
+        and isinstance(node.value, ast.Constant)
+    )
+    command = [sys.executable, "-c", str(program), "200", str(tmp_path)]
+    run = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+
+    assert int(run.stdout) > 1_000
+    assert len(list(tmp_path.glob("*.attuned"))) == 1
