@@ -3772,6 +3772,22 @@ async def run_in_thread(call: Callable[[], T], limiter: Any = None) -> T:
     return await anyio.to_thread.run_sync(call, limiter=limiter)
 
 
+async def load_anyio() -> None:
+    """Load what anyio needs under asyncio, in a thread: it takes 0.1 s, which the first use would hold up."""
+    asyncio = sys.modules.get("asyncio")
+    if asyncio is None or "anyio._backends._asyncio" in sys.modules:
+        return
+
+    def load() -> None:
+        with contextlib.suppress(ImportError):
+            import anyio
+
+            anyio.run(anyio.sleep, 0)
+
+    with contextlib.suppress(RuntimeError):  # another event loop's, as trio's
+        await asyncio.get_running_loop().run_in_executor(None, load)
+
+
 def require_anyio(what: str) -> None:
     """Raise MissingDependencyError where anyio is not installed, before anything has been done."""
     try:
@@ -3879,6 +3895,7 @@ class Suspending:
 
     def __init__(self) -> None:
         self._paused = 0.0  # when other tasks were last let run
+        self._loaded = False
 
     async def pause(self) -> None:
         """See Waits.pause."""
@@ -3893,6 +3910,7 @@ class Suspending:
 
     async def sleep(self, seconds: float) -> None:
         """See Waits.sleep."""
+        await self._load()
         try:
             import anyio
         except ImportError:
@@ -3902,6 +3920,11 @@ class Suspending:
         else:
             await anyio.sleep(seconds)
 
+    async def _load(self) -> None:
+        if not self._loaded:
+            self._loaded = True
+            await load_anyio()
+
     async def call(
         self,
         function: Callable[[], T],
@@ -3909,6 +3932,7 @@ class Suspending:
         done: Callable[[], bool] | None = None,
     ) -> T:
         """See Waits.call."""
+        await self._load()
         if worker is None:
             return await run_in_thread(function)
         if done is None:
@@ -4602,27 +4626,37 @@ class PlainVectors(Vectors):
 
 
 class NumpyVectors(Vectors):
-    """Rows as a matrix."""
+    """Rows as matrices of so many each: a single one would take long to be doubled."""
+
+    _ROWS = 4_096  # 4 times a power of two
 
     def __init__(self, vector_size: int) -> None:
         import numpy as np
 
         self._numpy = np
-        self._matrix = np.zeros((4, vector_size), dtype=np.float32)  # doubled when full
+        self._none = np.zeros((4, vector_size), dtype=np.float32)
+        self._matrices = [self._none.copy()]  # the last one is doubled when full, up to so many rows
 
     def put(self, row: int, direction: Sequence[float]) -> None:
         """See Vectors.put."""
-        if row >= len(self._matrix):
-            self._matrix = self._numpy.concatenate([self._matrix, self._numpy.zeros_like(self._matrix)])
-        self._matrix[row] = direction
+        number, place = divmod(row, self._ROWS)
+        if number == len(self._matrices):
+            self._matrices.append(self._none.copy())
+        matrix = self._matrices[number]
+        if place >= len(matrix):
+            matrix = self._numpy.concatenate([matrix, self._numpy.zeros_like(matrix)])
+            self._matrices[number] = matrix
+        matrix[place] = direction
 
     def get(self, row: int) -> list[float]:
         """See Vectors.get."""
-        return cast("list[float]", self._matrix[row].tolist())
+        number, place = divmod(row, self._ROWS)
+        return cast("list[float]", self._matrices[number][place].tolist())
 
     def scores(self, direction: Sequence[float], rows: int) -> Any:
         """See Vectors.scores."""
-        return self._matrix[:rows] @ self._numpy.asarray(direction, dtype=self._numpy.float32)
+        wanted = self._numpy.asarray(direction, dtype=self._numpy.float32)
+        return self._numpy.concatenate([matrix @ wanted for matrix in self._matrices])[:rows]
 
     def best(self, scores: Any, number: int) -> Iterable[int]:
         """See Vectors.best."""
@@ -7251,22 +7285,28 @@ class VectorIndex:
         self._rows[row : row + 1] = [snapshot]
         self.vectors.put(row, self._schema.vector(snapshot.axes))
 
-    def ranking(self, search: SearchRequest) -> tuple[Callable[[int], Iterator[Match]], int]:
-        """What gives the best of so many rows, as they are now, at any time later; and how many there are."""
+    def ranking(self, search: SearchRequest) -> Iterator[Match]:
+        """What is admitted of the rows as they are now, the best first, at any time later."""
         vectors, rows = self.vectors, list(self._rows)
         if vectors is None:
-            return lambda _: iter(()), 0
+            return iter(())
         scores = vectors.scores(self._schema.vector(search.axes), len(rows))
 
-        def best(number: int) -> Iterator[Match]:
-            for row in vectors.best(scores, number):
-                snapshot, score = rows[row], clamp_score(float(scores[row]))
-                if score < search.score_threshold:
+        def ranked() -> Iterator[Match]:
+            done = set[int]()
+            # The best of so many; some may not be admitted: then all.
+            for number in (4 * search.limit + BATCH_SIZE, len(rows)):
+                for row in vectors.best(scores, number):
+                    snapshot, score = rows[row], clamp_score(float(scores[row]))
+                    if score < search.score_threshold:
+                        return
+                    if snapshot is not None and row not in done and search.admits(snapshot):
+                        yield Match(snapshot, score)
+                    done.add(row)
+                if number >= len(rows):
                     return
-                if snapshot is not None and search.admits(snapshot):
-                    yield Match(snapshot, score)
 
-        return best, len(rows)
+        return ranked()
 
 
 class MemoryBackend:
@@ -7408,9 +7448,14 @@ class MemoryBackend:
             self._index.stale.add(user_id)
             return self.timelines.pop(user_id, None) is not None
 
-    async def search(self, request: SearchRequest, cursor: Cursor) -> tuple[list[Match], Cursor]:  # noqa: ARG002
-        """See Backend.search; there is but one page."""
+    async def search(
+        self, request: SearchRequest, cursor: Iterator[Match] | None
+    ) -> tuple[list[Match], Cursor]:
+        """See Backend.search."""
         self._check_open()
+        if cursor is not None:
+            page = list(itertools.islice(cursor, min(BATCH_SIZE, request.limit)))
+            return page, cursor if page else None
         self.schema.check(request.axes)
         if request.history or request.user_id is not None:
             return await self._scan(request), None
@@ -7419,17 +7464,8 @@ class MemoryBackend:
         while not self._caught_up():
             await self._waits.pause_if_due()
         with self._free_lock():
-            best, rows = self._index.ranking(request)
-        matches: list[Match] = []
-        for number in (4 * request.limit + BATCH_SIZE, rows):  # some may not be admitted: look at all then
-            matches.clear()
-            for match in itertools.islice(best(number), request.limit):
-                matches.append(match)
-                if len(matches) % BATCH_SIZE == 0:
-                    await self._waits.pause_if_due()
-            if len(matches) == request.limit or number >= rows:
-                break
-        return matches, None
+            ranking = self._index.ranking(request)
+        return await self.search(request, ranking)
 
     def _caught_up(self) -> bool:
         with self._free_lock():
@@ -7500,11 +7536,13 @@ class MemoryBackend:
         """See Backend.adopt."""
         with self._free_lock():
             self._check_open()
-            self.timelines, self._index = staged.timelines, staged._index
+            old, self.timelines, self._index = self.timelines, staged.timelines, staged._index
+            staged.timelines = {}  # which are another's now, should this be cancelled
+        await self._free(old)
 
     async def discard(self, staged: MemoryBackend) -> None:
         """See Backend.discard."""
-        staged.close()
+        await staged.close()
 
     async def look(self, seconds: float) -> Health:  # noqa: ARG002 - it is there at once
         """See Backend.look."""
@@ -7516,12 +7554,20 @@ class MemoryBackend:
         """Go on in a forked child, which has a copy of its own, whatever other threads held at the fork."""
         self._lock = threading.RLock()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Forget everything."""
         with self._free_lock():
             self._closed = True
-            self.timelines = {}
-            self._index = VectorIndex(self.schema)
+            old, self.timelines, self._index = self.timelines, {}, VectorIndex(self.schema)
+        await self._free(old)
+
+    async def _free(self, timelines: dict[str, deque[StateSnapshot]]) -> None:
+        """Let go of snapshots in pieces: those of 100,000 users at once take 60 ms."""
+        while timelines:
+            for _ in range(min(4 * BATCH_SIZE, len(timelines))):
+                timelines.popitem()
+            if timelines:
+                await self._waits.pause_if_due()
 
 
 class MemoryPlace:
@@ -7544,7 +7590,7 @@ class MemoryPlace:
 
     async def close(self) -> None:
         """See Place.close."""
-        self._backend.close()
+        await self._backend.close()
 
     def signs(self, latency_ms: float) -> list[str]:  # noqa: ARG002 - there is no trouble
         """See Place.signs."""
@@ -8083,6 +8129,7 @@ LATEST = Equal("kind", "latest")
 HISTORY = Equal("kind", "history")
 LAST_BITS = 1e-12  # by so much an engine may change a float
 _MOST_MATCHES = 2**31 - 1
+_SCANNED = 500  # points in one step of a search that ranks them here
 LINEAGE = 32  # revisions that a point on a server remembers
 MAX_COUNTED = 10_000  # users whose writes are counted on a server
 WHOLE_HISTORY = 1_000_000  # more entries than the history of one user can sensibly have
@@ -8193,6 +8240,14 @@ class _Reading(NamedTuple):
     share: int  # how many users to read at once
 
 
+class _Scan(NamedTuple):
+    """Where a search for very many stands, which is ranked here, page by page."""
+
+    following: Cursor  # where the next page begins
+    runs: list[list[tuple[float, str]]]  # scores and ids of the pages so far, the best first in each
+    ranked: Iterator[tuple[float, str]] | None  # all of them, once there are no more pages
+
+
 class _Ranking(NamedTuple):
     """Where a long search stands."""
 
@@ -8209,6 +8264,7 @@ class PointsBackend(ABC):
 
     schema: Schema
     batch_size = BATCH_SIZE
+    most_ranked = _MOST_MATCHES  # of how many the engine is asked for the order at once
     is_open = False
     native_snapshots = False
 
@@ -8289,11 +8345,19 @@ class PointsBackend(ABC):
         """The latest snapshot of a user, as a step of other operations."""
         return (await self.find([user_id])).get(user_id)
 
-    async def search(self, request: SearchRequest, cursor: _Ranking | None) -> tuple[list[Match], Cursor]:
-        """See Backend.search; where more are wanted than one piece may hold, their ids come first."""
-        vector, where = self.schema.vector(request.axes), _where(request)
+    async def search(
+        self, request: SearchRequest, cursor: _Ranking | _Scan | None
+    ) -> tuple[list[Match], Cursor]:
+        """See Backend.search."""
         if request.history and not self._retention.maximum:
             return [], None
+        if isinstance(cursor, _Scan):
+            return await self._scan(request, cursor)
+        return await self._rank(request, cursor)
+
+    async def _rank(self, request: SearchRequest, cursor: _Ranking | None) -> tuple[list[Match], Cursor]:
+        """A step of a search; where more are wanted than one piece may hold, their ids come first."""
+        vector, where = self.schema.vector(request.axes), _where(request)
         wanted = 2 * request.limit + 1 if request.history else request.limit
         find = functools.partial(self.engine.search, self._collection, vector, where, tenant=request.user_id)
         if cursor is None:
@@ -8306,6 +8370,8 @@ class PointsBackend(ABC):
             return [], _Ranking((), 0, limit)
         if cursor.position >= len(cursor.ids):  # some were not to be shown: look further
             limit = min(max(wanted, 4 * cursor.asked), _MOST_MATCHES)
+            if limit > self.most_ranked:
+                return await self._scan(request, _Scan(None, [], None))
             records = await find(limit, payload=False)
             least = request.score_threshold - 1e-4
             ids = [str(record.id) for record in records if record.score >= least]
@@ -8315,6 +8381,30 @@ class PointsBackend(ABC):
         records = await self.engine.retrieve(self._collection, cursor.ids[cursor.position : position])
         following = cursor._replace(position=position) if cursor.asked or position < len(cursor.ids) else None
         return await self._matches(request, records, vector), following
+
+    async def _scan(self, request: SearchRequest, scan: _Scan) -> tuple[list[Match], Cursor]:
+        """A step of a search for very many: to rank a page of all that match, then to read the best."""
+        direction = self.schema.vector(request.axes)
+        if scan.ranked is not None:
+            ids = [point_id for _, point_id in itertools.islice(scan.ranked, self.batch_size)]
+            records = await self.engine.retrieve(self._collection, ids) if ids else []
+            return await self._matches(request, records, direction), scan if ids else None
+        page = await self.engine.page(
+            self._collection,
+            _where(request),
+            limit=_SCANNED,
+            tenant=request.user_id,
+            cursor=scan.following,
+            payload=False,
+        )
+        ids = [str(record.id) for record in page.records]
+        found = await self.engine.retrieve(self._collection, ids, payload=False, vector=True) if ids else []
+        scored = ((sum(map(operator.mul, direction, each.vector)), str(each.id)) for each in found)
+        least = request.score_threshold - 1e-4
+        scan.runs.append(sorted((pair for pair in scored if pair[0] >= least), reverse=True))
+        if page.cursor is not None:
+            return [], scan._replace(following=page.cursor)
+        return [], scan._replace(ranked=heapq.merge(*scan.runs, reverse=True))
 
     async def _matches(
         self, request: SearchRequest, records: Sequence[Record], direction: Sequence[float] | None = None
@@ -8557,6 +8647,9 @@ def same_state(found: StateSnapshot | None, expected: StateSnapshot | None) -> b
 # ------------------------------------------------------------------------------------------------------------
 
 
+MOST_RANKED = 5_000  # points; Edge takes 3 us for each, besides what looking at all takes
+
+
 class RecentHistory(NamedTuple):
     """The newest snapshots of a user's history, newest first, and whether they are all."""
 
@@ -8625,6 +8718,8 @@ class OwnedBackend(PointsBackend):
     ) -> None:
         super().__init__(engine, config, collection)
         self._files = engine
+        if engine.indexed:  # one call of it holds up the process, the more the more it ranks
+            self.most_ranked = MOST_RANKED
         self._beside = f".{self._collection}.restoring"  # the collection in which one is restored
         self._staged: Callable[[], OwnedBackend | None] = lambda: None
         self._latest: MutableMapping[str, StateSnapshot] = FIFOCache(config.cache_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -213,3 +214,47 @@ def test_a_missing_local_mode_is_an_error_that_names_the_package(tmp_path: Path)
 
     assert answer.stdout.startswith("missing:"), answer.stderr
     assert "qdrant-client" in answer.stdout
+
+
+class CountingShard:
+    """A shard that notes how many points each of its calls gives."""
+
+    def __init__(self, shard: Any) -> None:
+        self.shard, self.most = shard, 0
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.shard, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            found = method(*arguments, **options)
+            points = found[0] if isinstance(found, tuple) else found
+            self.most = max(self.most, len(points) if isinstance(points, list) else 0)
+            return found
+
+        return call
+
+
+@pytest.mark.parametrize("history", [False, True])
+@pytest.mark.parametrize("threshold", [None, 0.9])
+def test_many_matches_are_asked_for_in_parts(threshold: float | None, history: bool, tmp_path: Path) -> None:
+    """A call of Edge holds up the whole process: none gives many points, and what is found is the same."""
+    random = Random(7)
+    with QdrantStore(path=tmp_path, engine="edge") as store:
+        store.upsert_many(
+            state(f"user-{number % 900}", number, {"warmth": random.random(), "ritual_need": random.random()})
+            for number in range(1_300)
+        )
+        wanted: dict[str, Any] = {"limit": 1_200, "score_threshold": threshold, "history": history}
+        at_once = store.search_similar({"warmth": 0.9}, **wanted)
+        backend: Any = store._operations.backend
+        backend.most_ranked = 600
+        shards = backend.engine._shards
+        shard = shards["attuned_state"] = CountingShard(shards["attuned_state"])
+
+        found = store.search_similar({"warmth": 0.9}, **wanted)
+
+        shards["attuned_state"] = shard.shard
+    assert 0 < shard.most <= 600
+    assert len(found) == len(at_once)
+    assert {match.snapshot for match in found} == {match.snapshot for match in at_once}
+    assert [match.score for match in found] == pytest.approx([match.score for match in at_once], abs=1e-6)

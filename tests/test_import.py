@@ -161,6 +161,37 @@ def test_opening_memory_loads_no_engine() -> None:
     assert answer.stdout == "[]\n", answer.stderr
 
 
+LOADING = """
+import asyncio, sys, threading, attuned_store
+
+loading = []
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path, target=None):
+        if name == "anyio._backends._asyncio":
+            loading.append(threading.current_thread() is threading.main_thread())
+
+sys.meta_path.insert(0, Finder)
+
+async def main():
+    async with OPEN as store:
+        await store.upsert_many([attuned_store.StateSnapshot("ann", {"warmth": 0.5})])
+        await store.search_similar("ann")
+
+asyncio.run(main())
+print(loading)
+"""
+
+
+@pytest.mark.parametrize("store", ["AsyncMemoryStore()", "AsyncQdrantStore(path=sys.argv[1])"])
+def test_no_event_loop_is_held_up_by_loading_anyio(store: str, tmp_path: Path) -> None:
+    """What anyio loads at its first use takes 0.1 s: a worker thread does that."""
+    answer = run_python(LOADING.replace("OPEN", f"attuned_store.{store}"), tmp_path / "states")
+
+    assert answer.stdout == "[False]\n", answer.stderr
+
+
 def test_a_snapshot_that_is_cancelled_without_anyio_waits_for_its_thread() -> None:
     """The worker thread of asyncio alone is not left behind with a file that is closed under it."""
     answer = run_python(BLOCK + CANCELLED, ",".join(OPTIONAL))

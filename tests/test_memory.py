@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from attuned_store import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Coroutine, Iterator
 
     from conformance import Clock
 
@@ -241,6 +242,52 @@ def test_ten_thousand_users_are_searched_alike_before_and_after_a_write() -> Non
         assert "user-77" not in {
             match.snapshot.user_id for match in store.search_similar(states[77], limit=10_000)
         }
+
+
+async def turns_during(call: Coroutine[Any, Any, object]) -> int:
+    """How often another task of the event loop gets its turn while a call runs."""
+    turns, ended = 0, False
+
+    async def count() -> None:
+        nonlocal turns
+        while not ended:
+            await asyncio.sleep(0)
+            turns += 1
+
+    counting = asyncio.create_task(count())
+    await asyncio.sleep(0)
+    turns = 0
+    await call
+    found, ended = turns, True
+    await counting
+    return found
+
+
+async def long_calls(path: Path) -> dict[str, int]:
+    store = AsyncMemoryStore()
+    turns = {"write": await turns_during(store.upsert_many(random_states(3_000, seed=3)))}
+    turns["search"] = await turns_during(store.search_similar({"warmth": 0.5}, limit=3_000))
+    report = await store.create_snapshot(path)
+    assert report.path is not None
+    restoring = MemoryStore()
+    restoring.restore_snapshot(report.path)
+    staged = await store._operations.backend.stage("")
+    staged.timelines = restoring._backend.timelines
+    turns["switch"] = await turns_during(store._operations.backend.adopt(staged))
+    assert await store.count() == 3_000
+    turns["close"] = await turns_during(store.aclose())
+    return turns
+
+
+def test_other_tasks_run_while_much_is_searched_replaced_or_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long calls of an asynchronous store are made of pieces, letting go of what a store held included."""
+    monkeypatch.setattr(attuned_store.Suspending, "TURN_S", -1.0)
+
+    turns = asyncio.run(long_calls(tmp_path))
+
+    assert min(turns.values()) >= 10, turns
 
 
 # ------------------------------------------------------------------------------

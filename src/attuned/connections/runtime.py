@@ -8,7 +8,9 @@ event loop.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import sys
 import time
 import uuid
 from importlib import import_module
@@ -44,6 +46,22 @@ async def run_in_thread(call: Callable[[], T], limiter: Any = None) -> T:
             await asyncio.wait([running])
             raise
     return await anyio.to_thread.run_sync(call, limiter=limiter)
+
+
+async def load_anyio() -> None:
+    """Load what anyio needs under asyncio, in a thread: it takes 0.1 s, which the first use would hold up."""
+    asyncio = sys.modules.get("asyncio")
+    if asyncio is None or "anyio._backends._asyncio" in sys.modules:
+        return
+
+    def load() -> None:
+        with contextlib.suppress(ImportError):
+            import anyio
+
+            anyio.run(anyio.sleep, 0)
+
+    with contextlib.suppress(RuntimeError):  # another event loop's, as trio's
+        await asyncio.get_running_loop().run_in_executor(None, load)
 
 
 def require_anyio(what: str) -> None:
@@ -153,6 +171,7 @@ class Suspending:
 
     def __init__(self) -> None:
         self._paused = 0.0  # when other tasks were last let run
+        self._loaded = False
 
     async def pause(self) -> None:
         """See Waits.pause."""
@@ -167,6 +186,7 @@ class Suspending:
 
     async def sleep(self, seconds: float) -> None:
         """See Waits.sleep."""
+        await self._load()
         try:
             import anyio
         except ImportError:
@@ -176,6 +196,11 @@ class Suspending:
         else:
             await anyio.sleep(seconds)
 
+    async def _load(self) -> None:
+        if not self._loaded:
+            self._loaded = True
+            await load_anyio()
+
     async def call(
         self,
         function: Callable[[], T],
@@ -183,6 +208,7 @@ class Suspending:
         done: Callable[[], bool] | None = None,
     ) -> T:
         """See Waits.call."""
+        await self._load()
         if worker is None:
             return await run_in_thread(function)
         if done is None:

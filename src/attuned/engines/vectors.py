@@ -53,27 +53,37 @@ class PlainVectors(Vectors):
 
 
 class NumpyVectors(Vectors):
-    """Rows as a matrix."""
+    """Rows as matrices of so many each: a single one would take long to be doubled."""
+
+    _ROWS = 4_096  # 4 times a power of two
 
     def __init__(self, vector_size: int) -> None:
         import numpy as np
 
         self._numpy = np
-        self._matrix = np.zeros((4, vector_size), dtype=np.float32)  # doubled when full
+        self._none = np.zeros((4, vector_size), dtype=np.float32)
+        self._matrices = [self._none.copy()]  # the last one is doubled when full, up to so many rows
 
     def put(self, row: int, direction: Sequence[float]) -> None:
         """See Vectors.put."""
-        if row >= len(self._matrix):
-            self._matrix = self._numpy.concatenate([self._matrix, self._numpy.zeros_like(self._matrix)])
-        self._matrix[row] = direction
+        number, place = divmod(row, self._ROWS)
+        if number == len(self._matrices):
+            self._matrices.append(self._none.copy())
+        matrix = self._matrices[number]
+        if place >= len(matrix):
+            matrix = self._numpy.concatenate([matrix, self._numpy.zeros_like(matrix)])
+            self._matrices[number] = matrix
+        matrix[place] = direction
 
     def get(self, row: int) -> list[float]:
         """See Vectors.get."""
-        return cast("list[float]", self._matrix[row].tolist())
+        number, place = divmod(row, self._ROWS)
+        return cast("list[float]", self._matrices[number][place].tolist())
 
     def scores(self, direction: Sequence[float], rows: int) -> Any:
         """See Vectors.scores."""
-        return self._matrix[:rows] @ self._numpy.asarray(direction, dtype=self._numpy.float32)
+        wanted = self._numpy.asarray(direction, dtype=self._numpy.float32)
+        return self._numpy.concatenate([matrix @ wanted for matrix in self._matrices])[:rows]
 
     def best(self, scores: Any, number: int) -> Iterable[int]:
         """See Vectors.best."""

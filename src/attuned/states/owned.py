@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from attuned.base.config import QdrantStoreConfig
 
 
+MOST_RANKED = 5_000  # points; Edge takes 3 us for each, besides what looking at all takes
+
+
 class RecentHistory(NamedTuple):
     """The newest snapshots of a user's history, newest first, and whether they are all."""
 
@@ -92,6 +95,8 @@ class OwnedBackend(PointsBackend):
     ) -> None:
         super().__init__(engine, config, collection)
         self._files = engine
+        if engine.indexed:  # one call of it holds up the process, the more the more it ranks
+            self.most_ranked = MOST_RANKED
         self._beside = f".{self._collection}.restoring"  # the collection in which one is restored
         self._staged: Callable[[], OwnedBackend | None] = lambda: None
         self._latest: MutableMapping[str, StateSnapshot] = FIFOCache(config.cache_size)

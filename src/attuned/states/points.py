@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import heapq
 import itertools
 import math
 import operator
@@ -35,7 +36,7 @@ from attuned.states.contract import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 
 _INDEXES: Mapping[str, IndexKind] = {
     "kind": "keyword",
@@ -47,6 +48,7 @@ LATEST = Equal("kind", "latest")
 HISTORY = Equal("kind", "history")
 LAST_BITS = 1e-12  # by so much an engine may change a float
 _MOST_MATCHES = 2**31 - 1
+_SCANNED = 500  # points in one step of a search that ranks them here
 LINEAGE = 32  # revisions that a point on a server remembers
 MAX_COUNTED = 10_000  # users whose writes are counted on a server
 WHOLE_HISTORY = 1_000_000  # more entries than the history of one user can sensibly have
@@ -157,6 +159,14 @@ class _Reading(NamedTuple):
     share: int  # how many users to read at once
 
 
+class _Scan(NamedTuple):
+    """Where a search for very many stands, which is ranked here, page by page."""
+
+    following: Cursor  # where the next page begins
+    runs: list[list[tuple[float, str]]]  # scores and ids of the pages so far, the best first in each
+    ranked: Iterator[tuple[float, str]] | None  # all of them, once there are no more pages
+
+
 class _Ranking(NamedTuple):
     """Where a long search stands."""
 
@@ -173,6 +183,7 @@ class PointsBackend(ABC):
 
     schema: Schema
     batch_size = BATCH_SIZE
+    most_ranked = _MOST_MATCHES  # of how many the engine is asked for the order at once
     is_open = False
     native_snapshots = False
 
@@ -253,11 +264,19 @@ class PointsBackend(ABC):
         """The latest snapshot of a user, as a step of other operations."""
         return (await self.find([user_id])).get(user_id)
 
-    async def search(self, request: SearchRequest, cursor: _Ranking | None) -> tuple[list[Match], Cursor]:
-        """See Backend.search; where more are wanted than one piece may hold, their ids come first."""
-        vector, where = self.schema.vector(request.axes), _where(request)
+    async def search(
+        self, request: SearchRequest, cursor: _Ranking | _Scan | None
+    ) -> tuple[list[Match], Cursor]:
+        """See Backend.search."""
         if request.history and not self._retention.maximum:
             return [], None
+        if isinstance(cursor, _Scan):
+            return await self._scan(request, cursor)
+        return await self._rank(request, cursor)
+
+    async def _rank(self, request: SearchRequest, cursor: _Ranking | None) -> tuple[list[Match], Cursor]:
+        """A step of a search; where more are wanted than one piece may hold, their ids come first."""
+        vector, where = self.schema.vector(request.axes), _where(request)
         wanted = 2 * request.limit + 1 if request.history else request.limit
         find = functools.partial(self.engine.search, self._collection, vector, where, tenant=request.user_id)
         if cursor is None:
@@ -270,6 +289,8 @@ class PointsBackend(ABC):
             return [], _Ranking((), 0, limit)
         if cursor.position >= len(cursor.ids):  # some were not to be shown: look further
             limit = min(max(wanted, 4 * cursor.asked), _MOST_MATCHES)
+            if limit > self.most_ranked:
+                return await self._scan(request, _Scan(None, [], None))
             records = await find(limit, payload=False)
             least = request.score_threshold - 1e-4
             ids = [str(record.id) for record in records if record.score >= least]
@@ -279,6 +300,30 @@ class PointsBackend(ABC):
         records = await self.engine.retrieve(self._collection, cursor.ids[cursor.position : position])
         following = cursor._replace(position=position) if cursor.asked or position < len(cursor.ids) else None
         return await self._matches(request, records, vector), following
+
+    async def _scan(self, request: SearchRequest, scan: _Scan) -> tuple[list[Match], Cursor]:
+        """A step of a search for very many: to rank a page of all that match, then to read the best."""
+        direction = self.schema.vector(request.axes)
+        if scan.ranked is not None:
+            ids = [point_id for _, point_id in itertools.islice(scan.ranked, self.batch_size)]
+            records = await self.engine.retrieve(self._collection, ids) if ids else []
+            return await self._matches(request, records, direction), scan if ids else None
+        page = await self.engine.page(
+            self._collection,
+            _where(request),
+            limit=_SCANNED,
+            tenant=request.user_id,
+            cursor=scan.following,
+            payload=False,
+        )
+        ids = [str(record.id) for record in page.records]
+        found = await self.engine.retrieve(self._collection, ids, payload=False, vector=True) if ids else []
+        scored = ((sum(map(operator.mul, direction, each.vector)), str(each.id)) for each in found)
+        least = request.score_threshold - 1e-4
+        scan.runs.append(sorted((pair for pair in scored if pair[0] >= least), reverse=True))
+        if page.cursor is not None:
+            return [], scan._replace(following=page.cursor)
+        return [], scan._replace(ranked=heapq.merge(*scan.runs, reverse=True))
 
     async def _matches(
         self, request: SearchRequest, records: Sequence[Record], direction: Sequence[float] | None = None
