@@ -14,7 +14,7 @@ import anyio
 import pytest
 from conftest import START_MS, Table, states, user_ids
 
-from attuned_store import AsyncQdrantStore, StateSnapshot
+from attuned_store import AsyncMemoryStore, AsyncQdrantStore, StateSnapshot
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 USERS = user_ids()
 ROUNDS = 3
 TICK = 0.001
+MANY = 100_000
+MOST = 50.0  # ms, that is asked of every call at so many users
 
 
 class Ticker:
@@ -94,6 +96,60 @@ def bound(engine: str, phase: str) -> float | None:
     if phase == "idle loop":
         return None
     return 20.0 if engine == "edge" and phase.startswith("upsert_many") else 50.0
+
+
+async def many_users(path: Path, engine: str, snapshots: list[StateSnapshot]) -> dict[str, float]:
+    """The longest gap, in seconds, of each long operation on 100,000 users."""
+    ticker = Ticker()
+    query = {"warmth": 0.9, "formality": 0.2}
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(ticker.run)
+        store: AsyncMemoryStore | AsyncQdrantStore = (
+            AsyncMemoryStore() if engine == "memory" else AsyncQdrantStore(path=path / "store", engine="edge")
+        )
+        async with ticker.phase("opening a new one"):
+            await store.health()
+        async with ticker.phase("upsert_many"):
+            assert await store.upsert_many(snapshots) == MANY
+        async with ticker.phase("search_similar"):
+            assert len(await store.search_similar(query)) == 10
+        async with ticker.phase("search_similar, all"):
+            assert len(await store.search_similar(query, limit=MANY)) == MANY
+        async with ticker.phase("create_snapshot"):
+            report = await store.create_snapshot(path / "snapshots")
+        assert report.path is not None
+        async with ticker.phase("restore_snapshot"):
+            await store.restore_snapshot(report.path)
+        assert await store.count() == MANY
+        async with ticker.phase("closing"):
+            await store.aclose()
+        if engine == "edge":
+            store = AsyncQdrantStore(path=path / "store", engine="edge")
+            async with ticker.phase("opening"):
+                await store.health()
+            await store.aclose()
+        tasks.cancel_scope.cancel()
+    return ticker.gaps
+
+
+@pytest.mark.parametrize("engine", ["memory", "edge"])
+def test_longest_gap_of_many_users(benchmark: Any, table: Table, tmp_path: Path, engine: str) -> None:
+    if engine == "edge":
+        pytest.importorskip("qdrant_edge")
+    snapshots = states(user_ids(MANY), START_MS)
+    gaps: dict[str, float] = {}
+
+    def run() -> None:
+        gaps.update(anyio.run(many_users, tmp_path, engine, snapshots))
+
+    gc.collect()
+    gc.freeze()
+    try:
+        benchmark.pedantic(run, rounds=1)
+    finally:
+        gc.unfreeze()
+    for phase, gap in gaps.items():
+        table.add(f"gap, {engine}, {MANY:,} users: {phase}", gap * 1e3, "ms", most=MOST)
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "trio"])
