@@ -84,8 +84,8 @@ from typing import (
     Unpack,
     cast,
 )
+from urllib.parse import quote, quote_plus, unquote_to_bytes, urlsplit
 from urllib.parse import quote as urlquote
-from urllib.parse import quote_plus, urlsplit
 
 try:
     import attrs
@@ -153,6 +153,7 @@ __all__ = [
     "open_async_store",
     "open_store",
     "restore",
+    "service_app",
     "snapshot_app",
     "snapshot_on_start",
     "store_exists",
@@ -387,8 +388,9 @@ def unknown_user_error(user_id: str) -> UserNotFoundError:
 def locked_error(path: str | Path) -> StoreLockedError:
     """What is raised for a directory that another process has open."""
     return StoreLockedError(
-        f"{path}: another process has this directory open; close it there, wait for it with "
-        "lock_timeout (ATTUNED_STORE_LOCK_TIMEOUT) in seconds, or let both use a Qdrant server"
+        f"{path}: another process has this directory open; share it over HTTP ('attuned-store serve' there, "
+        "see its /docs), close it there, wait for it with lock_timeout (ATTUNED_STORE_LOCK_TIMEOUT) in "
+        "seconds, or let both use a Qdrant server"
     )
 
 
@@ -9708,6 +9710,277 @@ def blocking_twin(place: DirectoryPlace) -> DirectoryPlace:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# attuned.openapi
+# What the service answers, in one table: its routes, its OpenAPI document and its page are made of it.
+# ------------------------------------------------------------------------------------------------------------
+
+
+MAX_PAGE: Final = 1_000  # states or matches in one answer
+
+
+class Operation(NamedTuple):
+    """One method of one path; ``name`` is that of the method of Endpoint that answers.
+
+    ``answers`` tells of each status the schema of its body, or the media type where it is no JSON; ``body``
+    the schema of what is sent.
+    """
+
+    method: str
+    path: str
+    name: str
+    summary: str
+    answers: Mapping[int, str]
+    parameters: tuple[str, ...] = ()
+    body: str = ""
+
+    @property
+    def who(self) -> Literal["anybody", "user", "all"]:
+        """Who may ask: anybody, the user of the path, or only who may do everything."""
+        if self.name in {"ready", "openapi", "docs", "root"}:
+            return "anybody"
+        return "user" if "user_id" in self.parameters else "all"
+
+    def problems(self) -> set[int]:
+        """The statuses of the problems that it may answer with."""
+        found: list[tuple[bool, tuple[int, ...]]] = [
+            (self.who != "anybody", (401, 403)),
+            (bool(self.parameters), (400, 404, 503)),
+            (bool(self.body), (413, 415, 422)),
+            ("If-Match" in self.parameters, (412,)),
+            (self.method in ("PUT", "PATCH"), (409,)),
+            (self.name == "metrics", (404,)),
+        ]
+        return {status for applies, statuses in found if applies for status in statuses}
+
+
+_STATE = "/api/states/{user_id}"
+_PAGE = ("limit", "after", "store")
+_RANGE = ("user_id", "limit", "since", "until", "store")
+_CONDITIONS = ("user_id", "If-Match", "If-None-Match", "store")
+_WRITTEN = {200: "State", 201: "State"}
+_REPORTS = {200: "Reports", 207: "Reports", 503: "Reports"}
+_LOOKED = {200: "Health", 503: "Health"}
+_PUT_SUMMARY = "Writes a state: into history, and as the latest if none is newer."
+_PATCH_SUMMARY = "Merges axes and fields into the latest state; null removes an axis."
+BACKUPS = (
+    Operation("POST", "/api/snapshot", "snapshot", "Takes a snapshot (a backup) of every store.", _REPORTS),
+    Operation("GET", "/api/health", "health", "How each store is, and the worst of them.", _LOOKED),
+    Operation("GET", "/api/ready", "ready", "Whether every store answers.", {200: "Ready", 503: "Ready"}),
+    Operation("GET", "/metrics", "metrics", "What prometheus_client collects.", {200: "text/plain"}),
+)
+STATES = (
+    Operation("GET", "/api/states", "list_states", "The latest states of all users.", {200: "Page"}, _PAGE),
+    Operation("GET", _STATE, "get_state", "The latest state.", {200: "State", 304: ""}, _CONDITIONS),
+    Operation("PUT", _STATE, "put_state", _PUT_SUMMARY, _WRITTEN, _CONDITIONS, "NewState"),
+    Operation("PATCH", _STATE, "patch_state", _PATCH_SUMMARY, _WRITTEN, _CONDITIONS, "Patch"),
+    Operation("DELETE", _STATE, "delete_state", "Removes a user's states.", {204: ""}, _CONDITIONS),
+    Operation("GET", f"{_STATE}/history", "get_history", "States, newest first.", {200: "States"}, _RANGE),
+    Operation(
+        "POST", "/api/search", "search", "Who feels most alike.", {200: "Matches"}, ("store",), "Search"
+    ),
+    Operation("GET", "/openapi.json", "openapi", "This, as OpenAPI 3.1.", {200: "OpenAPI"}),
+    Operation("GET", "/docs", "docs", "This, to be read.", {200: "text/html"}),
+    Operation("GET", "/", "root", "Leads to /docs.", {307: ""}),
+)
+_PARAMETERS = {
+    "user_id": f"1 to {MAX_USER_ID_BYTES} bytes of UTF-8, percent-encoded: a slash is %2F.",
+    "store": "The collection of the store, where several are served.",
+    "limit": f"At most so many, 1 to {MAX_PAGE}; default: 100.",
+    "after": "Only users after this one, as the next of the page before says.",
+    "since": "Not before: milliseconds since 1970, or ISO 8601 with a time zone.",
+    "until": "Not after; as since.",
+    "If-Match": "Only if the latest state has this ETag, or with * if there is one; else 412.",
+    "If-None-Match": "Only if it has another ETag, or with * if there is none; else 412, or 304 to GET.",
+}
+
+
+def _parameter(name: str) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    if name == "limit":
+        schema = {"type": "integer", "minimum": 1, "maximum": MAX_PAGE, "default": 100}
+    place = "path" if name == "user_id" else "header" if name[0].isupper() else "query"
+    required = place == "path"
+    return {
+        "name": name,
+        "in": place,
+        "required": required,
+        "description": _PARAMETERS[name],
+        "schema": schema,
+    }
+
+
+def _object(properties: dict[str, Any], required: list[str] | None = None) -> dict[str, Any]:
+    """The schema of an object that has these members and no others."""
+    names = list(properties) if required is None else required
+    return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
+
+
+def _list_of(name: str) -> dict[str, Any]:
+    return {"type": "array", "items": {"$ref": f"#/components/schemas/{name}"}}
+
+
+def _schemas() -> dict[str, Any]:
+    """The schemas of what is sent and answered."""
+    text: dict[str, Any] = {"type": "string"}
+    unit = {"type": "number", "minimum": 0, "maximum": 1}
+    user_id = text | {"minLength": 1, "maxLength": MAX_USER_ID_BYTES}
+    time = {"type": "integer", "minimum": 0, "maximum": MAX_TIME_MS}
+    any_time = {"oneOf": [time, text | {"format": "date-time"}]}
+    source = text | {"enum": [source.value for source in Source]}
+    axes = {
+        "type": "object",
+        "propertyNames": {"pattern": "^[a-z0-9]([a-z0-9_]{0,62}[a-z0-9])?$"},
+        "additionalProperties": unit,
+        "maxProperties": MAX_AXES,
+    }
+    state = {
+        "user_id": user_id,
+        "axes": axes,
+        "updated_at_unix_ms": time,
+        "source": source,
+        "confidence": unit,
+        "schema_version": {"type": "integer", "minimum": 1, "maximum": MAX_INTEGER},
+    }
+    given = state | {"updated_at_unix_ms": any_time}
+    merged = axes | {"additionalProperties": {"oneOf": [unit, {"type": "null"}]}}
+    search = {
+        "query": {"oneOf": [axes, user_id], "description": "Axes, or the id of a user, who is left out."},
+        "limit": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE, "default": 10},
+        "score_threshold": {"type": "number"},
+        "user_id": user_id,
+        "exclude_user_id": text,
+        "source": source,
+        "min_confidence": unit,
+        "since": any_time,
+        "until": any_time,
+        "history": {"type": "boolean", "default": False},
+    }
+    one_state = {"$ref": "#/components/schemas/State"}
+    loose = {"type": "object"}
+    return {
+        "State": _object(state),
+        "NewState": _object(given, ["axes"]),
+        "Patch": _object(given | {"axes": merged}, []),
+        "Page": _object({"states": _list_of("State"), "next": {"type": ["string", "null"]}}),
+        "States": _object({"states": _list_of("State")}),
+        "Search": _object(search, ["query"]),
+        "Match": _object({"state": one_state, "score": {"type": "number"}}),
+        "Matches": _object({"matches": _list_of("Match")}),
+        "Ready": _object({"ready": {"type": "boolean"}}),
+        "Health": _object({"status": text, "stores": {"type": "array", "items": loose}}),
+        "Reports": _object({"status": text, "results": {"type": "array", "items": loose}}),
+        "OpenAPI": loose,
+        "Problem": {
+            "type": "object",
+            "description": "RFC 9457; `error` names the error of the library, where it is one.",
+            "properties": {
+                "title": text,
+                "status": {"type": "integer"},
+                "detail": text,
+                "error": text,
+                "ambiguous": {"type": "boolean", "description": "It may have been done."},
+            },
+            "required": ["title", "status", "detail"],
+        },
+    }
+
+
+def _described(operation: Operation) -> dict[str, Any]:
+    """An operation, as OpenAPI describes it."""
+    responses: dict[str, Any] = {}
+    problem = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    problems = operation.problems()
+    for status in sorted({*operation.answers} | problems):
+        kind = operation.answers.get(status, "")
+        response: dict[str, Any] = {"description": HTTPStatus(status).phrase}
+        if "/" in kind:
+            response["content"] = {kind: {"schema": {"type": "string"}}}
+        elif kind:
+            schema = {"$ref": f"#/components/schemas/{kind}"}
+            response["content"] = {"application/json": {"schema": schema}}
+        if status in problems:
+            response["content"] = response.get("content", {}) | problem
+        if kind == "State":
+            response["headers"] = {"ETag": {"schema": {"type": "string"}}}
+        responses[str(status)] = response
+    described: dict[str, Any] = {
+        "operationId": operation.name,
+        "summary": operation.summary,
+        "parameters": list(map(_parameter, operation.parameters)),
+        "responses": responses,
+    }
+    if operation.body:
+        schema = {"$ref": f"#/components/schemas/{operation.body}"}
+        described["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    if operation.who == "anybody":
+        described["security"] = []
+    return described
+
+
+def openapi_document(prefix: str) -> dict[str, Any]:
+    """The service as an OpenAPI 3.1 document; ``prefix`` is the path that it is mounted under."""
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in (*STATES, *BACKUPS):
+        paths.setdefault(operation.path, {})[operation.method.lower()] = _described(operation)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "attuned_store", "version": __version__},
+        "servers": [{"url": prefix or "/"}],
+        "security": [{"bearer": []}, {}],
+        "paths": paths,
+        "components": {
+            "schemas": _schemas(),
+            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+_STYLE = """
+:root { color-scheme: light dark }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+code, pre { font: 13px/1.5 ui-monospace, monospace }
+pre { padding: .7rem 1rem; overflow-x: auto; background: rgba(128, 128, 128, .12); border-radius: 6px }
+h2 { font-size: 1rem; margin: 2rem 0 .2rem }
+h2 b { display: inline-block; min-width: 4.5rem; color: #3b7dd8 }
+p { margin: .2rem 0 } dl { margin: .4rem 0 } dt { float: left; clear: left }
+dd { margin-left: 9rem } small { opacity: .75 }
+"""
+_EXAMPLES = {
+    "put_state": """curl -X PUT {url}/api/states/ada --json '{"axes": {"warmth": 0.8}, "confidence": 0.9}'""",
+    "patch_state": """curl -X PATCH {url}/api/states/ada --json '{"axes": {"warmth": 0.6}}'""",
+    "get_state": "curl -i {url}/api/states/ada",
+    "get_history": "curl '{url}/api/states/ada/history?limit=10&since=2026-01-01T00:00Z'",
+    "search": """curl {url}/api/search --json '{"query": {"warmth": 0.9}, "limit": 5}'""",
+}
+
+
+def docs_page(url: str) -> str:
+    """The service as a page of HTML, which fetches nothing; ``url`` is where it is."""
+    parts: list[str] = []
+    for operation in (*STATES, *BACKUPS):
+        parts.append(f"<h2><b>{operation.method}</b> <code>{html.escape(operation.path)}</code></h2>")
+        parts.append(f"<p>{html.escape(operation.summary)}</p>")
+        told = "".join(
+            f"<dt><code>{name}</code></dt><dd>{html.escape(_PARAMETERS[name])}</dd>"
+            for name in operation.parameters
+        )
+        parts.append(f"<dl>{told}</dl>" if told else "")
+        answers = ", ".join(map(str, sorted({*operation.answers} | operation.problems())))
+        body = f"Body: {operation.body}. " if operation.body else ""
+        parts.append(f"<p><small>{body}Answers: {answers}</small></p>")
+        if operation.name in _EXAMPLES:
+            parts.append(f"<pre>{html.escape(_EXAMPLES[operation.name].replace('{url}', url))}</pre>")
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>attuned_store</title>'
+        '<meta name="viewport" content="width=device-width">'
+        f"<style>{_STYLE}</style><h1>attuned_store</h1>"
+        "<p>The states of users over HTTP: JSON in and out, problems as RFC 9457 has them. "
+        "A token, where one is asked for, goes into <code>Authorization: Bearer</code>. "
+        'Schemas are in <a href="openapi.json">openapi.json</a>.</p>' + "".join(parts) + "</html>\n"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
 # attuned.stores
 # The stores that callers use: each method is one line over states/operations.py.
 # ------------------------------------------------------------------------------------------------------------
@@ -10764,38 +11037,319 @@ def failed_report(target: str, reason: SnapshotReason, error: Exception) -> Snap
 # ------------------------------------------------------------------------------------------------------------
 
 
-_Answering = Callable[["Request"], Awaitable["Response"]]
-_Authorize = Callable[["Request"], bool | Awaitable[bool]]
+_Who = bool | str | None
+_Authorize = Callable[["Request"], _Who | Awaitable[_Who]]
 _STATUSES = ("healthy", "degraded", "unhealthy")  # the worst comes last
+_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+_MAX_BODY = 256 << 10  # bytes: a state of as many axes as there may be has 90 KiB
+_MAX_DEPTH = 32
+_MAX_ATTEMPTS = 32
+_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\Z)|[\[{]|[\]}]', re.DOTALL)
+_TAGS = re.compile(r'\*|(?:W/)?"[!#-~]*"(?:[ \t]*,[ \t]*(?:W/)?"[!#-~]*")*')
+_SEARCH_FIELDS = inspect.signature(StateStore.search_similar).parameters.keys() - {"self"}
+
+
+class Problem(Exception):  # noqa: N818 - RFC 9457 calls it so
+    """An answer that says what is wrong with a request; ``members`` are told beside."""
+
+    def __init__(
+        self, status: int, detail: str, headers: Mapping[str, str] | None = None, **members: Any
+    ) -> None:
+        super().__init__(detail)
+        self.status, self.headers, self.members = status, headers, members
+
+    @classmethod
+    def of(cls, error: StoreError, operation: Operation) -> Problem:
+        """What an error of a store is to who sent the request."""
+        members: dict[str, Any] = {"error": type(error).__name__}
+        if getattr(error, "ambiguous", False):
+            members["ambiguous"] = True
+        status = 422 if operation.body else 400
+        for kind, other in ((UserNotFoundError, 404), (ConflictError, 409), (ValidationError, status)):
+            if isinstance(error, kind):
+                return cls(other, str(error), **members)
+        # What is wrong beneath may name hosts and directories, which is for the log alone.
+        LOGGER.warning("%s %s: %s", operation.method, operation.path, one_line(str(error)))
+        headers = dict[str, str]()
+        if isinstance(error, StoreLockedError) or (isinstance(error, BackendError) and error.retryable):
+            wait_s = error.retry_after_s if isinstance(error, WaitError) else 1.0
+            headers["Retry-After"] = str(max(1, math.ceil(wait_s)))
+        return cls(503, "the store cannot do this now; the log of the service says why", headers, **members)
+
+    def response(self) -> Response:
+        """The problem as a response, without control characters."""
+        if self.status == HTTPStatus.NOT_MODIFIED:
+            return _answer(None, self.status, self.headers)
+        content = {"title": HTTPStatus(self.status).phrase, "status": self.status}
+        detail = one_line(str(self))
+        return _answer(
+            {**content, "detail": detail, **self.members},
+            self.status,
+            self.headers,
+            "application/problem+json",
+        )
 
 
 def _answer(
-    content: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
+    content: Mapping[str, Any] | None,
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+    media_type: str = "application/json",
 ) -> Response:
     from starlette.responses import Response
 
     # Of ASCII alone: a path may hold bytes that are no text, which JSONResponse cannot send.
-    return Response(json.dumps(content), status, headers, "application/json")
+    told = {**_HEADERS, **(headers or {})}
+    if content is None:
+        return Response(None, status, told)
+    return Response(json.dumps(content) + "\n", status, told, media_type)
 
 
-def _guarded(endpoint: _Answering, authorize: _Authorize | None) -> _Answering:
-    """Let requests through to which ``authorize`` says True: none to which it says anything else."""
-    if authorize is None:
-        return endpoint
-
-    async def guarded(request: Request) -> Response:
-        allowed = authorize(request)
-        if inspect.isawaitable(allowed):
-            allowed = await allowed
-        if allowed is not True:
-            return _answer({"error": "not authorized"}, 401, {"WWW-Authenticate": "Bearer"})
-        return await endpoint(request)
-
-    return guarded
+async def _call(store: AnyStore, method: str, *arguments: Any, **options: Any) -> Any:
+    """Call a method of a store of either form."""
+    call = functools.partial(getattr(store, method), *arguments, **options)
+    return await run_in_thread(call) if isinstance(store, StateStore) else await call()
 
 
-async def _health_of(store: AnyStore) -> Health:
-    return await run_in_thread(store.health) if isinstance(store, StateStore) else await store.health()
+# Who may ask.
+
+
+def _is_cross_site(request: Request) -> bool:
+    """Whether a page of another site sends the request, as the browser tells."""
+    site = request.headers.get("sec-fetch-site")
+    if site is not None:
+        return site not in ("same-origin", "none")
+    origin, host = request.headers.get("origin"), request.headers.get("host")
+    return origin is not None and (not host or origin.partition("://")[2].lower() != host.lower())
+
+
+def _is_local(request: Request) -> bool:
+    """Authorizes requests that come from this machine and name it.
+
+    A page may give its own host the address 127.0.0.1, and a proxy hands on what comes from anywhere: neither
+    gets past this.
+    """
+    headers, client = request.headers, request.client
+    host = re.fullmatch(r"\[?(.*?)\]?(?::\d+)?", headers.get("host", ""))
+    forwarded = {"forwarded", "via", "x-forwarded-for", "x-real-ip"} & set(headers)
+    # A server that believes X-Forwarded-For may know of nobody.
+    local = client is not None and is_loopback(client.host or "") and not forwarded
+    return local and host is not None and is_loopback(host[1].lower())
+
+
+def _is_anybody(request: Request) -> bool:  # noqa: ARG001 - whoever it is
+    return True
+
+
+class _EncodedPaths:
+    """Lets an application see paths as they were sent, so that an encoded slash parts nothing."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            root, path = scope.get("root_path", ""), scope["path"]
+            prefix = root if path.startswith(f"{root}/") else ""
+            sent = (scope.get("raw_path") or quote(path).encode()).partition(b"?")[0].decode("latin-1")
+            below = sent.split("/")[1 + prefix.count("/") :]
+            scope = {**scope, "path": "/".join([prefix, *below])}
+        await self._app(scope, receive, send)
+
+
+def _user_of(segment: str) -> str:
+    """The user that a segment of a path names."""
+    if re.search(r"%(?![0-9A-Fa-f]{2})", segment):
+        raise ValidationError("user_id: a % in a path begins an escape such as %2F, and is itself %25")
+    try:
+        return check_user_id(unquote_to_bytes(segment.encode("latin-1")).decode())
+    except UnicodeDecodeError:
+        raise ValidationError("user_id: a path is percent-encoded UTF-8") from None
+
+
+class _Resource:
+    """What answers requests for one path: an ASGI application over the methods of an endpoint."""
+
+    def __init__(self, endpoint: Endpoint, operations: Sequence[Operation], authorize: _Authorize) -> None:
+        self.endpoint = endpoint
+        self._operations = {operation.method: operation for operation in operations}
+        self._authorize = authorize
+        methods = {"OPTIONS", *self._operations, *(["HEAD"] if "GET" in self._operations else [])}
+        self._allow = {"Allow": ", ".join(sorted(methods))}
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.requests import ClientDisconnect, Request
+
+        request = Request(scope, receive)
+        operation = self._operations.get("GET" if request.method == "HEAD" else request.method)
+        try:
+            if operation is not None:
+                response = await self._respond(request, operation)
+            elif request.method == "OPTIONS":
+                response = _answer(None, 204, self._allow)
+            else:
+                response = Problem(405, f"allowed are {self._allow['Allow']}", self._allow).response()
+        except Problem as problem:
+            response = problem.response()
+        except ClientDisconnect:
+            response = Problem(400, "the body ended early").response()
+        await response(scope, receive, send)
+
+    async def _respond(self, request: Request, operation: Operation) -> Response:
+        bad: ValidationError | None = None
+        if "user_id" in request.path_params:  # authorize sees it decoded, and one that is none as nobody
+            try:
+                request.path_params["user_id"] = _user_of(request.path_params["user_id"])
+            except ValidationError as error:
+                request.path_params["user_id"], bad = "", error
+        if operation.who != "anybody":
+            await self._admit(request, operation)
+        if bad is not None:
+            raise Problem(400, str(bad), error=type(bad).__name__)
+        try:
+            return await cast("Awaitable[Response]", getattr(self.endpoint, operation.name)(request))
+        except StoreError as error:
+            raise Problem.of(error, operation) from error
+
+    async def _admit(self, request: Request, operation: Operation) -> None:
+        """Raise unless who sent a request may do what it asks for."""
+        challenge = {"WWW-Authenticate": "Bearer"}
+        if "authorization" not in request.headers and _is_cross_site(request):
+            raise Problem(401, "a request of another site needs the header Authorization", challenge)
+        who = self._authorize(request)
+        if inspect.isawaitable(who):
+            who = await who
+        if who is True:
+            return
+        if not isinstance(who, str) or not who:
+            raise Problem(401, "not authorized", challenge)
+        if operation.who != "user" or request.path_params["user_id"] != who:
+            raise Problem(403, "a user may read and change the own state alone")
+
+
+# What a request holds.
+
+
+def _moment(field: str, value: Any) -> Any:
+    """A time as a store takes it, of what a query or a body holds."""
+    if not isinstance(value, str):
+        return value
+    try:
+        if re.fullmatch(r"\d{1,19}", value, re.ASCII):
+            return int(value)
+        if len(value) <= 40:  # noqa: PLR2004 - the longest way to write a time has 35
+            # In a query a + that is not encoded is a blank.
+            return datetime.fromisoformat(re.sub(r"(T.*) (\d\d:?\d\d)$", r"\1+\2", value))
+    except ValueError:
+        pass  # as below
+    raise ValidationError(
+        f"{field}: milliseconds since 1970 or ISO 8601 with a time zone are needed, got {brief(value)}"
+    )
+
+
+def _limit_of(request: Request) -> int:
+    text = request.query_params.get("limit", "100")
+    return check_integer("limit", int(text) if re.fullmatch(r"[0-9]{1,9}", text) else text, 1, MAX_PAGE)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a member is there twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("no number of JSON, or too large a one")
+    return number
+
+
+async def _body_of(request: Request) -> dict[str, Any]:
+    """The object that a request brings, read and taken apart within bounds."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not re.fullmatch(r"application/(?:[\w.-]+\+)?json", kind):  # a page of another site cannot send it
+        raise Problem(
+            415, "the body is to be JSON, with Content-Type: application/json (curl --json sends it)"
+        )
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > _MAX_BODY:
+            raise Problem(413, f"a body has at most {_MAX_BODY:,} bytes")
+    depth = deepest = 0
+    for token in _BRACKETS.finditer(body):
+        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
+        deepest = max(depth, deepest)
+    if deepest > _MAX_DEPTH:
+        raise Problem(400, f"a body has at most {_MAX_DEPTH} levels")
+    try:
+        found = json.loads(
+            body.decode(), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite
+        )
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise Problem(400, f"the body is not JSON: see {where}") from None
+    except ValueError:
+        reason = "UTF-8, each member of an object once, and finite numbers are needed"
+        raise Problem(400, f"the body is not JSON: {reason}") from None
+    if not isinstance(found, dict):
+        raise ValidationError(f"the body: an object is needed, got {type_name(found)}")
+    return cast("dict[str, Any]", found)
+
+
+async def _state_fields(request: Request, known: Sequence[str]) -> dict[str, Any]:
+    """The fields of a state that a request brings, with the user of its path."""
+    user_id = request.path_params["user_id"]
+    fields = {"user_id": user_id, **await _body_of(request)}
+    if fields["user_id"] != user_id:
+        raise ValidationError("user_id: the body is to name the user of the path, or none")
+    if not isinstance(fields.get("axes", {}), dict):
+        raise ValidationError(f"axes: an object is needed, got {type_name(fields['axes'])}")
+    if "updated_at_unix_ms" in fields:
+        fields["updated_at_unix_ms"] = _moment("updated_at_unix_ms", fields["updated_at_unix_ms"])
+    _check_known(fields, known)
+    return fields
+
+
+def _check_known(fields: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name in fields:
+        if name not in known:
+            raise ValidationError(f"unknown field {brief(name)}; known are {', '.join(known)}")
+
+
+# Conditional requests (RFC 9110): the ETag of a user's latest state.
+
+
+def _tag(state: StateSnapshot) -> str:
+    text = json.dumps(state.to_dict(), sort_keys=True)
+    return f'"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'
+
+
+def _is_conditional(request: Request) -> bool:
+    return "if-match" in request.headers or "if-none-match" in request.headers
+
+
+def _check_conditions(request: Request, latest: StateSnapshot | None) -> None:
+    """Raise unless the latest state is what the request's conditions say."""
+    tag = "" if latest is None else _tag(latest)
+    for header, weak in (("If-Match", ""), ("If-None-Match", "(?:W/)?")):
+        if header.lower() not in request.headers:
+            continue
+        given = ", ".join(request.headers.getlist(header)).strip()
+        if not _TAGS.fullmatch(given):
+            raise Problem(400, f'{header}: * or ETags in quotes are needed, as in "0a1b"')
+        named = given == "*" or re.search(rf"(?:^|[ \t,]){weak}{tag}", given) is not None
+        if (bool(tag) and named) is not bool(weak):
+            continue
+        if weak and request.method in ("GET", "HEAD"):
+            raise Problem(304, "", {"ETag": tag})
+        raise Problem(412, f"{header}: the latest state is another one, or not there")
+
+
+def _state_answer(state: StateSnapshot, status: int = 200) -> Response:
+    return _answer(state.to_dict(), status, {"ETag": _tag(state)})
 
 
 class _Requested:
@@ -10851,6 +11405,131 @@ class Endpoint:
         self._stores, self._directory, self._keep = stores, directory, keep
         self._taking: _Requested | None = None
 
+    def _store_of(self, request: Request) -> AnyStore:
+        """The store that a request names, or the only one."""
+        stores = {store._operations.collection: store for store in self._stores}
+        name = request.query_params.get("store")
+        if name is None and len(self._stores) == 1:
+            return self._stores[0]
+        if name is None:
+            raise Problem(400, f"store: one of {', '.join(stores)} is needed")
+        if name not in stores:
+            raise Problem(404, f"store: there is none of this name; there are {', '.join(stores)}")
+        return stores[name]
+
+    async def list_states(self, request: Request) -> Response:
+        """A page of states, by user id."""
+        store, limit = self._store_of(request), _limit_of(request)
+        after = request.query_params.get("after", "")
+        if isinstance(store, StateStore):
+            users = store.users  # read in pages, in the thread
+            chosen = await run_in_thread(
+                lambda: heapq.nsmallest(limit + 1, (user for user in users() if user > after))
+            )
+        else:
+            chosen = heapq.nsmallest(limit + 1, [user async for user in store.users() if user > after])
+        page = chosen[:limit]
+        states = await _call(store, "get_many", page)
+        shown = [states[user].to_dict() for user in page if user in states]
+        return _answer({"states": shown, "next": page[-1] if len(chosen) > limit else None})
+
+    async def get_state(self, request: Request) -> Response:
+        """The latest state of a user."""
+        user_id = request.path_params["user_id"]
+        latest = await _call(self._store_of(request), "get_latest", user_id)
+        if latest is None:
+            raise unknown_user_error(user_id)
+        _check_conditions(request, latest)
+        return _state_answer(latest)
+
+    async def put_state(self, request: Request) -> Response:
+        """Write a state of a user."""
+        store, user_id = self._store_of(request), request.path_params["user_id"]
+        known = [field.name for field in attrs.fields(StateSnapshot)]
+        state = StateSnapshot.from_dict(await _state_fields(request, known))
+        for _ in range(_MAX_ATTEMPTS):
+            latest = await _call(store, "get_latest", user_id)
+            _check_conditions(request, latest)
+            try:
+                expected = latest if _is_conditional(request) else ANY
+                await _call(store, "upsert_latest", state, expected=expected)
+            except ConflictError as conflict:
+                if conflict.ambiguous:
+                    raise
+            else:
+                return _state_answer(state, 201 if latest is None else 200)
+        raise Problem(409, "others write to this user all the while; try again later")
+
+    async def patch_state(self, request: Request) -> Response:
+        """Merge axes and fields into the latest state of a user."""
+        store = self._store_of(request)
+        fields = await _state_fields(request, ["user_id", "axes", *SnapshotFields.__annotations__])
+        user_id, axes = fields.pop("user_id"), fields.pop("axes", {})
+        given = {name: value for name, value in axes.items() if value is not None}
+        found: list[StateSnapshot | None] = []
+
+        def merge(latest: StateSnapshot | None) -> StateSnapshot:
+            _check_conditions(request, latest)
+            found.append(latest)
+            merged = (latest or StateSnapshot(user_id, {}, 0)).patched(
+                given, **cast("SnapshotFields", fields)
+            )
+            kept = {name: value for name, value in merged.axes.items() if name in given or name not in axes}
+            return attrs.evolve(merged, axes=kept)
+
+        state = await _call(store, "update", user_id, merge)
+        return _state_answer(state, 201 if found[-1] is None else 200)
+
+    async def delete_state(self, request: Request) -> Response:
+        """Remove all states of a user."""
+        store, user_id = self._store_of(request), request.path_params["user_id"]
+        if _is_conditional(request):
+            _check_conditions(request, await _call(store, "get_latest", user_id))
+        if not await _call(store, "delete", user_id):
+            raise unknown_user_error(user_id)
+        return _answer(None, 204)
+
+    async def get_history(self, request: Request) -> Response:
+        """The states of a user, newest first."""
+        store, user_id = self._store_of(request), request.path_params["user_id"]
+        bounds = {name: _moment(name, request.query_params.get(name)) for name in ("since", "until")}
+        states = await _call(store, "get_history", user_id, _limit_of(request), **bounds)
+        if not states and await _call(store, "get_latest", user_id) is None:
+            raise unknown_user_error(user_id)
+        return _answer({"states": [state.to_dict() for state in states]})
+
+    async def search(self, request: Request) -> Response:
+        """The users whose latest states are most like a query."""
+        store, options = self._store_of(request), await _body_of(request)
+        _check_known(options, sorted(_SEARCH_FIELDS))
+        query = options.pop("query", None)
+        if not isinstance(query, str | dict):
+            raise ValidationError("query: axes, or the id of a user, are needed")
+        check_integer("limit", options.get("limit", 1), 1, MAX_PAGE)
+        times = {name: _moment(name, options[name]) for name in ("since", "until") if name in options}
+        matches = await _call(store, "search_similar", query, **options | times)
+        return _answer(
+            {"matches": [{"state": match.snapshot.to_dict(), "score": match.score} for match in matches]}
+        )
+
+    async def openapi(self, request: Request) -> Response:
+        """The service as OpenAPI."""
+        return _answer(openapi_document(request.scope.get("root_path", "")))
+
+    async def docs(self, request: Request) -> Response:
+        """The service as a page, which fetches nothing."""
+        from starlette.responses import HTMLResponse
+
+        policy = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
+        url = f"{request.url.scheme}://{request.url.netloc}{request.scope.get('root_path', '')}"
+        return HTMLResponse(docs_page(url), headers={**_HEADERS, **policy})
+
+    async def root(self, request: Request) -> Response:  # noqa: ARG002 - nothing in it is looked at
+        """Lead to the page."""
+        from starlette.responses import RedirectResponse
+
+        return RedirectResponse("docs")
+
     async def snapshot(self, request: Request) -> Response:  # noqa: ARG002 - nothing in it is looked at
         """Take a snapshot of every store, or join the request that does."""
         if self._taking is None:
@@ -10871,44 +11550,102 @@ class Endpoint:
 
     async def health(self, request: Request) -> Response:  # noqa: ARG002 - nothing in it is looked at
         """Say how every store is."""
-        found = [await _health_of(store) for store in self._stores]
+        found = [await _call(store, "health") for store in self._stores]
         worst = max((health.status for health in found), key=_STATUSES.index)
         content = {"status": worst, "stores": [attrs.asdict(health) for health in found]}
         return _answer(content, 503 if worst == "unhealthy" else 200)
 
     async def ready(self, request: Request) -> Response:  # noqa: ARG002 - nothing in it is looked at
         """Say whether every store answers, and no more: anybody may ask."""
-        found = [await _health_of(store) for store in self._stores]
+        found = [await _call(store, "health") for store in self._stores]
         ready = all(health.status != "unhealthy" for health in found)
         return _answer({"ready": ready}, 200 if ready else 503)
 
     async def metrics(self, request: Request) -> Response:  # noqa: ARG002 - nothing in it is looked at
         """Hand out what prometheus_client has collected in this process."""
-        from starlette.exceptions import HTTPException
         from starlette.responses import Response
 
         try:
             from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
         except ImportError:
-            raise HTTPException(404) from None
-        return Response(generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+            raise Problem(404, "prometheus_client is not installed") from None
+        return Response(generate_latest(), headers={**_HEADERS, "Content-Type": CONTENT_TYPE_LATEST})
 
 
-def _check_app(stores: Sequence[AnyStore], authorize: _Authorize | None, keep: int | None) -> None:
+def _application(
+    stores: Sequence[AnyStore],
+    operations: Sequence[Operation],
+    authorize: _Authorize,
+    directory: str | os.PathLike[str] | None,
+    keep: int | None,
+) -> Starlette:
+    """The application that answers some operations."""
     if not stores:
         raise ValidationError("stores: at least one store is needed")
     for store in stores:
         if not isinstance(store, StateStore | AsyncStateStore):
             raise ValidationError(f"stores: a store is needed, got {type_name(store)}")
-    if authorize is not None:
-        check_callable("authorize", authorize)
+    check_callable("authorize", authorize)
     if keep is not None:
         check_integer("keep", keep, 1, MAX_INTEGER)
-        names = [store._operations.collection for store in stores]
-        if len(set(names)) < len(names):
-            raise ValidationError(
-                "keep: the stores' collections are to have different names, or each its own app"
-            )
+    names = [store._operations.collection for store in stores]
+    if (keep is not None or STATES[0] in operations) and len(set(names)) < len(names):
+        raise ValidationError(
+            f"{'stores' if keep is None else 'keep'}: the stores' collections are to have different names, "
+            "or each its own app"
+        )
+    try:
+        from starlette.applications import Starlette
+        from starlette.exceptions import HTTPException
+        from starlette.middleware import Middleware
+        from starlette.routing import Route
+    except ImportError as error:
+        raise MissingDependencyError("this needs Starlette: pip install starlette") from error
+
+    async def tell(request: Request, error: Exception) -> Response:  # noqa: ARG001 - as Starlette calls it
+        if isinstance(error, HTTPException):
+            return Problem(error.status_code, str(error.detail), error.headers).response()
+        return Problem(500, "an error within the service, or in what authorizes its requests").response()
+
+    endpoint = Endpoint(stores, None if directory is None else absolute_path(directory), keep)
+    routes = [
+        Route(path, _Resource(endpoint, [row for row in operations if row.path == path], authorize))
+        for path in dict.fromkeys(operation.path for operation in operations)
+    ]
+    app = Starlette(
+        routes=routes,
+        middleware=[Middleware(_EncodedPaths)],
+        exception_handlers={HTTPException: tell, Exception: tell},
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+def service_app(
+    *stores: StateStore | AsyncStateStore,
+    authorize: Callable[[Request], bool | str | Awaitable[bool | str | None] | None] | None = None,
+    directory: str | os.PathLike[str] | None = None,
+    keep: int | None = None,
+) -> Starlette:
+    """An ASGI application that serves stores: their states, histories and searches, as JSON over HTTP.
+
+    ``GET``, ``PUT``, ``PATCH``, ``DELETE /api/states/{user_id}``, ``GET /api/states/{user_id}/history``,
+    ``GET /api/states``, ``POST /api/search``, and what snapshot_app answers, with ``directory`` and ``keep``;
+    ``GET /docs`` and ``/openapi.json`` describe it. States have the shape of StateSnapshot.to_dict, and an
+    ETag for conditional writes (a DELETE is checked against its condition just before). Where there are
+    several stores, ``?store=`` names the collection of the one that is meant.
+
+    ``authorize`` gets each request but those for /api/ready and the description, with the id in
+    ``request.path_params["user_id"]``. It returns, or returns an awaitable of, True for who may do
+    everything, the id of a user who may read and change the own state alone, or False or None for nobody;
+    it may raise an HTTPException. Without it, only requests from this machine to this machine are answered.
+    Requests that a page of another site sends are refused unless they have the header Authorization.
+
+    Mount it in FastAPI or Starlette, or run it by itself; the stores stay the caller's to close. Raises
+    ValidationError, also where collections of several stores have the same name, MissingDependencyError.
+    """
+    chosen = _is_local if authorize is None else authorize
+    return _application(stores, (*STATES, *BACKUPS), chosen, directory, keep)
 
 
 def snapshot_app(
@@ -10927,20 +11664,8 @@ def snapshot_app(
     Mount it in FastAPI or Starlette, or run it by itself; the stores stay the caller's to close. Raises
     ValidationError, MissingDependencyError.
     """
-    _check_app(stores, authorize, keep)
-    try:
-        from starlette.applications import Starlette
-        from starlette.routing import Route
-    except ImportError as error:
-        raise MissingDependencyError("this needs Starlette: pip install starlette") from error
-    endpoint = Endpoint(stores, None if directory is None else absolute_path(directory), keep)
-    routes = [
-        Route("/api/snapshot", _guarded(endpoint.snapshot, authorize), methods=["POST"]),
-        Route("/api/health", _guarded(endpoint.health, authorize)),
-        Route("/api/ready", endpoint.ready),
-        Route("/metrics", _guarded(endpoint.metrics, authorize)),
-    ]
-    return Starlette(routes=routes)
+    chosen = _is_anybody if authorize is None else authorize
+    return _application(stores, BACKUPS, chosen, directory, keep)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def endpoint_of(app: Any) -> Any:
-    return app.routes[0].endpoint.__self__
+    return app.routes[0].endpoint.endpoint
 
 
 def names_in(directory: Path) -> list[str]:
@@ -430,11 +430,18 @@ def says_later(answer: Any) -> Callable[[object], Awaitable[Any]]:
 
 
 @pytest.mark.parametrize(
-    "authorize",
-    [says(False), says_later(False), says(None), says("no"), says(1), says_later("yes"), says(says)],
-    ids=["False", "later False", "None", "text", "1", "later text", "function"],
+    ("authorize", "code"),
+    [
+        *((says(answer), 401) for answer in (False, None, 1, "", says)),
+        *((says_later(answer), 401) for answer in (False, None)),
+        (says("ann"), 403),  # who is known, and may do nothing here
+        (says_later("yes"), 403),
+    ],
+    ids=["False", "None", "1", "no text", "function", "later False", "later None", "text", "later text"],
 )
-async def test_who_is_not_authorized_gets_401(store: MemoryStore, tmp_path: Path, authorize: Any) -> None:
+async def test_who_is_not_authorized_is_refused(
+    store: MemoryStore, tmp_path: Path, authorize: Any, code: int
+) -> None:
     """Nothing but True, now or awaited, lets a request through; only /api/ready is for all."""
     app = snapshot_app(store, authorize=authorize, directory=tmp_path / "backups")
     async with calling(app) as client:
@@ -444,9 +451,10 @@ async def test_who_is_not_authorized_gets_401(store: MemoryStore, tmp_path: Path
                 if path == "/api/ready":
                     assert answer.status_code == 200
                     continue
-                assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer"), path
-                assert answer.json() == {"error": "not authorized"}
-        assert (await client.head("/api/health")).status_code == 401
+                assert answer.status_code == answer.json()["status"] == code, path
+                assert answer.headers["content-type"] == "application/problem+json"
+                assert answer.headers.get("www-authenticate") == ("Bearer" if code == 401 else None)
+        assert (await client.head("/api/health")).status_code == code
     assert not (tmp_path / "backups").exists()
 
 
@@ -747,6 +755,38 @@ def test_serve_without_a_token(anyio_backend: str, place: Path, tmp_path: Path) 
         served.child.terminate()
         status, said = served.ended()
     assert (status, said.count(" INFO snapshot "), said.count("\n")) == (0, 2, 2)
+
+
+@posix
+@pytest.mark.once
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+def test_serve_shares_a_directory(anyio_backend: str, place: Path, tmp_path: Path) -> None:
+    """States are read and written over HTTP while the directory is taken, and the refusal says so."""
+    served = Served(place)
+    with served, httpx.Client(base_url=served.url, timeout=DEADLINE) as client:
+        refused = run_python("import sys, attuned_store as a; a.open_store(sys.argv[1])", str(place))
+        assert "StoreLockedError" in refused.stderr
+        assert "attuned-store serve" in refused.stderr
+        assert client.get("/api/states/ann").json() == STATES[1].to_dict()
+        tag = client.get("/api/states/ann").headers["etag"]
+        patch = {"axes": {"warmth": 0.5}, "updated_at_unix_ms": "2026-01-17T12:00Z"}
+        merged = client.patch("/api/states/ann", json=patch, headers={"If-Match": tag})
+        assert (merged.status_code, merged.json()["axes"]) == (200, {"warmth": 0.5})
+        assert client.put("/api/states/c%2Fd", json={"axes": {}}).status_code == 201
+        assert (
+            client.put("/api/states/x", json={"axes": {}}, headers={"Host": "evil.example"}).status_code
+            == 401
+        )
+        found = client.post("/api/search", json={"query": {"warmth": 1}, "limit": 1}).json()["matches"]
+        assert found[0]["state"]["user_id"] == "bob"
+        assert client.delete("/api/states/bob").status_code == 204
+        lead = client.get("/", follow_redirects=True)
+        assert (lead.status_code, lead.url.path, served.url in lead.text) == (200, "/docs", True)
+        served.child.terminate()
+        assert served.ended() == (0, "")
+    with open_store(place) as store:
+        assert sorted(store) == ["ann", "c/d"]
+        assert [state.axes["warmth"] for state in store.get_history("ann")] == [0.5, 0.75, 0.25]
 
 
 @posix

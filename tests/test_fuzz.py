@@ -508,7 +508,7 @@ def on_store(name: str, *places: st.SearchStrategy[Call], **options: Any) -> st.
     def call(places: tuple[Call, ...], fields: dict[str, Any]) -> Call:
         def called(store: Any) -> Any:
             attuned_store.STARTS.clear()
-            has_twin = isinstance(store, AsyncStateStore) and name != "snapshot_app"
+            has_twin = isinstance(store, AsyncStateStore) and not name.endswith("_app")
             function = getattr(attuned_store, f"a{name}" if has_twin else name)
             return function(*(place(store) for place in places), **fields)
 
@@ -537,6 +537,13 @@ STORE_FUNCTIONS: dict[str, st.SearchStrategy[Call]] = {
     ),
     "snapshot_app": on_store(
         "snapshot_app",
+        ends(GARBAGE),
+        authorize=often(st.sampled_from([None, bool])),
+        directory=DIRECTORIES,
+        keep=often(st.integers(1, 3)),
+    ),
+    "service_app": on_store(
+        "service_app",
         ends(GARBAGE),
         authorize=often(st.sampled_from([None, bool])),
         directory=DIRECTORIES,

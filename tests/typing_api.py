@@ -232,11 +232,19 @@ async def is_known(request: Request) -> bool:
     return request.headers.get("x-name") == "ann"
 
 
+def who_asks(request: Request) -> str | None:
+    return request.headers.get("x-name")
+
+
 def serving(store: StateStore, other: AsyncStateStore, path: Path) -> None:
     assert_type(
         attuned_store.snapshot_app(store, other, authorize=is_known, directory=path, keep=7), Starlette
     )
     assert_type(attuned_store.snapshot_app(store, authorize=lambda request: bool(request.client)), Starlette)
+    assert_type(
+        attuned_store.service_app(store, other, authorize=who_asks, directory=path, keep=7), Starlette
+    )
+    assert_type(attuned_store.service_app(store, authorize=is_known), Starlette)
 
 
 def wrong(store: StateStore, snapshot: StateSnapshot) -> None:

@@ -91,7 +91,10 @@ MISSING = {
     },
     "local": {"a.QdrantStore(path='other', engine='edge')": "pip install qdrant-edge-py"},
 }
-EVERYWHERE = {"a.snapshot_app(a.MemoryStore())": "pip install starlette"}
+EVERYWHERE = {
+    "a.snapshot_app(a.MemoryStore())": "pip install starlette",
+    "a.service_app(a.MemoryStore())": "pip install starlette",
+}
 ASK = """
 import sys
 import attuned_store as a

@@ -73,6 +73,7 @@ __all__ = [
     "open_async_store",
     "open_store",
     "restore",
+    "service_app",
     "snapshot_app",
     "snapshot_on_start",
     "store_exists",

@@ -224,8 +224,9 @@ def unknown_user_error(user_id: str) -> UserNotFoundError:
 def locked_error(path: str | Path) -> StoreLockedError:
     """What is raised for a directory that another process has open."""
     return StoreLockedError(
-        f"{path}: another process has this directory open; close it there, wait for it with "
-        "lock_timeout (ATTUNED_STORE_LOCK_TIMEOUT) in seconds, or let both use a Qdrant server"
+        f"{path}: another process has this directory open; share it over HTTP ('attuned-store serve' there, "
+        "see its /docs), close it there, wait for it with lock_timeout (ATTUNED_STORE_LOCK_TIMEOUT) in "
+        "seconds, or let both use a Qdrant server"
     )
 
 

@@ -1,4 +1,4 @@
-"""The command serve: takes backups on request, over HTTP."""
+"""The command serve: a store over HTTP."""
 
 import contextlib
 import hmac
@@ -14,7 +14,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from attuned_store import MissingDependencyError, snapshot_app, snapshot_on_start
+from attuned_store import MissingDependencyError, service_app, snapshot_on_start
 
 from .arguments import Command, argument, open_target, target_of, whole
 from .files import IN_PLACE, KEEP
@@ -32,22 +32,12 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _is_local(request: "Request") -> bool:
-    """Authorizes, without a token, requests to this machine by name, and none that a page in a browser sends.
-
-    A page may send requests here, or give its own host the address 127.0.0.1: neither gets past this.
-    """
-    host = re.fullmatch(r"\[?(.*?)\]?(?::\d+)?", request.headers.get("host", ""))
-    own = request.headers.get("sec-fetch-site", "none") in {"none", "same-origin"}
-    return host is not None and _is_loopback(host[1].lower()) and own and "origin" not in request.headers
-
-
-def authorization(host: str) -> Callable[["Request"], bool]:
-    """Chooses who may ask: who knows the token, or, where there is none, who is on this machine."""
+def authorization(host: str) -> Callable[["Request"], bool] | None:
+    """Chooses who may ask: who knows the token, or, where there is none, None for who is on this machine."""
     token = os.environ.get("ATTUNED_STORE_TOKEN")
     token = token and token.strip()  # the line end of a file that it was read from is no part of it
     if token is None and _is_loopback(host):
-        return _is_local
+        return None
     if token is None:
         reach = f"{host} may be reached from other machines"
         raise CommandError(f"{reach}: set ATTUNED_STORE_TOKEN to a secret, or serve on 127.0.0.1", 2)
@@ -87,7 +77,7 @@ def _serve(args: Namespace) -> int:
         except OSError as error:
             raise CommandError(f"cannot listen on {args.host}, port {args.port}: {error.strerror}") from None
         store, target = stack.enter_context(open_target(args)), target_of(args)
-        app = snapshot_app(store, authorize=authorize, directory=args.directory, keep=args.keep)
+        app = service_app(store, authorize=authorize, directory=args.directory, keep=args.keep)
         snapshot_on_start(store, keep=args.keep)
         host = f"[{args.host}]" if ":" in args.host else args.host
         url = f"http://{host}:{listener.getsockname()[1]}"
@@ -100,10 +90,13 @@ def _serve(args: Namespace) -> int:
 
 
 _NOTES = """
-POST /api/snapshot takes a snapshot; GET /api/health, /api/ready and (where prometheus_client
-is installed) /metrics. With ATTUNED_STORE_TOKEN set, requests but those for /api/ready need the
-header "Authorization: Bearer" with it; without, only this machine is served. On start a snapshot
-is taken if QDRANT_SNAPSHOT_ON_START is true. SIGTERM and Ctrl-C end it, and are no failure.
+So several programs share one directory: GET, PUT, PATCH and DELETE /api/states/USER, its
+/history, GET /api/states, POST /api/search; POST /api/snapshot takes a backup; GET /api/health,
+/api/ready and (where prometheus_client is installed) /metrics. GET /docs, which a browser shows,
+describes them. With ATTUNED_STORE_TOKEN set, requests but those for /docs and /api/ready need the
+header "Authorization: Bearer" with it, and may do everything; without, every user of this machine
+may, and nobody else. On start a snapshot is taken if QDRANT_SNAPSHOT_ON_START is true. SIGTERM
+and Ctrl-C end it, and are no failure.
 """
 _HOST = "default: 127.0.0.1; others need $ATTUNED_STORE_TOKEN"
 _PORT = "default: 8080; 0: one that is free"
@@ -113,4 +106,5 @@ _SERVE = (
     argument("--directory", metavar="DIRECTORY", help=f"of the snapshots; {IN_PLACE}"),
     KEEP,
 )
-SERVE = Command("serve", _serve, "take backups on request, over HTTP", "--keep 7", _SERVE, notes=_NOTES)
+_ABOUT = "share the store over HTTP: states, searches, backups"
+SERVE = Command("serve", _serve, _ABOUT, "--port 8080", _SERVE, notes=_NOTES)
