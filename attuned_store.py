@@ -26,13 +26,17 @@ the asynchronous ones between tasks, under asyncio and trio. What a read returne
 from __future__ import annotations
 
 import base64
+import codecs
 import contextlib
+import csv
 import enum
 import functools
+import gzip
 import hashlib
 import heapq
 import html
 import inspect
+import io
 import itertools
 import json
 import logging
@@ -48,6 +52,7 @@ import sqlite3
 import stat
 import struct
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -62,7 +67,7 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextvars import ContextVar
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from http import HTTPStatus
 from importlib import import_module
 from operator import attrgetter
@@ -83,6 +88,8 @@ from typing import (
     TypeVar,
     Unpack,
     cast,
+    get_args,
+    overload,
 )
 from urllib.parse import quote, quote_plus, unquote_to_bytes, urlsplit
 from urllib.parse import quote as urlquote
@@ -114,6 +121,7 @@ __all__ = [
     "BackendRejectedError",
     "BackendTimeoutError",
     "BackendUnavailableError",
+    "BadRow",
     "BreakerPolicy",
     "CircuitOpenError",
     "ConflictError",
@@ -136,9 +144,11 @@ __all__ = [
     "Source",
     "StateSnapshot",
     "StateStore",
+    "StateTable",
     "StoreClosedError",
     "StoreError",
     "StoreLockedError",
+    "TableReport",
     "UnsupportedServerError",
     "UserNotFoundError",
     "ValidationError",
@@ -147,11 +157,13 @@ __all__ = [
     "arestore",
     "asnapshot_on_start",
     "averify_snapshot",
+    "axis_name",
     "copy",
     "default_target",
     "list_snapshots",
     "open_async_store",
     "open_store",
+    "read_table",
     "restore",
     "service_app",
     "snapshot_app",
@@ -375,9 +387,17 @@ class CircuitOpenError(WaitError):
     """The circuit breaker is open; it lets a probe through after ``retry_after_s`` seconds."""
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What follows an unknown name in a message: a known one that is like it, where there is one."""
+    import difflib
+
+    found = difflib.get_close_matches(name, known, 1)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
 def closed_error() -> StoreClosedError:
     """What a closed store raises."""
-    return StoreClosedError("the store is closed; open it again")
+    return StoreClosedError("the store is closed, and stays so; call open_store or open_async_store again")
 
 
 def unknown_user_error(user_id: str) -> UserNotFoundError:
@@ -809,6 +829,25 @@ def _check_axis_name(name: object) -> str:
     return plain
 
 
+def axis_name(heading: str) -> str:
+    """The name of an axis for a heading, in snake_case: "energetic_arousal" for "Energetic Arousal".
+
+    What has neither letters nor digits gives "", which is no name. Raises ValidationError.
+    """
+    if not isinstance(heading, str):
+        raise ValidationError(f"heading: a string is needed, got {type_name(heading)}")
+    return _snake_case(str.__str__(heading))
+
+
+@functools.lru_cache(4_096)
+def _snake_case(heading: str) -> str:
+    if re.fullmatch(r"[a-z0-9]+(?:_+[a-z0-9]+)*", heading):
+        return heading
+    plain = "".join(c for c in unicodedata.normalize("NFKD", heading) if not unicodedata.combining(c))
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", plain)
+    return re.sub(r"[\W_]+", "_", words).strip("_").lower()
+
+
 class Axes(Mapping[str, float]):
     """The axes of a snapshot: an immutable, hashable, picklable mapping from name to value in [0, 1].
 
@@ -890,6 +929,11 @@ def _as_dict(axes: Any) -> dict[Any, Any]:
         raise ValidationError(
             f"axes: a mapping from axis name to value is needed, got {type_name(axes)}"
         ) from None
+
+
+def removed_axes(axes: Any) -> tuple[str, ...]:
+    """The names of those axes of a patch that are to be removed, checked as names."""
+    return shape_of(tuple(name for name, value in _as_dict(axes).items() if value is None)).names
 
 
 def check_unit(field: str, value: object) -> float:
@@ -1065,15 +1109,19 @@ class StateSnapshot:
             raise ValidationError(f"axis: a name is needed, got {type_name(name)}")
         return self.axes.get(name, NEUTRAL)
 
-    def patched(self, axes: Mapping[str, float], **fields: Unpack[SnapshotFields]) -> StateSnapshot:
-        """A new snapshot with these axes merged in and these fields set.
+    def patched(self, axes: Mapping[str, float | None], **fields: Unpack[SnapshotFields]) -> StateSnapshot:
+        """A new snapshot with these axes merged in, those given as None removed, and these fields set.
 
         Its time, unless given, is now, and at least 1 ms after that of this snapshot. Raises ValidationError.
         """
         unknown = fields.keys() - SnapshotFields.__annotations__.keys()
         if unknown:
             raise ValidationError(f"patched: unknown field {brief(min(unknown))}")
-        merged = {**self.axes, **Axes(axes)}
+        given = _as_dict(axes)
+        removed = removed_axes(given)
+        merged = {**self.axes, **Axes({name: value for name, value in given.items() if value is not None})}
+        for name in removed:
+            merged.pop(name, None)
         fields.setdefault("updated_at_unix_ms", max(wall_clock.now_ms(), self.updated_at_unix_ms + 1))
         return attrs.evolve(self, axes=merged, **cast("Any", fields))
 
@@ -1292,6 +1340,14 @@ class Schema:
         default = CANONICAL_VECTOR_SIZE if config.axes in (None, CANONICAL_AXES) else len(config.axes or ())
         return cls(config.axes or CANONICAL_AXES, config.vector_size or default)
 
+    def extended(self, names: Sequence[str]) -> Schema:
+        """The schema with more axes, the new ones last."""
+        for name in names:
+            if name in self.axes:
+                raise ValidationError(f"add: the store has the axis {name!r} already")
+        axes = shape_of((*self.axes, *names)).names
+        return Schema(axes, max(self.vector_size, len(axes)))
+
     def check(self, axes: Axes) -> None:
         """Raise ValidationError where an axis is not one of the store's."""
         if axes._shape not in self._positions:
@@ -1301,7 +1357,10 @@ class Schema:
         own = {name: position for position, name in enumerate(self.axes)}
         for name in shape.names:
             if name not in own:
-                raise ValidationError(f"axes: the store has no axis {name!r}; it has {', '.join(self.axes)}")
+                raise ValidationError(
+                    f"axes: the store has no axis {name!r}{nearest(name, self.axes)}; it has "
+                    + ", ".join(self.axes)
+                )
         if len(self._positions) >= SHAPES.maximum:
             self._positions.clear()
         positions = self._positions[shape] = tuple(own[name] for name in shape.names)
@@ -4018,8 +4077,15 @@ class Files(Protocol):
         """What is put off, and whether the disk is full."""
         ...
 
-    async def replace(self, collection: str, by: str) -> None:
-        """Let another open collection take the place of one, at one moment; its own name is then free."""
+    async def replace(self, collection: str, by: str, *, described: bool = False) -> None:
+        """Let another open collection take the place of one, at one moment; its own name is then free.
+
+        ``described``: its metadata and the size of its vectors take the place of the others, too.
+        """
+        ...
+
+    async def describe(self, collection: str, metadata: Mapping[str, Any]) -> None:
+        """Change some of the metadata of a collection."""
         ...
 
     def abandon(self) -> None:
@@ -5493,11 +5559,21 @@ class EdgeEngine(EngineOnDisk):
             for file in (temporary_name(manifest), manifest):
                 file.unlink(missing_ok=True)
 
-    async def replace(self, collection: str, by: str) -> None:
+    async def describe(self, collection: str, metadata: Mapping[str, Any]) -> None:
+        """See Files.describe."""
+        manifest = self._manifest(collection)
+        with backend_errors(self, "describe"):
+            self.check_room("describe")
+            self._record(manifest, {**read_manifest(manifest), **metadata})
+
+    async def replace(self, collection: str, by: str, *, described: bool = False) -> None:
         """The manifest says which generation of the shard is the one; writing it is the moment."""
         manifest = self._manifest(collection)
         metadata = read_manifest(manifest)
-        metadata["generation"] = metadata.get("generation", 0) + 1
+        generation = metadata.get("generation", 0) + 1
+        if described:
+            metadata = read_manifest(self._manifest(by))
+        metadata["generation"] = generation
         directory = self._directory(collection, metadata)
         with backend_errors(self, "replace"):
             self.check_room("replace", _bytes_in(self._directories[by] / "wal"))
@@ -5513,6 +5589,7 @@ class EdgeEngine(EngineOnDisk):
                     shutil.rmtree(directory, ignore_errors=True)
                 raise
             self._switch(collection, directory, shard)
+            self._open[collection] = self._open[by]
             await self.drop(by)
 
     @staticmethod
@@ -5816,6 +5893,15 @@ class LocalCollection:
 # ------------------------------------------------------------------------------
 
 
+_REPLACED_BY = "replaced_by"  # in the metadata of a collection: whose points are to become its own
+
+
+def _note_replaced(listed: dict[str, Any], collection: str, by: str) -> None:
+    entry = copied(listed[by])
+    entry["metadata"][_REPLACED_BY] = by
+    listed[collection] = entry
+
+
 class LocalEngine(EngineOnDisk):
     """qdrant-client's local mode, made durable, atomic and quick to write.
 
@@ -5873,10 +5959,42 @@ class LocalEngine(EngineOnDisk):
         self._connected = client
 
     def _mend_list(self) -> None:
-        """Fill the list of collections, left empty by a process that was killed as it made the directory."""
+        """Bring to its end what a process was killed at: making the list of collections, or replacing one."""
         names, _ = local_files(self._path, "")
         if names.exists() and names.stat().st_size == 0:
             write_atomically(names, json.dumps({"collections": {}, "aliases": {}}))
+        listed: dict[str, Any] = read_manifest(names) if names.exists() else {}
+        entries: dict[str, Any] = listed.get("collections", {})
+        replacing: dict[str, str] = {
+            name: by
+            for name, entry in entries.items()
+            if (by := cast("Any", entry.get("metadata") or {}).pop(_REPLACED_BY, None)) is not None
+        }
+        for name, by in replacing.items():
+            points, others = (local_files(self._path, each)[1] for each in (name, by))
+            if others.exists():
+                others.replace(points)
+                fsync(points.parent)
+        if replacing:
+            write_atomically(names, json.dumps(listed))
+
+    async def describe(self, collection: str, metadata: Mapping[str, Any]) -> None:
+        """See Files.describe; the list of collections is written with the client closed."""
+        self._relist(collection, lambda listed: listed[collection]["metadata"].update(metadata))
+
+    def _relist(self, collection: str, change: Callable[[dict[str, Any]], object]) -> None:
+        """Change the entry of a collection in the list, and open what it says then."""
+        names, _ = local_files(self._path, collection)
+        with backend_errors(self, "describe"):
+            self.check_room("describe")
+            listed = read_manifest(names)
+            change(listed["collections"])
+            self._disconnect()
+            try:
+                write_atomically(names, json.dumps(listed))
+            finally:
+                self._sorted.clear()
+                self._connect()
 
     async def open(self, collection: CollectionSpec) -> Mapping[str, Any]:
         """See Engine.open."""
@@ -5968,8 +6086,18 @@ class LocalEngine(EngineOnDisk):
             if listed or local_files(self._path, collection)[1].parent.exists():
                 self._client.delete_collection(collection)
 
-    async def replace(self, collection: str, by: str) -> None:
-        """Renaming the file of points is the moment."""
+    async def replace(self, collection: str, by: str, *, described: bool = False) -> None:
+        """Renaming the file of points is the moment; with ``described`` writing the list of collections is.
+
+        What the list says then is done by whoever opens it next: see _mend_list.
+        """
+        if described:
+            grown, _ = self._open.pop(by), self._open.pop(collection)
+            self._open[collection] = grown
+            self._relist(collection, lambda listed: _note_replaced(listed, collection, by))
+            with contextlib.suppress(BackendError):  # an empty collection: the next opening drops it
+                await self.drop(by)
+            return
         files = [local_files(self._path, name)[1] for name in (by, collection)]
         with backend_errors(self, "replace"):
             self.check_room("replace")
@@ -7137,6 +7265,10 @@ class Backend(Protocol):
         """Give up what was staged."""
         ...
 
+    async def add_axes(self, names: Sequence[str]) -> None:
+        """Add axes to the schema, whole or not at all; raises StoreError where others hold it too."""
+        ...
+
     async def look(self, seconds: float) -> Health:
         """How it is and how much it holds, found out within so many seconds."""
         ...
@@ -7532,7 +7664,8 @@ class MemoryBackend:
 
     async def stage(self, token: str) -> MemoryBackend:  # noqa: ARG002 - nothing of this one can be left
         """See Backend.stage."""
-        return MemoryBackend(self.config, self._waits)
+        axes = attrs.evolve(self.config, axes=self.schema.axes, vector_size=self.schema.vector_size)
+        return MemoryBackend(axes, self._waits)
 
     async def adopt(self, staged: MemoryBackend) -> None:
         """See Backend.adopt."""
@@ -7545,6 +7678,14 @@ class MemoryBackend:
     async def discard(self, staged: MemoryBackend) -> None:
         """See Backend.discard."""
         await staged.close()
+
+    async def add_axes(self, names: Sequence[str]) -> None:
+        """See Backend.add_axes."""
+        with self._free_lock():
+            self._check_open()
+            self.schema = self.schema.extended(names)
+            self._index = VectorIndex(self.schema)
+            self._index.stale.update(self.timelines)
 
     async def look(self, seconds: float) -> Health:  # noqa: ARG002 - it is there at once
         """See Backend.look."""
@@ -7603,6 +7744,9 @@ class MemoryPlace:
 # attuned.states.operations
 # The operations of a store, written once: synchronous stores run them, asynchronous ones await them.
 # ------------------------------------------------------------------------------------------------------------
+
+
+U = TypeVar("U")
 
 
 class Operations:
@@ -7739,11 +7883,16 @@ class Operations:
             f"user {short_id(user_id)!r}: still in conflict after {attempts} attempts; try again later"
         )
 
-    async def patch(self, user_id: str, axes: Mapping[str, float], fields: SnapshotFields) -> StateSnapshot:
+    async def patch(
+        self, user_id: str, axes: Mapping[str, float | None], fields: SnapshotFields
+    ) -> StateSnapshot:
         """See StateStore.patch."""
         first = StateSnapshot(user_id, {}, updated_at_unix_ms=0).patched(
             axes, **fields
         )  # checks, before any read
+        if removed := removed_axes(axes):
+            await self.open()
+            self.backend.schema.check(Axes(dict.fromkeys(removed, NEUTRAL)))
 
         def merge(latest: StateSnapshot | None) -> StateSnapshot:
             return first if latest is None else latest.patched(axes, **fields)
@@ -7874,6 +8023,37 @@ class Operations:
         """The pages of all user ids."""
         return self._pages("users", lambda backend, cursor: backend.users(cursor))
 
+    def latest(self) -> Pager[list[StateSnapshot]]:
+        """The pages of all users' latest snapshots."""
+
+        async def page(backend: Backend, cursor: Cursor) -> tuple[list[StateSnapshot], Cursor]:
+            user_ids, cursor = await backend.users(cursor)
+            return list((await backend.find(user_ids)).values()), cursor
+
+        return self._pages("items", page)
+
+    async def states_of(
+        self, user_ids: Iterable[str] | None, since: int | datetime | None, until: int | datetime | None
+    ) -> list[StateSnapshot]:
+        """All states of some users, or of all: what history shows within a window, and the latest ones."""
+        self.check_open()
+        window, found = HistoryWindow.of(MAX_INTEGER, since, until), list[StateSnapshot]()
+        await self.open()  # for the axes, whoever is asked for
+        if user_ids is None:
+            pages = self.states()
+            while (page := await pages.next()) is not None:
+                found += (each for each in page.states if window.since <= time_of(each) <= window.until)
+            return found
+        for user_id, latest in (await self.get_many(user_ids)).items():
+            states = await self.get_history(user_id, window.limit, window.since, window.until)
+            if (
+                time_of(latest) not in map(time_of, states)
+                and window.since <= time_of(latest) <= window.until
+            ):
+                found.append(latest)  # it has aged out of the history, or there is none
+            found += states
+        return found
+
     def states(self) -> Pager[StatesPage]:
         """The pages of all states, each user's together."""
 
@@ -7906,6 +8086,17 @@ class Operations:
         while (number := await pages.next()) is not None:
             total += number
         return total
+
+    async def alter_axes(self, add: object) -> tuple[str, ...]:
+        """See StateStore.alter_axes."""
+        self.check_open()
+        if isinstance(add, str) or not isinstance(add, Iterable):
+            raise ValidationError(f"add: a list of axes is needed, got {type_name(add)}")
+        names = shape_of(tuple(cast("Any", add))).names
+        await self.open()
+        if names:
+            await self._drive("", lambda backend: backend.add_axes(names), long=True)
+        return self.axes()
 
     # How it is
 
@@ -8079,40 +8270,40 @@ def _check_update(user_id: str, latest: StateSnapshot | None, new: object) -> St
     return new
 
 
-class UserIterator:
-    """The users of a store: iterated in place, or awaited."""
+class PagedIterator(Generic[T, U]):
+    """What stands in the pages of a store, made into what is asked for: iterated in place, or awaited."""
 
-    def __init__(self, pages: Pager[list[str]]) -> None:
-        self._pages = pages
-        self._ready: deque[str] = deque()
+    def __init__(self, pages: Pager[list[T]], make: Callable[[T], U]) -> None:
+        self._pages, self._make = pages, make
+        self._ready: deque[T] = deque()
         self._ended = False
 
     async def fill(self) -> None:
-        """Get users ready, unless there are some or no more."""
+        """Get some ready, unless there are some or no more."""
         while not self._ready and not self._ended:
             page = await self._pages.next()
             self._ended = page is None
             self._ready.extend(page or ())
 
-    def __iter__(self) -> UserIterator:
+    def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> str:
+    def __next__(self) -> U:
         if not self._ready:
             run(self.fill())
             if not self._ready:
                 raise StopIteration
-        return self._ready.popleft()
+        return self._make(self._ready.popleft())
 
-    def __aiter__(self) -> UserIterator:
+    def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> str:
+    async def __anext__(self) -> U:
         if not self._ready:
             await self.fill()
             if not self._ready:
                 raise StopAsyncIteration
-        return self._ready.popleft()
+        return self._make(self._ready.popleft())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -8312,6 +8503,10 @@ class PointsBackend(ABC):
     @abstractmethod
     async def discard(self, staged: PointsBackend) -> None:
         """Give up what was staged."""
+
+    @abstractmethod
+    async def add_axes(self, names: Sequence[str]) -> None:
+        """See Backend.add_axes."""
 
     @abstractmethod
     async def _times_of(self, user_id: str) -> list[int]:
@@ -8992,6 +9187,38 @@ class OwnedBackend(PointsBackend):
             self._staged = lambda: None
             await self._files.drop(self._beside)
 
+    async def add_axes(self, names: Sequence[str]) -> None:
+        """See Backend.add_axes; where vectors have no room left, all is written anew beside this."""
+        schema = self.schema.extended(names)
+        if schema.vector_size == self.schema.vector_size:
+            await self._files.describe(self._collection, {"axes": list(schema.axes)})
+            self.schema = schema
+            return
+        if self._staged() is not None:
+            raise StoreError("a snapshot is being restored into this store: add axes afterwards")
+        config = attrs.evolve(self.config, axes=schema.axes, vector_size=schema.vector_size)
+        grown = OwnedBackend(self._files, config, self._beside)
+        try:
+            await self._files.drop(self._beside)
+            await grown.open()
+            page = await self.states(None)
+            await grown.write(page.states)
+            while page.cursor is not None:
+                page = await self.states(page.cursor)
+                await grown.write(page.states)
+            await self._files.replace(self._collection, self._beside, described=True)
+        except BaseException:
+            self.schema = (
+                await self._open_schema()
+            )  # which of the two is there is unknown, after an interrupt
+            await self._relearn_all()
+            await self._files.drop(self._beside)
+            raise
+        self.schema = schema
+        self.forget_everything()
+        if not self.engine.indexed:
+            self._times.update(grown._times)
+
     async def _relearn_all(self) -> None:
         self.forget_everything()
         if not self.engine.indexed:
@@ -9383,6 +9610,13 @@ class SharedBackend(PointsBackend):
         """See PointsBackend.discard."""
         self.forget_everything()
 
+    async def add_axes(self, names: Sequence[str]) -> None:  # noqa: ARG002
+        """See Backend.add_axes: never."""
+        raise StoreError(
+            "alter_axes: others may hold the axes of a collection on a server; copy it: "
+            "copy(source, target) into a store that was made with more axes"
+        )
+
     def forget_everything(self) -> None:
         """Empty the cache."""
         self._latest.clear()
@@ -9710,6 +9944,1155 @@ def blocking_twin(place: DirectoryPlace) -> DirectoryPlace:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# attuned.tables
+# Tables of states, from files and data frames and to them.
+# ------------------------------------------------------------------------------------------------------------
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.tables.rows
+# Where the rows of tables come from: CSV, JSON and Parquet files, and data frames.
+# ------------------------------------------------------------------------------------------------------------
+
+
+TableFormat = Literal["csv", "jsonl", "json", "parquet"]
+
+_SUFFIXES: Mapping[str, TableFormat] = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+}
+
+# The longest honest row, 1,024 axes with names of 64 characters, is about 100 KB; a file without line ends
+# must not fill the memory.
+_MAX_LINE = 1 << 20
+
+# How far a quote may run on: enough for a heading with line breaks; a stray one costs one row, not the file.
+_MAX_ROW_LINES = 16
+
+_NOT_DECODED = re.compile("[\udc80-\udcff]")  # a byte that is not of the encoding
+_BATCH_ROWS = 1_024  # of what is held by columns
+
+
+class RowError(ValueError):
+    """What is wrong with a row, and the reason that it shares with others."""
+
+    def __init__(self, text: str, reason: str = "") -> None:
+        super().__init__(text)
+        self.reason = reason or text
+
+
+class RowSource(Protocol):
+    """Where rows come from. ``headings`` are those of the columns; None where rows name their own.
+
+    A row is a sequence under the headings, or a mapping; or an error that says what is wrong with it.
+    ``typed``: values are numbers and times already, not texts.
+    """
+
+    unit: str
+    typed: bool
+
+    @property
+    def headings(self) -> list[str] | None:
+        """See above."""
+        ...
+
+    def rows(self) -> Iterator[tuple[int, Any]]:
+        """All rows, each with its number."""
+        ...
+
+
+class InputFile:
+    """A file or stream of bytes, to be read as often as asked; a pipe is kept in a file first."""
+
+    def __init__(self, source: Any, encoding: str) -> None:
+        self.encoding = encoding
+        self._stream: IO[bytes] | None = None
+        if isinstance(source, str | os.PathLike):
+            self.path: Path | None = Path(check_path(cast("Any", source))).expanduser()
+            self.name = printable(self.path.name)
+            self.suffixes = [suffix.lower() for suffix in self.path.suffixes]
+            if self.path.exists() and not self.path.is_file() and not self.path.is_dir():
+                with self.path.open("rb") as pipe:
+                    self._keep(pipe)
+        else:
+            self.path, self.name, self.suffixes = None, "the stream", []
+            if not source.seekable():
+                self._keep(source)
+            else:
+                self._stream = source
+
+    def _keep(self, pipe: Any) -> None:
+        kept = self._stream = tempfile.TemporaryFile(prefix="attuned-store-")  # noqa: SIM115 - as long as this
+        weakref.finalize(self, kept.close)
+        read = getattr(pipe, "read1", pipe.read)  # within one long read() Ctrl-C may go unnoticed
+        while piece := read(1 << 16):
+            kept.write(piece)
+
+    @contextlib.contextmanager
+    def bytes(self) -> Generator[IO[bytes]]:
+        """The bytes from the beginning, unpacked."""
+        with contextlib.ExitStack() as stack:
+            if self._stream is None:
+                opened: IO[bytes] = stack.enter_context(cast("Path", self.path).open("rb"))
+            else:
+                opened = self._stream
+                opened.seek(0)
+            magic = opened.read(4)
+            opened.seek(0)
+            if magic.startswith(b"\x1f\x8b"):
+                unpacked: Any = gzip.GzipFile(fileobj=opened)
+                opened = stack.enter_context(unpacked)
+            elif magic == b"PK\x03\x04":
+                raise ValidationError(
+                    f"{self.name}: a zip or Excel file; save it as CSV in UTF-8, or give what "
+                    "pandas.read_excel makes of it"
+                )
+            yield opened
+
+    @contextlib.contextmanager
+    def text(self) -> Generator[io.TextIOWrapper]:
+        """The text from the beginning; bytes that are none are told row by row."""
+        with self.bytes() as opened:
+            text = io.TextIOWrapper(opened, encoding=self.encoding, errors="surrogateescape", newline="")
+            try:
+                yield text
+            finally:
+                with contextlib.suppress(ValueError):  # who opened the bytes closes them
+                    text.detach()
+
+    def lines(self) -> Iterator[tuple[int, str]]:
+        """The physical lines with their numbers, from the first that is not blank."""
+        begun = False
+        with self.text() as text:
+            for at in itertools.count(1):
+                line = text.readline(_MAX_LINE + 1)
+                if len(line) > _MAX_LINE:
+                    raise ValidationError(f"{self.name}: line {at} is longer than {_MAX_LINE:,} characters")
+                begun = begun or bool(line.strip())
+                if not line:
+                    break
+                if begun:
+                    yield at, line
+        if not begun:
+            raise ValidationError(f"{self.name}: the file is empty")
+
+    def check(self, text: str) -> str:
+        """The text of a row, or an error where it is not of the encoding."""
+        if not text.isascii() and _NOT_DECODED.search(text):
+            encoding = self.encoding.upper().removesuffix("-SIG")
+            raise RowError(f"not {encoding}")
+        return text
+
+
+class CsvRows:
+    """Rows of cells, separated by commas, unless only a tab or a semicolon makes a column of the users."""
+
+    unit = "line"
+    typed = False
+    headings: list[str]
+
+    def __init__(self, file: InputFile, first: str, user_column: str | None) -> None:
+        self._file = file
+        user = axis_name(user_column or "user_id")
+        marks = [mark for mark in ",\t;" if user in map(axis_name, first.split(mark))]
+        self._delimiter = (marks or sorted(",\t;", key=first.count, reverse=True))[0]
+        self.decimal = "," if self._delimiter == ";" else "."  # Excel: a comma cannot be both
+        _, text, names = next(self._records())
+        try:
+            file.check(text)
+        except ValueError as error:
+            likely = "utf-16" if text.startswith(("\udcff\udcfe", "\udcfe\udcff")) else "cp1252"
+            raise ValidationError(
+                f"{error}: save the file as UTF-8 first, or name its encoding, as in encoding={likely!r} "
+                f"(or --encoding {likely})"
+            ) from None
+        if names is None:
+            raise ValidationError("the quotes of the heading do not match")
+        self.headings = names
+
+    def rows(self) -> Iterator[tuple[int, Any]]:
+        """See RowSource."""
+        for line, text, cells in itertools.islice(self._records(), 1, None):
+            try:
+                self._file.check(text)
+            except RowError as error:
+                yield line, error
+            else:
+                bad = RowError("a quote is not closed, or not where a cell begins")
+                yield line, bad if cells is None else cells
+
+    def _records(self) -> Iterator[tuple[int, str, list[str] | None]]:
+        """For each record, the line it begins on, its text, and its cells where its quotes match."""
+        lines = self._file.lines()
+        taken: list[tuple[int, str]] = []
+        ahead: deque[tuple[int, str]] = deque()
+
+        def record() -> Iterator[str]:  # to end within quotes is an error for the reader
+            while len(taken) < _MAX_ROW_LINES and (line := ahead.popleft() if ahead else next(lines, None)):
+                taken.append(line)
+                yield line[1]
+
+        reader: Iterator[list[str]] | None = None
+        while True:
+            taken.clear()
+            reader = reader or csv.reader(record(), delimiter=self._delimiter, strict=True)
+            cells: list[str] | None
+            try:
+                cells = next(reader, None)
+                if cells is None:
+                    return
+            except csv.Error:  # a quote left open spoils its line only: those after it are read again
+                cells = reader = None
+                ahead.extendleft(reversed(taken[1:]))
+                del taken[1:]
+            if cells != []:
+                at, text = taken[0]
+                yield at, text if len(taken) == 1 else "".join(each for _, each in taken), cells
+
+
+def _json_integer(text: str) -> int | float:
+    return int(text) if len(text) < 20 else float(text)  # noqa: PLR2004 - no integer is too long
+
+
+def _json_object(pairs: list[tuple[str, Any]]) -> Any:
+    """An object with its names in snake_case, or what is wrong with it: json keeps the last of equals."""
+    found = {axis_name(given): value for given, value in pairs}
+    if len(found) < len(pairs):
+        names = Counter(axis_name(given) for given, _ in pairs)
+        return RowError(f"{names.most_common(1)[0][0][:64]} is there twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_json_object,
+    parse_int=_json_integer,
+    parse_constant=lambda text: RowError(f"not a number: {text!r}"),
+)
+
+
+def _json_row(value: object) -> Any:
+    if isinstance(value, dict | RowError):
+        return cast("Any", value)
+    return RowError("not a JSON object")
+
+
+class JsonLines:
+    """An object a line."""
+
+    unit = "line"
+    typed = True
+    headings: list[str] | None = None
+
+    def __init__(self, file: InputFile) -> None:
+        self._file = file
+
+    def rows(self) -> Iterator[tuple[int, Any]]:
+        """See RowSource."""
+        for at, line in self._file.lines():
+            if line.isspace():
+                continue
+            try:
+                yield at, _json_row(_DECODER.decode(self._file.check(line)))
+            except json.JSONDecodeError as error:
+                yield at, RowError(f"not JSON: {error.msg} at character {error.pos + 1}", "not JSON")
+            except RecursionError:
+                yield at, RowError("not a row: nested too deeply")
+            except RowError as error:
+                yield at, error
+
+
+class JsonArray:
+    """An array of objects, which may stand on one line."""
+
+    unit = "row"
+    typed = True
+    headings: list[str] | None = None
+
+    def __init__(self, file: InputFile) -> None:
+        self._file = file
+
+    def rows(self) -> Iterator[tuple[int, Any]]:
+        """See RowSource; bounded in memory, whatever the length of the array."""
+        number, ended = 0, False
+        with self._file.text() as stream:
+            text = stream.read(1 << 16).lstrip().removeprefix("[")
+            while True:
+                text = text.lstrip()
+                if number:
+                    text = text.removeprefix(",").lstrip()
+                if text.startswith("]"):
+                    break
+                try:
+                    value, end = _DECODER.raw_decode(text)
+                except RecursionError:
+                    raise ValidationError(f"{self._file.name}: row {number} is nested too deeply") from None
+                except json.JSONDecodeError as error:
+                    end, value = 0, None
+                    if ended or len(text) > _MAX_LINE:
+                        raise ValidationError(
+                            f"{self._file.name}: not a JSON array: {error.msg} in row {number}"
+                        ) from None
+                if not end or (end == len(text) and not ended):  # it may go on
+                    ended = not (piece := stream.read(1 << 16))
+                    text += piece
+                    continue
+                yield number, self._checked(text[:end], value)
+                text, number = text[end:], number + 1
+        if not number:
+            raise ValidationError(f"{self._file.name}: the array is empty")
+
+    def _checked(self, text: str, value: object) -> Any:
+        try:
+            self._file.check(text)
+        except RowError as error:
+            return error
+        return _json_row(value)
+
+
+class ColumnRows:
+    """What is held by columns: batches of them, each a list of lists."""
+
+    unit = "row"
+    typed = True
+
+    def __init__(self, headings: Iterable[object], batches: Callable[[], Iterator[list[list[Any]]]]) -> None:
+        self.headings: list[str] = [str(heading) for heading in headings]
+        self._batches = batches
+
+    def rows(self) -> Iterator[tuple[int, Any]]:
+        """See RowSource."""
+        batches = self._batches()
+        return enumerate(row for columns in batches for row in zip(*columns, strict=True))
+
+
+def rows_of_pandas(frame: Any) -> ColumnRows:
+    """The rows of a data frame of pandas; an index that has a name is a column."""
+    if any(name is not None for name in frame.index.names):  # as groupby and set_index leave it
+        frame = frame.reset_index()
+
+    def column(series: Any) -> list[Any]:
+        values, missing = series.tolist(), series.isna()
+        if not missing.any():
+            return cast("list[Any]", values)
+        return [None if gone else value for value, gone in zip(values, missing, strict=True)]
+
+    def batches() -> Iterator[list[list[Any]]]:
+        for start in range(0, len(frame), _BATCH_ROWS):
+            part = frame.iloc[start : start + _BATCH_ROWS]
+            yield [column(part.iloc[:, position]) for position in range(part.shape[1])]
+
+    return ColumnRows(frame.columns, batches)
+
+
+def _import_pyarrow() -> Any:
+    try:
+        import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Parquet files, and data frames of other libraries than pandas, need pyarrow: "
+            'pip install "attuned-store[parquet]"'
+        ) from error
+    return import_module("pyarrow")
+
+
+def _lists(batch: Any) -> list[list[Any]]:
+    return [column.to_pylist() for column in batch.columns]
+
+
+def rows_of_arrow(source: Any) -> ColumnRows:
+    """The rows of what has Arrow's stream interface."""
+    table = _import_pyarrow().table(source)
+    return ColumnRows(table.column_names, lambda: map(_lists, table.to_batches(max_chunksize=_BATCH_ROWS)))
+
+
+def _of_parquet(file: InputFile) -> ColumnRows:
+    pa = _import_pyarrow()
+
+    def batches() -> Iterator[list[list[Any]]]:
+        with refused(), file.bytes() as opened:
+            yield from map(_lists, pa.parquet.ParquetFile(opened).iter_batches(_BATCH_ROWS))
+
+    @contextlib.contextmanager
+    def refused() -> Generator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise ValidationError(f"{file.name}: no Parquet file: {one_line(str(error))[:200]}") from error
+
+    with refused(), file.bytes() as opened:
+        names = pa.parquet.ParquetFile(opened).schema_arrow.names
+    return ColumnRows(names, batches)
+
+
+def rows_of_file(source: Any, kind: str | None, encoding: str, user_column: str | None) -> RowSource:
+    """The rows of a file or stream of bytes, of the kind that was named, or else that it looks like."""
+    file = InputFile(source, encoding)
+    with file.bytes() as opened:
+        magic = opened.read(4)
+    suffixes = [suffix for suffix in file.suffixes if suffix != ".gz"]
+    kind = (
+        kind or _SUFFIXES.get(suffixes[-1] if suffixes else "") or ("parquet" if magic == b"PAR1" else None)
+    )
+    if kind == "parquet":
+        return _of_parquet(file)
+    with file.text() as text:
+        beginning = text.read(1 << 16).lstrip()
+    if kind is None:
+        kind = {"{": "jsonl", "[": "json"}.get(beginning[:1], "csv")
+    if kind == "csv":
+        return CsvRows(file, beginning.partition("\n")[0], user_column)
+    return JsonLines(file) if kind == "jsonl" else JsonArray(file)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.tables.reports
+# What the reading of a table found: good and bad rows, why those are bad, and what may help.
+# ------------------------------------------------------------------------------------------------------------
+
+
+_SHOWN_BAD_ROWS = 5
+_MOST_REASONS = 100
+_SEVERAL = 10
+_MOST_OF_A_SCALE = 10**8  # no scale that anybody answers on
+_DAYS = 10_000  # about as many as there are since 1970: taken for milliseconds they are seconds
+_LATE_1970 = 31_000_000_000
+
+
+@attrs.frozen
+class BadRow:
+    """A row that is no state: ``row`` is the line it begins on, or where there are none its number from 0."""
+
+    row: int
+    reason: str
+
+
+@attrs.frozen(kw_only=True)
+class TableReport:
+    """What was read of a table so far.
+
+    ``good`` and ``bad`` rows; ``examples`` are the first five bad ones, ``reasons`` how many were bad for
+    what; ``unit`` says what rows are numbered by, "line" or "row". ``span`` is the lowest and the highest
+    value of rows with values outside of the scale, else None. ``hints`` say what else may help.
+    """
+
+    good: int = 0
+    bad: int = 0
+    unit: str = "line"
+    examples: tuple[BadRow, ...] = ()
+    reasons: Mapping[str, int] = attrs.field(factory=dict[str, int])
+    span: tuple[float, float] | None = None
+    hints: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{plural(self.good, 'good row')}, {plural(self.bad, 'bad row')}"]
+        lines += [f"{self.unit} {each.row}: {each.reason}" for each in self.examples]
+        if self.bad > len(self.examples):
+            lines += [f"{count:,} times {reason}" for reason, count in self.reasons.items()]
+        if self.span is not None:
+            low, high = self.span
+            lines.append(f"values span {low:g} to {high:g}: try scale=({low:g}, {high:g})")
+        return "\n".join([*lines, *self.hints])
+
+
+class Tally:
+    """What one reading found."""
+
+    def __init__(self) -> None:
+        self.good = self.bad = 0
+        self.examples: list[BadRow] = []
+        self.reasons: Counter[str] = Counter()
+        self.spans: dict[str, tuple[float, float]] = {}  # by axis, of rows with values outside of the scale
+        self.outside = 0  # rows with values outside of the scale
+        self.axes: dict[str, None] = {}
+        self.shapes: set[Shape] = set()
+        self.absent: set[str] = set()  # what may stand for an absent value
+        self.newest = 0
+
+    def add_bad(self, row: int, error: ValueError) -> None:
+        """Count a bad row."""
+        self.bad += 1
+        text = str(error)
+        if len(self.examples) < _SHOWN_BAD_ROWS:
+            self.examples.append(BadRow(row, text))
+        reason = error.reason if isinstance(error, RowError) else text.partition(", got ")[0]
+        reason = re.sub(r"\d{10,}", "a number", reason.partition("; ")[0])
+        if reason not in self.reasons and len(self.reasons) >= _MOST_REASONS:
+            reason = "something else"
+        self.reasons[reason] += 1
+
+    def report(self, unit: str) -> TableReport:
+        """What was found so far, of rows that are numbered by this unit."""
+        hints: list[str] = []
+        times = [name for name, (low, _) in self.spans.items() if low > _MOST_OF_A_SCALE]
+        spans = [span for name, span in self.spans.items() if name not in times]
+        if times:
+            hints.append(
+                f"{times[0]} looks like times: time_column={times[0]!r} (or --time-column {times[0]})"
+            )
+        mostly_bad = self.bad >= self.good
+        if mostly_bad and any("looks like seconds" in each.reason for each in self.examples):
+            hints.append('times in seconds: try time_format="s" (or --time-format s)')
+        elif mostly_bad and any(": not a time" in reason for reason in self.reasons):
+            hints.append(
+                'times in another form: say in which, as time_format="%d.%m.%Y %H:%M" '
+                '(or --time-format "%d.%m.%Y %H:%M")'
+            )
+        elif _DAYS < self.newest < _LATE_1970 and self.good >= _SEVERAL:
+            hints.append("all times lie in 1970: are they in milliseconds?")
+        if (
+            self.outside >= self.good
+            and spans
+            and min(high for _, high in spans) < max(high for _, high in spans) / 2
+        ):
+            shown = [
+                f"{name} {low:g} to {high:g}"
+                for name, (low, high) in list(self.spans.items())[:5]
+                if name not in times
+            ]
+            hints.append(
+                f"axes differ ({', '.join(shown)}): scales (or --scale AXIS=LOW:HIGH) says so for one of them"
+            )
+        if self.absent:
+            texts = ",".join(sorted(self.absent))
+            hints.append(f"where {texts} stands for nothing: absent (or --absent {texts})")
+        return TableReport(
+            good=self.good,
+            bad=self.bad,
+            unit=unit,
+            examples=tuple(self.examples),
+            reasons=dict(self.reasons.most_common()),
+            span=(min(low for low, _ in spans), max(high for _, high in spans))
+            if spans and self.outside >= self.good
+            else None,
+            hints=tuple(hints),
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.tables.states
+# Tables as states, and states as a table: a row becomes a state, or it is told what is wrong with it.
+# ------------------------------------------------------------------------------------------------------------
+
+
+_TIME_COLUMNS = ("updated_at_unix_ms", "updated_at")  # as export writes it, and as to_dataframe does
+_FIELDS = ("source", "confidence", "schema_version")
+_LIKE_AN_ID = re.compile(r"(?:^|_)(?:id|user|name|e?mail|participant|subject|person|respondent|code)(?:_|$)")
+
+# What a spreadsheet would run as a formula. Export puts an apostrophe before it, and before what has one
+# already, so that reading can tell its own apostrophes from those of an id.
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+
+# Unlike what float() takes: neither nan nor 1_000.
+_DECIMAL_NUMBER = re.compile(r"\s*[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\s*", re.ASCII)
+_WHOLE = re.compile(r"\s*[+-]?\d{1,19}\s*", re.ASCII)  # no more digits than int() takes
+_LIKE_A_NUMBER = re.compile(r"\s*[+-]?[\d\s.,']*\d[\d\s.,']*(?:[eE][+-]?\d+)?\s*%?\s*", re.ASCII)
+_LIKE_A_TIME = re.compile(r"\s*\d{1,4}([-/.])\d{1,2}\1\d{1,4}(?:\D|$)", re.ASCII)
+_LIKE_ABSENT = {"nan", "null", "none", "n/a", "#n/a", "#nv", "-", ".", "?", "nil", "<na>", "nat"}
+
+_LOOKED_AT = 1_000  # rows, to tell what columns hold
+_NUMERIC = frozenset([int, float])
+_MOST_DIGITS = 20  # that int() is given
+_MILLISECOND = timedelta(milliseconds=1)
+
+
+@attrs.frozen(kw_only=True)
+class _Choices:
+    """What read_table was asked for, checked."""
+
+    scale: tuple[float, float]
+    scales: Mapping[str, tuple[float, float]]
+    user_column: str | None
+    time_column: str | None
+    time_format: str | None
+    axes: tuple[str, ...] | None
+    ignore: frozenset[str]
+    ignore_text: bool
+    absent: frozenset[str]
+    encoding: str
+    raw: bool
+
+    def ignores(self, heading: str) -> bool:
+        """Whether a column is to be left out, by its heading or what becomes of that."""
+        return heading in self.ignore or axis_name(heading) in self.ignore
+
+
+# Rows and states
+
+
+class _Roles:
+    """Which column is what, and how a row becomes a state."""
+
+    def __init__(self, source: RowSource, choices: _Choices, now_ms: int) -> None:
+        self._choices, self._now_ms = choices, now_ms
+        self._typed = source.typed
+        self._decimal = source.decimal if isinstance(source, CsvRows) else "."
+        self.headings = source.headings
+        self.axes = tuple[str, ...]()
+        self._places: dict[str, int] = {}  # of user_id, updated_at_unix_ms and the other fields, by column
+        self._columns: dict[str, int] = {}  # of the axes
+        if self.headings is not None:
+            self._find_columns(self.headings, list(itertools.islice(source.rows(), _LOOKED_AT)))
+        else:
+            looked_at = [row for _, row in itertools.islice(source.rows(), _LOOKED_AT)]
+            rows: list[dict[str, Any]] = [row for row in looked_at if isinstance(row, dict)]
+            flat = [row for row in rows if not isinstance(row.get("axes"), dict)]
+            self._find_names(rows, flat)
+        self._shape: Shape = shape_of(self.axes)
+        self._scales: list[tuple[float, float]] = [self._scale_of(name) for name in self.axes]
+        self._as_is = all(scale == (0, 1) for scale in self._scales)
+        self._others = [name for name in _FIELDS if source.headings is None or name in self._places]
+        picks = tuple(self._columns.values())
+        self._pick: Callable[[Sequence[Any]], tuple[Any, ...]] = (
+            operator.itemgetter(*picks) if len(picks) > 1 else lambda cells: tuple(cells[at] for at in picks)
+        )
+
+    def _scale_of(self, name: str) -> tuple[float, float]:
+        return self._choices.scales.get(name, self._choices.scale)
+
+    # Columns
+
+    def _find_columns(self, headings: list[str], looked_at: list[tuple[int, Any]]) -> None:
+        choices, rows = self._choices, [row for _, row in looked_at if not isinstance(row, ValueError)]
+        rows = [row for row in rows if len(row) == len(headings)]
+        names = [axis_name(heading) for heading in headings]
+        kept = [at for at, heading in enumerate(headings) if not choices.ignores(heading)]
+        if kept[:1] == [0] and _is_index(headings[0], [row[0] for row in rows]):
+            del kept[0]  # the row numbers of pandas or R
+        self._check_asked([names[at] for at in kept], headings)
+        user = axis_name(choices.user_column or "user_id")
+        times = self._time_names()
+        wanted = None if choices.axes is None else set(map(axis_name, choices.axes))
+        if wanted is not None:
+            own = {user, *times, *_FIELDS}
+            kept = [at for at in kept if names[at] in own or names[at] in wanted]
+        for at in kept:
+            if not names[at]:
+                raise ValidationError(f"column {at + 1} has no name ({headings[at]!r}); ignore leaves it out")
+        found = Counter(names[at] for at in kept)
+        if twice := [f"{headings[at]!r} ({names[at]})" for at in kept if found[names[at]] > 1]:
+            raise ValidationError(f"columns of the same name: {_listed(twice)}")
+        by_name = {names[at]: at for at in kept}
+        if user not in by_name:
+            self._refuse_without_user(user, list(by_name))
+        self._places["user_id"] = by_name.pop(user)
+        for at, name in enumerate(name for name in times if name in by_name):
+            place = by_name.pop(name)
+            if at == 0:
+                self._places["updated_at_unix_ms"] = place
+        self._places |= {name: by_name.pop(name) for name in _FIELDS if name in by_name}
+        examples = {name: self._text_in(row[at] for row in rows) for name, at in by_name.items()}
+        self._refuse_text({name: text for name, text in examples.items() if text is not None}, by_name)
+        self._columns = by_name
+        self.axes = tuple(by_name)
+
+    def _find_names(self, rows: list[dict[str, Any]], flat: list[dict[str, Any]]) -> None:
+        """As _find_columns, where rows name their own columns."""
+        choices = self._choices
+        names = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+        if rows:
+            self._check_asked(names, names)
+            if len(rows) == 1 and all(isinstance(value, dict) for value in rows[0].values()):
+                raise ValidationError(
+                    "an object of columns, not of one row; pandas writes rows with to_json(orient='records')"
+                )
+            user = axis_name(choices.user_column or "user_id")
+            if user not in names and (choices.user_column or len(rows) == _LOOKED_AT):
+                self._refuse_without_user(user, names)
+        own = {axis_name(choices.user_column or "user_id"), *self._time_names(), *_FIELDS, "axes"}
+        columns = {
+            name: at
+            for at, name in enumerate(dict.fromkeys(itertools.chain.from_iterable(flat)))
+            if name not in own and not choices.ignores(name)
+        }
+        if choices.axes is not None:
+            columns = {name: at for name, at in columns.items() if name in map(axis_name, choices.axes)}
+        examples = {name: self._text_in(row.get(name) for row in flat) for name in columns}
+        self._ignored: set[str] = set()
+        texts = {name: text for name, text in examples.items() if text is not None}
+        self._refuse_text(texts, columns)
+        self._ignored.update(texts)
+
+    def _time_names(self) -> tuple[str, ...]:
+        column = self._choices.time_column
+        return _TIME_COLUMNS if column is None else (axis_name(column),)
+
+    def _check_asked(self, names: list[str], headings: list[str]) -> None:
+        """Raise ValidationError for a column that was asked for and is not there."""
+        choices = self._choices
+        asked = [
+            ("user_column", [choices.user_column] if choices.user_column else []),
+            ("time_column", [choices.time_column] if choices.time_column else []),
+            ("axes", list(choices.axes or ())),
+            ("scales", list(choices.scales)),
+            ("ignore", sorted(choices.ignore)),
+        ]
+        known = {*names, *map(axis_name, headings), *headings}
+        for option, columns in asked:
+            for column in columns:
+                if column not in known and axis_name(column) not in known and self.headings is not None:
+                    shown = nearest(axis_name(column), names) or f" among {_listed(names)}"
+                    raise ValidationError(f"{option}: there is no column {brief(column)}{shown}")
+
+    def _refuse_without_user(self, user: str, names: list[str]) -> None:
+        likely = [name for name in names if _LIKE_AN_ID.search(name)]
+        advice = (
+            f"; if it is {likely[0]}: user_column={likely[0]!r} (or --user-column {likely[0]})"
+            if likely
+            else "; user_column (or --user-column) names the column that says whose states they are"
+        )
+        raise ValidationError(f"there is no column {user} among {_listed(names)}{advice}")
+
+    def _text_in(self, values: Iterable[Any]) -> str | None:
+        """What a column holds that has no number, nor what might be meant as one; None for a good column."""
+        example: str | None = None
+        for value in values:
+            if value is None or (isinstance(value, str) and value.strip() in self._choices.absent):
+                continue
+            if isinstance(value, str):
+                text = value.strip()
+                meant = (_LIKE_A_NUMBER.fullmatch(text) and not _LIKE_A_TIME.match(text)) or (
+                    text.lower() in _LIKE_ABSENT
+                )
+            else:
+                text = str(value)
+                meant = isinstance(value, numbers.Real | RowError) and not isinstance(value, bool)
+            if meant:
+                return None
+            example = example or text[:30]
+        return example
+
+    def _refuse_text(self, texts: Mapping[str, str], columns: dict[str, int]) -> None:
+        """Leave out columns of text where that is wished, else raise ValidationError."""
+        choices = self._choices
+        if not texts:
+            return
+        named = [name for name in texts if choices.axes is not None]
+        if named or not choices.ignore_text:
+            shown = _listed([f"{name} ({text!r})" for name, text in texts.items()])
+            times = [name for name, text in texts.items() if _LIKE_A_TIME.match(text)]
+            advice = "ignore_text=True (or --ignore-text) leaves them out"
+            if times and "updated_at_unix_ms" not in self._places:
+                advice += f"; for times: time_column={times[0]!r} (or --time-column {times[0]})"
+            raise ValidationError(f"columns without numbers: {shown}; {advice}")
+        for name in texts:
+            del columns[name]
+
+    # Rows
+
+    def state(self, row: Any, tally: Tally) -> StateSnapshot:
+        """The state of a row, or a ValueError that says what is wrong with it."""
+        if isinstance(row, ValueError):
+            raise row
+        return self._of_names(row, tally) if self.headings is None else self._of_cells(row, tally)
+
+    def _of_cells(self, cells: Sequence[Any], tally: Tally) -> StateSnapshot:
+        if len(cells) != len(cast("list[str]", self.headings)):
+            columns = plural(len(cast("list[str]", self.headings)), "column")
+            raise RowError(f"{plural(len(cells), 'cell')} under {columns}", "another number of cells")
+        places = self._places
+        fields = {name: cells[at] for name, at in places.items()}
+        values = self._quick(self._pick(cells))
+        if values is not None:
+            with contextlib.suppress(ValidationError):  # what is out of the scale is told below
+                return self._snapshot(fields, make_axes(self._shape, values), tally)
+        given = {name: cells[at] for name, at in self._columns.items()}
+        return self._snapshot(fields, self._scaled(given, tally), tally)
+
+    def _quick(self, values: tuple[Any, ...]) -> tuple[float, ...] | None:
+        """The scaled values of a row that has nothing but numbers, NaN for one outside; None for others."""
+        if self._typed:
+            if not _NUMERIC.issuperset(map(type, values)):
+                return None
+        else:
+            joined = "".join(values)
+            if "_" in joined or not joined.isascii():  # which float() would take
+                return None
+            if self._decimal != ".":
+                values = tuple([value.replace(self._decimal, ".") for value in values])
+        try:
+            found = tuple(map(float, values))
+        except (ValueError, OverflowError):
+            return None
+        if self._as_is:
+            return found
+        return tuple(
+            [
+                (value - low) / (high - low) if low <= value <= high else math.nan
+                for value, (low, high) in zip(found, self._scales, strict=True)
+            ]
+        )
+
+    def _of_names(self, row: dict[str, Any], tally: Tally) -> StateSnapshot:
+        choices = self._choices
+        row = {name: value for name, value in row.items() if value is not None and not choices.ignores(name)}
+        fields: dict[str, Any] = {}
+        if (user := axis_name(choices.user_column or "user_id")) in row:
+            fields["user_id"] = row.pop(user)
+        for name in reversed([name for name in self._time_names() if name in row]):
+            fields["updated_at_unix_ms"] = row.pop(name)
+        fields |= {name: row.pop(name) for name in _FIELDS if name in row}
+        given = row
+        if isinstance(row.get("axes"), dict):  # what export writes, or flat
+            given = row.pop("axes")
+            beside = [name for name in row if name not in self._ignored]
+            if beside and choices.axes is None:
+                raise RowError(f"{beside[0][:64]!r} is neither a field nor in axes")
+        wanted = None if choices.axes is None else set(map(axis_name, choices.axes))
+        given = {
+            name: value
+            for name, value in given.items()
+            if name not in self._ignored and (wanted is None or name in wanted) and not choices.ignores(name)
+        }
+        return self._snapshot(fields, self._scaled(given, tally), tally)
+
+    def _scaled(self, given: Mapping[str, Any], tally: Tally) -> dict[str, float]:
+        """The axes of a row, one value after the other."""
+        found: dict[str, float] = {}
+        for name, value in given.items():
+            number = self._number(name, value, tally)
+            if number is not None:
+                found[name] = number
+        scales = {name: self._scale_of(name) for name in found}
+        outside = [name for name, value in found.items() if not scales[name][0] <= value <= scales[name][1]]
+        if not outside:
+            return {
+                name: (value - low) / (high - low)
+                for (name, value), (low, high) in zip(found.items(), scales.values(), strict=True)
+            }
+        if any(name not in self._choices.scales for name in outside):
+            tally.outside += 1
+            for name, value in found.items():
+                if name not in self._choices.scales and math.isfinite(value):
+                    low, high = tally.spans.get(name, (value, value))
+                    tally.spans[name] = min(low, value), max(high, value)
+        (low, high), name = scales[outside[0]], outside[0]
+        raise RowError(
+            f"{name}: {found[name]:g} is outside of the scale {low:g}:{high:g}",
+            f"{name}: outside of the scale {low:g}:{high:g}",
+        )
+
+    def _number(self, name: str, value: Any, tally: Tally) -> float | None:
+        """The number that a value is; None where it is absent."""
+        if isinstance(value, RowError):
+            raise RowError(f"{name}: {value}")
+        text = value.strip() if isinstance(value, str) else None
+        if value is None or text in self._choices.absent:
+            return None
+        if text is not None and not self._typed:
+            plain = text.replace(self._decimal, ".")
+            if _DECIMAL_NUMBER.fullmatch(plain):
+                return float(plain)
+            shown = repr(plain[:40])
+        elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except OverflowError:
+                return math.inf if cast("Any", value) > 0 else -math.inf
+        else:
+            shown = brief(value)
+        if text is not None and text.lower() in _LIKE_ABSENT:
+            tally.absent.add(text)
+        raise RowError(f"{name}: not a number: {shown}", f"{name}: not a number")
+
+    def _snapshot(self, fields: dict[str, Any], axes: Any, tally: Tally) -> StateSnapshot:
+        user_id = fields.get("user_id")
+        if user_id is None:
+            raise RowError("user_id is missing")
+        if user_id.__class__ is not str:
+            user_id = self._user_id(user_id)
+        elif user_id[:1] == "'" and not self._typed and not self._choices.raw and _FORMULA.match(user_id):
+            user_id = user_id[1:]
+        given, time_ms = fields.get("updated_at_unix_ms"), self._now_ms
+        if given is not None and (found := self._time(given)) is not None:
+            time_ms = found
+        others: dict[str, Any] = {}
+        for name in self._others:
+            value = fields.get(name)
+            if value is not None and (value := self._field(name, value, tally)) is not None:
+                others[name] = value
+        made = StateSnapshot(user_id, axes, time_ms, **others)
+        tally.newest = max(tally.newest, made.updated_at_unix_ms)
+        if (shape := made.axes._shape) not in tally.shapes:
+            tally.shapes.add(shape)
+            tally.axes |= dict.fromkeys(shape.names)
+        return made
+
+    def _user_id(self, value: Any) -> Any:
+        """An id that is no text: a number in a column is one."""
+        if self.headings is not None and isinstance(value, numbers.Real) and not isinstance(value, bool):
+            if (whole := cast("Any", value)) == int(whole):
+                return str(int(whole))
+            raise RowError(f"user_id: text or a whole number is needed, got {brief(value)}")
+        return value
+
+    def _time(self, value: Any) -> Any:
+        """A time in milliseconds since 1970, where it is one; None where it is absent."""
+        form = self._choices.time_format
+        if isinstance(value, str):
+            if (
+                value.isdecimal()
+                and value.isascii()
+                and len(value) < _MOST_DIGITS
+                and not (form or self._typed)
+            ):
+                return int(value)  # by far the most
+            text = value.strip()
+            if text in self._choices.absent:
+                return None
+            plain = text.replace(self._decimal, ".")
+            try:
+                if form is not None and form not in ("ms", "s"):
+                    value = datetime.strptime(text, form)  # noqa: DTZ007 - as below
+                elif self._typed or not _DECIMAL_NUMBER.fullmatch(plain):
+                    value = datetime.fromisoformat(text)
+                else:
+                    value = int(text) if _WHOLE.fullmatch(text) else float(plain)
+            except ValueError:
+                needed = form or "milliseconds since 1970, or ISO 8601 as in 2026-01-17T12:00Z"
+                raise RowError(
+                    f"updated_at_unix_ms: not a time: {text[:40]!r} ({needed})",
+                    f"updated_at_unix_ms: not a time ({needed})",
+                ) from None
+        if isinstance(value, date):
+            if not isinstance(value, datetime):
+                value = datetime(value.year, value.month, value.day, tzinfo=UTC)
+            aware = value if value.tzinfo is not None else value.replace(tzinfo=UTC)
+            return (aware - UNIX_EPOCH) // _MILLISECOND
+        if form == "s" and isinstance(value, int | float) and math.isfinite(value):
+            return round(value * 1_000)
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    def _field(self, name: str, value: Any, tally: Tally) -> Any:
+        """The value of a field beside user, time and axes; None where it is absent."""
+        if isinstance(value, str):
+            if name == "source":
+                return None if (text := value.strip()) in self._choices.absent else text
+            if not self._typed and _WHOLE.fullmatch(value):
+                return int(value)
+        if name != "source" and not self._typed:
+            value = self._number(name, value, tally)
+        if name == "schema_version" and isinstance(value, float) and value.is_integer():
+            return int(value)  # as pandas writes it
+        if isinstance(value, RowError):
+            raise value
+        return value
+
+
+def _listed(names: Sequence[str], most: int = 10) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f", and {len(names) - most:,} more" if len(names) > most else "")
+
+
+def _is_index(heading: str, values: list[Any]) -> bool:
+    """Whether a column is that of the row numbers, which pandas and R write before the others."""
+    if heading.strip() and not re.fullmatch(r"Unnamed: \d+", heading):
+        return False
+    texts = [str(value) for value in values]
+    return bool(texts) and texts in (
+        [str(at) for at in range(len(texts))],
+        [str(at + 1) for at in range(len(texts))],
+    )
+
+
+class StateTable:
+    """The states in a table, read row by row each time it is iterated; bad rows are left out and counted.
+
+    ``axes`` are the names of its axes, ``report`` tells what the last reading found so far.
+    ``has_heading`` is False for JSON, whose rows name their own axes.
+    """
+
+    def __init__(self, source: RowSource, choices: _Choices) -> None:
+        self.has_heading = source.headings is not None
+        self._source = source
+        self._roles = _Roles(source, choices, time.time_ns() // 1_000_000)
+        self._tally = Tally()
+        self._checked = False
+
+    def __iter__(self) -> Iterator[StateSnapshot]:
+        tally = self._tally = Tally()
+        make = self._roles.state
+        for number, row in self._source.rows():
+            try:
+                snapshot = make(row, tally)
+            except ValueError as error:  # ValidationError is one
+                tally.add_bad(number, error)
+            else:
+                tally.good += 1
+                yield snapshot
+
+    def __repr__(self) -> str:
+        tally = self._tally
+        return f"<StateTable of {len(self.axes):,} axes, {tally.good:,} rows read, {tally.bad:,} bad>"
+
+    def check(self, *, progress: Progress | None = None) -> TableReport:
+        """Read all rows, and say what was found.
+
+        ``progress(done, None)`` is called now and then with the number of rows read. Raises ValidationError
+        where the file cannot be read to its end, OSError.
+        """
+        heard = check_progress(progress)
+        for _ in self:
+            if self._tally.good % 512 == 0:
+                heard(self._tally.good + self._tally.bad, None)
+        self._checked = True
+        return self.report
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The names of the axes: of the columns, in their order; JSON, which has none, is read for them."""
+        if self.has_heading:
+            return self._roles.axes
+        if not self._checked:
+            before, _ = self._tally, self.check()
+            found, self._tally = tuple(self._tally.axes), before
+            self._found = found
+        return self._found
+
+    @property
+    def report(self) -> TableReport:
+        """What the last reading found, or the one that goes on has found so far."""
+        return self._tally.report(self._source.unit)
+
+
+def read_table(
+    source: Any,
+    *,
+    format: TableFormat | None = None,  # noqa: A002 - as pandas and others name it
+    user_column: str | None = None,
+    time_column: str | None = None,
+    time_format: str | None = None,
+    axes: Iterable[str] | None = None,
+    ignore: Iterable[str] = (),
+    ignore_text: bool = False,
+    scale: tuple[float, float] = (0.0, 1.0),
+    scales: Mapping[str, tuple[float, float]] | None = None,
+    absent: Iterable[str] = ("", "NA"),
+    encoding: str = "utf-8-sig",
+    raw: bool = False,
+) -> StateTable:
+    r"""The states in a CSV, JSON or Parquet file, or in a data frame: to be iterated, as by upsert_many.
+
+    ``source`` is a path, a stream of bytes, or a data frame of pandas or of what has Arrow's stream
+    interface (Parquet and the latter need pyarrow). ``format`` is "csv", "jsonl" (an object a line), "json"
+    (an array of objects) or "parquet"; None: by the name or the content; gzip is unpacked; text is in
+    ``encoding``. CSV is separated by commas, tabs, or semicolons, with which commas are decimal marks.
+
+    The column ``user_column`` (user_id) says whose states they are; ``time_column`` (updated_at_unix_ms or
+    updated_at) when, in milliseconds since 1970 or in ISO 8601, UTC unless it says otherwise;
+    ``time_format`` is "s" for seconds, or a form as of strptime; a row without a time gets that of this
+    call. source, confidence and schema_version are themselves; all others, or those of ``axes`` alone, are
+    axes, their names brought to snake_case, but for those of ``ignore``. Columns without any number are an
+    error, unless ``ignore_text``. The ends of ``scale``, or of ``scales`` for one axis, become 0 and 1. What
+    is in ``absent`` counts as nothing. ``raw`` leaves apostrophes before ids such as =1+1 where they are.
+
+    Raises ValidationError for a heading or an option that does not fit, OSError for a file that cannot be
+    read, MissingDependencyError. A row that is no state is left out and counted: see StateTable.report.
+
+    >>> table = read_table(io.BytesIO(b"user_id,calm\nada,24\nbob,x\n"), scale=(0, 31))
+    >>> [snapshot.user_id for snapshot in table], table.report.bad
+    (['ada'], 1)
+    """
+    choices = _Choices(
+        scale=_check_scale("scale", scale),
+        scales={axis_name(name): _check_scale("scales", each) for name, each in _mapping(scales)},
+        user_column=_check_text("user_column", user_column),
+        time_column=_check_text("time_column", time_column),
+        time_format=_check_text("time_format", time_format),
+        axes=None if axes is None else _texts("axes", axes),
+        ignore=frozenset(_texts("ignore", ignore)),
+        ignore_text=check_flag("ignore_text", ignore_text),
+        absent=frozenset(_texts("absent", absent)),
+        encoding=_check_encoding(encoding),
+        raw=check_flag("raw", raw),
+    )
+    if format is not None and format not in get_args(TableFormat):
+        raise ValidationError(
+            f"format: one of {', '.join(get_args(TableFormat))} is needed, got {brief(format)}"
+        )
+    if isinstance(source, str | os.PathLike) or (hasattr(source, "read") and hasattr(source, "seekable")):
+        return StateTable(rows_of_file(source, format, choices.encoding, choices.user_column), choices)
+    if type(source).__module__.partition(".")[0] == "pandas" and hasattr(source, "iloc"):
+        return StateTable(rows_of_pandas(source), choices)
+    if hasattr(source, "__arrow_c_stream__") and not isinstance(source, type):
+        return StateTable(rows_of_arrow(source), choices)
+    raise ValidationError(
+        f"source: a path, a stream of bytes or a data frame is needed, got {type_name(source)}"
+    )
+
+
+def _check_text(field: str, value: object) -> str | None:
+    if value is None or (isinstance(value, str) and value):
+        return value
+    raise ValidationError(f"{field}: a text is needed, got {brief(value)}")
+
+
+def _texts(field: str, values: object) -> tuple[str, ...]:
+    """Some texts; a text alone is a mistake that would be taken for its letters."""
+    found = tuple(cast("Any", values)) if isinstance(values, Iterable) and not isinstance(values, str) else ()
+    if not isinstance(values, Iterable) or isinstance(values, str) or not set(map(type, found)) <= {str}:
+        raise ValidationError(f"{field}: a list of texts is needed, got {type_name(cast('Any', values))}")
+    return found
+
+
+def _mapping(scales: object) -> Any:
+    if scales is None:
+        return ()
+    if not isinstance(scales, Mapping):
+        raise ValidationError(f"scales: a mapping from axis to scale is needed, got {brief(scales)}")
+    return cast("Any", scales).items()
+
+
+def _check_scale(field: str, value: object) -> tuple[float, float]:
+    ends: list[Any] = list(cast("Any", value)) if isinstance(value, tuple | list) else []
+    if len(ends) == 2:  # noqa: PLR2004 - from low to high
+        low, high = (check_number(field, end) for end in ends)
+        if 0 < high - low < math.inf:
+            return low, high
+    raise ValidationError(
+        f"{field}: two numbers, the lower first, are needed, as in (0, 31); got {brief(cast('Any', value))}"
+    )
+
+
+def _check_encoding(value: object) -> str:
+    with contextlib.suppress(LookupError, TypeError, ValueError):
+        io.TextIOWrapper(io.BytesIO(), encoding=cast("str", value))
+        return codecs.lookup(cast("str", value)).name
+    raise ValidationError(f"encoding: the name of one is needed, as utf-8, got {brief(value)}")
+
+
+# What a store holds, as a table
+
+
+def states_dataframe(states: Iterable[StateSnapshot], axes: Sequence[str]) -> Any:
+    """A data frame of pandas, one row a state, sorted by user and time."""
+    try:
+        pd: Any = import_module("pandas")
+    except ImportError as error:
+        raise MissingDependencyError(
+            'to_dataframe needs pandas: pip install "attuned-store[dataframe]"'
+        ) from error
+    chosen = sorted(states, key=lambda state: (state.user_id, time_of(state)))
+    times = pd.Series([state.updated_at_unix_ms for state in chosen], dtype="int64")
+    columns: dict[str, Any] = {
+        "user_id": [state.user_id for state in chosen],
+        "updated_at": times.astype("datetime64[ms]").dt.tz_localize("UTC"),
+        "source": [state.source.value for state in chosen],
+        "confidence": pd.Series([state.confidence for state in chosen], dtype="float64"),
+        "schema_version": pd.Series([state.schema_version for state in chosen], dtype="int64"),
+    }
+    columns |= {
+        name: pd.Series([state.axes.get(name, math.nan) for state in chosen], dtype="float64")
+        for name in axes
+    }
+    return pd.DataFrame(columns)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # attuned.openapi
 # What the service answers, in one table: its routes, its OpenAPI document and its page are made of it.
 # ------------------------------------------------------------------------------------------------------------
@@ -10031,6 +11414,12 @@ class StoreBase:
             place = blocking_twin(place)
         return run(Operations(operations.backend, place, BLOCKING, collection=operations.collection).health())
 
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} holds what is open in this process and cannot be pickled or copied; "
+            "pass on its location, and open a store there"
+        )
+
     def __repr__(self) -> str:
         state = "closed" if self.is_closed else "open"
         place = "" if self.engine == "memory" else f"{self.location!r} "
@@ -10069,12 +11458,13 @@ class StateStore(StoreBase):
         return run(self._operations.upsert_many(snapshots, progress))
 
     def patch(
-        self, user_id: str, axes: Mapping[str, float], **fields: Unpack[SnapshotFields]
+        self, user_id: str, axes: Mapping[str, float | None], **fields: Unpack[SnapshotFields]
     ) -> StateSnapshot:
         """Merge axes into a user's latest snapshot, creating it where absent; returns the new snapshot.
 
-        Fields are kept unless given; the time is now, and at least 1 ms after the one before. Raises
-        ValidationError, ConflictError when other writers never let it through, BackendError.
+        An axis given as None is removed. Fields are kept unless given; the time is now, and at least 1 ms
+        after the one before. Raises ValidationError, ConflictError when other writers never let it through,
+        BackendError.
         """
         return run(self._operations.patch(user_id, axes, fields))
 
@@ -10093,10 +11483,14 @@ class StateStore(StoreBase):
         """
         return run(self._operations.update(user_id, fn, attempts))
 
-    def get_latest(self, user_id: str) -> StateSnapshot | None:
-        """The latest snapshot of a user; None where there is none. Raises ValidationError, BackendError."""
+    @overload
+    def get_latest(self, user_id: str) -> StateSnapshot | None: ...
+    @overload
+    def get_latest(self, user_id: str, default: T) -> StateSnapshot | T: ...
+    def get_latest(self, user_id: str, default: Any = None) -> Any:
+        """The latest snapshot of a user, or the default. Raises ValidationError, BackendError."""
         operations = self._operations
-        return operations.backend.cached(user_id) or run(operations.get_latest(user_id))
+        return operations.backend.cached(user_id) or run(operations.get_latest(user_id)) or default
 
     def get_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
         """The latest snapshots of those of these users who have one, by user id.
@@ -10174,9 +11568,35 @@ class StateStore(StoreBase):
 
         A user who is written or deleted meanwhile may be among them or not. Raises BackendError.
         """
-        users = UserIterator(self._operations.users())
-        run(users.fill())  # a store that is closed says so at once
-        return users
+        return _begun(PagedIterator(self._operations.users(), str))
+
+    def items(self) -> Iterator[tuple[str, StateSnapshot]]:
+        """All user ids with their latest snapshots, as ``users`` reads them. Raises BackendError."""
+        return _begun(PagedIterator(self._operations.latest(), lambda latest: (latest.user_id, latest)))
+
+    def to_dataframe(
+        self,
+        user_ids: Iterable[str] | None = None,
+        *,
+        since: int | datetime | None = None,
+        until: int | datetime | None = None,
+    ) -> Any:
+        """A data frame of pandas with one row a state, of all users or of some, sorted by user and time.
+
+        The states are the latest ones and what ``get_history`` returns, between ``since`` and ``until``. The
+        columns are user_id, updated_at (UTC), source, confidence, schema_version, then the axes of the store,
+        NaN where a state lacks one. Raises MissingDependencyError, ValidationError, BackendError.
+        """
+        return states_dataframe(run(self._operations.states_of(user_ids, since, until)), self.axes)
+
+    def alter_axes(self, *, add: Iterable[str]) -> tuple[str, ...]:
+        """Add axes to a store in memory, or in a directory and so to all stores on that.
+
+        Returns all axes, those of ``add`` last. Where vectors have no room left, all are written anew, and
+        others wait meanwhile; it is done whole or not at all. Raises ValidationError for a bad name or one
+        that is there, StoreError for a server, whose axes others hold too: copy it to a new store.
+        """
+        return run(self._operations.alter_axes(add))
 
     def count(self, *, history: bool = False) -> int:
         """How many users there are; with ``history`` how many snapshots get_history can return for all."""
@@ -10265,6 +11685,22 @@ class StateStore(StoreBase):
     def __getitem__(self, user_id: str) -> StateSnapshot:
         return self.get_latest(user_id) or run(self._operations.latest_or_raise(user_id))
 
+    @overload
+    def get(self, user_id: str) -> StateSnapshot | None: ...
+    @overload
+    def get(self, user_id: str, default: T) -> StateSnapshot | T: ...
+    def get(self, user_id: str, default: Any = None) -> Any:
+        """As ``get_latest``, under the name that a mapping has for it."""
+        return self.get_latest(user_id, default)
+
+    def keys(self) -> Iterator[str]:
+        """As ``users``, under the name that a mapping has for it."""
+        return self.users()
+
+    def values(self) -> Iterator[StateSnapshot]:
+        """All users' latest snapshots, as ``users`` reads them. Raises BackendError."""
+        return _begun(PagedIterator(self._operations.latest(), lambda latest: latest))
+
     def __contains__(self, user_id: object) -> bool:
         self._operations.check_open()
         try:
@@ -10294,6 +11730,11 @@ class StateStore(StoreBase):
         return store_html(self, None if self.is_closed else self.health())
 
 
+def _begun(items: PagedIterator[Any, T]) -> PagedIterator[Any, T]:
+    run(items.fill())  # a store that is closed says so at once
+    return items
+
+
 class AsyncStateStore(StoreBase):
     """The contract of every asynchronous store: that of StateStore, to be awaited.
 
@@ -10311,7 +11752,7 @@ class AsyncStateStore(StoreBase):
         return await self._operations.upsert_many(snapshots, progress)
 
     async def patch(
-        self, user_id: str, axes: Mapping[str, float], **fields: Unpack[SnapshotFields]
+        self, user_id: str, axes: Mapping[str, float | None], **fields: Unpack[SnapshotFields]
     ) -> StateSnapshot:
         """See StateStore.patch."""
         return await self._operations.patch(user_id, axes, fields)
@@ -10326,10 +11767,14 @@ class AsyncStateStore(StoreBase):
         """See StateStore.update; ``fn`` may be an ``async def``."""
         return await self._operations.update(user_id, fn, attempts)
 
-    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+    @overload
+    async def get_latest(self, user_id: str) -> StateSnapshot | None: ...
+    @overload
+    async def get_latest(self, user_id: str, default: T) -> StateSnapshot | T: ...
+    async def get_latest(self, user_id: str, default: Any = None) -> Any:
         """See StateStore.get_latest."""
         operations = self._operations
-        return operations.backend.cached(user_id) or await operations.get_latest(user_id)
+        return operations.backend.cached(user_id) or await operations.get_latest(user_id) or default
 
     async def get_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
         """See StateStore.get_many."""
@@ -10381,7 +11826,28 @@ class AsyncStateStore(StoreBase):
     def users(self) -> AsyncIterator[str]:
         """See StateStore.users."""
         self._operations.check_open()
-        return UserIterator(self._operations.users())
+        return PagedIterator(self._operations.users(), str)
+
+    def items(self) -> AsyncIterator[tuple[str, StateSnapshot]]:
+        """See StateStore.items."""
+        self._operations.check_open()
+        return PagedIterator(self._operations.latest(), lambda latest: (latest.user_id, latest))
+
+    async def to_dataframe(
+        self,
+        user_ids: Iterable[str] | None = None,
+        *,
+        since: int | datetime | None = None,
+        until: int | datetime | None = None,
+    ) -> Any:
+        """See StateStore.to_dataframe; the frame is made in a worker thread."""
+        operations = self._operations
+        states = await operations.states_of(user_ids, since, until)
+        return await operations.waits.call(lambda: states_dataframe(states, self.axes))
+
+    async def alter_axes(self, *, add: Iterable[str]) -> tuple[str, ...]:
+        """See StateStore.alter_axes."""
+        return await self._operations.alter_axes(add)
 
     async def count(self, *, history: bool = False) -> int:
         """See StateStore.count."""
@@ -10485,12 +11951,16 @@ class MemoryStore(_InMemory, StateStore):
             check_expected(expected)
         self._backend.upsert_latest(snapshot, expected)
 
-    def get_latest(self, user_id: str) -> StateSnapshot | None:
+    @overload
+    def get_latest(self, user_id: str) -> StateSnapshot | None: ...
+    @overload
+    def get_latest(self, user_id: str, default: T) -> StateSnapshot | T: ...
+    def get_latest(self, user_id: str, default: Any = None) -> Any:
         """See StateStore.get_latest."""
         try:
             return self._backend.timelines[user_id][-1]
         except (KeyError, TypeError, IndexError):
-            return self._backend.get_latest(user_id)
+            return self._backend.get_latest(user_id) or default
 
 
 class AsyncMemoryStore(_InMemory, AsyncStateStore):
@@ -10511,9 +11981,13 @@ class AsyncMemoryStore(_InMemory, AsyncStateStore):
             check_expected(expected)
         self._backend.upsert_latest(snapshot, expected)
 
-    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+    @overload
+    async def get_latest(self, user_id: str) -> StateSnapshot | None: ...
+    @overload
+    async def get_latest(self, user_id: str, default: T) -> StateSnapshot | T: ...
+    async def get_latest(self, user_id: str, default: Any = None) -> Any:
         """See StateStore.get_latest."""
-        return self._backend.get_latest(user_id)
+        return self._backend.get_latest(user_id) or default
 
 
 def _in_memory(config: MemoryStoreConfig, waits: Waits) -> tuple[MemoryBackend, Operations]:
@@ -10736,14 +12210,15 @@ def restore(
     *,
     mode: RestoreMode = "replace",
     progress: Progress | None = None,
+    options: QdrantOptions | None = None,
 ) -> SnapshotReport:
     """Bring back what a snapshot file holds into a store, which is made where there is none.
 
-    ``target`` is a store, or a path or url as open_store takes it; a new store gets the axes of the file,
-    which is verified before. ``mode`` and ``progress`` are as in restore_snapshot. Raises SnapshotError,
-    ValidationError.
+    ``target`` is a store, or a path or url, opened with the ``options`` of open_store; a new store gets
+    the axes of the file, which is verified before. ``mode`` and ``progress`` are as in
+    restore_snapshot. Raises SnapshotError, ValidationError.
     """
-    return run(_restore(SYNCHRONOUS, path, target, mode, progress))
+    return run(_restore(SYNCHRONOUS, path, target, options, mode=mode, progress=progress))
 
 
 async def arestore(
@@ -10752,29 +12227,31 @@ async def arestore(
     *,
     mode: RestoreMode = "replace",
     progress: Progress | None = None,
+    options: QdrantOptions | None = None,
 ) -> SnapshotReport:
     """As restore, into an asynchronous store."""
-    return await _restore(ASYNCHRONOUS, path, target, mode, progress)
+    return await _restore(ASYNCHRONOUS, path, target, options, mode=mode, progress=progress)
 
 
 async def _restore(
     form: Form[Kind],
     path: str | os.PathLike[str],
     target: Kind | str | os.PathLike[str],
+    given: Mapping[str, Any] | None,
+    *,
     mode: RestoreMode,
     progress: Progress | None,
 ) -> SnapshotReport:
-    waits = form.make_waits()
+    waits, options = form.make_waits(), dict(given or {})
     heard = check_progress(progress)
     ends = _Ends(form, waits)
-    ends.check("target", target, writes=True)
-    options: dict[str, Any] = {}
+    ends.check("target", target, options, writes=True)
     if isinstance(target, str | os.PathLike) and not await waits.call(lambda: store_exists(target)):
         saved = SnapshotFile(path)
         saved.check_mode(mode, native=target_options(target)[1].get("url") is not None)
         await waits.call(lambda: saved.verify(progress=heard))
         if saved.contents is not None:
-            options["axes"] = MemoryStoreConfig.from_env().axes or saved.contents.axes
+            options.setdefault("axes", MemoryStoreConfig.from_env().axes or saved.contents.axes)
             unknown = sorted(set(saved.contents.axes).difference(options["axes"]))
             if unknown:
                 raise SnapshotError(
@@ -10796,8 +12273,14 @@ class _Ends(Generic[Kind]):
         self._form, self._waits = form, waits
         self._opened: list[Operations] = []
 
-    def check(self, name: str, end: object, *, writes: bool = False) -> None:
+    def check(
+        self, name: str, end: object, options: Mapping[str, Any] | None = None, *, writes: bool = False
+    ) -> None:
         """Raise ValidationError for what is neither a store of this form nor the place of one."""
+        if options and isinstance(end, self._form.kind):
+            raise ValidationError(
+                f"{min(options)}: the {name} is open already; options are for a path or url"
+            )
         if not isinstance(end, self._form.kind | str | os.PathLike):
             raise ValidationError(
                 f"{name}: {self._form.words}, a path or a url is needed, got {type_name(end)}"
@@ -10860,16 +12343,24 @@ def copy(
     target: StateStore | str | os.PathLike[str],
     *,
     replace: bool = False,
+    rename: Mapping[str, str] | None = None,
+    drop: Iterable[str] = (),
     progress: Progress | None = None,
+    options: QdrantOptions | None = None,
 ) -> SnapshotReport:
     """Copy all that a store holds, latest states and history, to another one, of whatever engine.
 
-    Both are stores or what open_store takes; a new target gets the axes of the source. The target must be
+    Both are stores or what open_store takes, for the target with ``options``; a new target gets the axes of
+    the source, those in ``rename`` under their new names, without those in ``drop``. The target must be
     empty, unless ``replace``; what it holds then is replaced as by restore_snapshot. At the end it is read
     and compared with what was read from the source. ``progress(done, None)`` is called with the number of
     states copied. Raises SchemaMismatchError, ValidationError, SnapshotError where the copy is not the same.
     """
-    return run(_copy_states(SYNCHRONOUS, source, target, replace=replace, progress=progress))
+    return run(
+        _copy_states(
+            SYNCHRONOUS, source, target, options, rename=rename, drop=drop, replace=replace, progress=progress
+        )
+    )
 
 
 async def acopy(
@@ -10877,17 +12368,52 @@ async def acopy(
     target: AsyncStateStore | str | os.PathLike[str],
     *,
     replace: bool = False,
+    rename: Mapping[str, str] | None = None,
+    drop: Iterable[str] = (),
     progress: Progress | None = None,
+    options: QdrantOptions | None = None,
 ) -> SnapshotReport:
     """As copy, between asynchronous stores; other tasks run between batches."""
-    return await _copy_states(ASYNCHRONOUS, source, target, replace=replace, progress=progress)
+    return await _copy_states(
+        ASYNCHRONOUS, source, target, options, rename=rename, drop=drop, replace=replace, progress=progress
+    )
+
+
+def _kept_axes(axes: Sequence[str], rename: Any, drop: Any) -> dict[str, str]:
+    """The axes of a copy and what they are in the source, in the order of that."""
+    renamed: Any = {} if rename is None else rename
+    if not isinstance(renamed, Mapping):
+        raise ValidationError(f"rename: a mapping from old to new names is needed, got {type_name(rename)}")
+    if isinstance(drop, str) or not isinstance(drop, Iterable):
+        raise ValidationError(f"drop: a list of axes is needed, got {type_name(drop)}")
+    new_names = dict[Any, Any](cast("Any", renamed))
+    dropped: list[Any] = list(cast("Any", drop))
+    for option, named in (("rename", list(new_names)), ("drop", dropped)):
+        for name in named:
+            if name not in axes:
+                near = nearest(name, axes) if isinstance(name, str) else ""
+                raise ValidationError(f"{option}: the source has no axis {brief(name)}{near}")
+    kept = [name for name in axes if name not in dropped]
+    targets = shape_of(tuple(new_names.get(name, name) for name in kept)).names  # each once
+    if not targets:
+        raise ValidationError("drop: one axis at least must stay")
+    return dict(zip(targets, kept, strict=True))
+
+
+def _with_axes(state: StateSnapshot, kept: Mapping[str, str]) -> StateSnapshot:
+    axes = {new: state.axes[old] for new, old in kept.items() if old in state.axes}
+    fields = state.updated_at_unix_ms, state.source.value, state.confidence, state.schema_version
+    return stored_snapshot(state.user_id, axes, *fields)
 
 
 async def _copy_states(
     form: Form[Kind],
     source: Kind | str | os.PathLike[str],
     target: Kind | str | os.PathLike[str],
+    options: Mapping[str, Any] | None,
     *,
+    rename: object,
+    drop: object,
     replace: bool,
     progress: Progress | None,
 ) -> SnapshotReport:
@@ -10897,12 +12423,13 @@ async def _copy_states(
     heard = check_progress(progress)
     ends = _Ends(form, waits)
     ends.check("source", source)
-    ends.check("target", target, writes=True)
+    ends.check("target", target, options, writes=True)
     if isinstance(source, str | os.PathLike) and not await waits.call(lambda: store_exists(source)):
         raise StoreError(f"there is no store at {source}")
     try:
         origin = await ends.open(source)
-        end = await ends.open(target, axes=origin.axes())
+        kept = _kept_axes(origin.axes(), rename, drop)
+        end = await ends.open(target, **{"axes": tuple(kept), **(options or {})})
         users = await end.count(history=False)
         if users and not replace:
             raise ValidationError(
@@ -10913,9 +12440,10 @@ async def _copy_states(
         async def fill(staged: Operations) -> None:
             pages = origin.states()
             while (page := await pages.next()) is not None:
-                read.add(page.states)
                 unsettled.extend(page.unsettled)
-                await staged.upsert_many(page.states, None)
+                states = [_with_axes(state, kept) for state in page.states] if rename or drop else page.states
+                read.add(states)
+                await staged.upsert_many(states, None)
                 heard(read.count, None)
             if not end.backend.native_snapshots:  # a server is changed in place: nothing is beside it
                 read.check(await _digest(staged))

@@ -32,7 +32,7 @@ MADE = "attuned_store"
 LIGHT = ("from __future__ import annotations", "from typing import TYPE_CHECKING")
 HELD = ("__version__", "__all__")  # by the package, beside its docstring
 # From the bottom; modules in no folder are above them.
-LAYERS = ("base", "snapshots", "connections", "engines", "states", "documents")
+LAYERS = ("base", "snapshots", "connections", "engines", "states", "documents", "tables")
 LEFT_OUT = ("cli", "__main__.py")
 REQUIRED = ("attrs", "cachetools")  # what `import attuned_store` may load beside the standard library
 WIDTH = 110

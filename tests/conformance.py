@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -31,6 +32,8 @@ from collections.abc import (
 )
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from copy import copy as clone
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
@@ -45,6 +48,7 @@ from attuned_store import (
     AsyncMemoryStore,
     AsyncQdrantStore,
     AsyncStateStore,
+    BackendError,
     ConflictError,
     Match,
     MemoryStore,
@@ -64,6 +68,7 @@ from attuned_store import (
     acopy,
     copy,
     list_snapshots,
+    read_table,
     verify_snapshot,
 )
 from attuned_store import open_store as open_path
@@ -214,7 +219,7 @@ class Awaited:
             for item in attribute():
                 yield item
 
-        return iterate if name == "users" else call
+        return iterate if name in ("users", "items") else call
 
 
 # ------------------------------------------------------------------------------
@@ -317,6 +322,10 @@ async def turns_during(call: Callable[[], Awaitable[T]]) -> tuple[int, T]:
 
 async def users_of(store: AsyncStateStore) -> list[str]:
     return sorted([user_id async for user_id in store.users()])
+
+
+async def items_of(store: AsyncStateStore) -> list[tuple[str, StateSnapshot]]:
+    return sorted([item async for item in store.items()])
 
 
 async def content(store: AsyncStateStore) -> Content:
@@ -690,6 +699,78 @@ class StoreTests:
             await store.prune()
 
     # Many at once
+
+    async def test_a_default_stands_for_an_unknown_user(self, store: AsyncStateStore) -> None:
+        """get_latest gives its default where there is nothing of a user, and else what there is."""
+        await store.upsert_latest(state())
+
+        assert await store.get_latest("nobody", 5) == 5
+        assert await store.get_latest("ann", 5) == state()
+        assert await store.get_latest("nobody") is None
+
+    async def test_all_latest_states_are_read_by_pages(self, store: AsyncStateStore) -> None:
+        """items() gives each user once, with the latest state."""
+        states = random_states(150, 5)
+        await store.upsert_many([*states, *(each.patched({}) for each in states[:5])])
+
+        found = [item async for item in store.items()]
+
+        assert len(found) == len(dict(found)) == await store.count()
+        assert dict(found) == await store.get_many(user_id for user_id, _ in found)
+
+    @needs("pandas")
+    async def test_a_store_becomes_a_data_frame(self, open_store: Open) -> None:
+        """to_dataframe has a row for each state of the history, or the latest, sorted by user and time."""
+        store = await open_store()
+        await store.upsert_many(PEOPLE)
+
+        found = await store.to_dataframe()
+        some = await store.to_dataframe(["bob", "nobody", "ann"], since=NOW, until=NOW + 5)
+
+        expected = sorted(PEOPLE, key=lambda each: (each.user_id, each.updated_at_unix_ms))
+        assert list(read_table(found)) == expected
+        assert [each.user_id for each in read_table(some)] == ["ann", "bob"]
+        bare = await open_store("bare", enable_history=False)
+        await bare.upsert_many(PEOPLE)
+        for user_ids in (None, ["ann", "bob", "cyd", "dee", "eve"]):
+            assert list(read_table(await bare.to_dataframe(user_ids))) == LATEST_PEOPLE
+
+    # Axes that are added
+
+    @pytest.mark.parametrize("vector_size", [None, 5])
+    async def test_axes_are_added(
+        self, open_store: Open, case: Case, clock: Clock, vector_size: int | None
+    ) -> None:
+        """A store alone with its data gets more axes, with and without room for them; others refuse."""
+        store = await open_store(axes=("warmth", "formality"), vector_size=vector_size)
+        await store.upsert_many([state(f"user{at:02}", at, LIGHT) for at in range(80)])
+        await store.upsert_many([state("ann", at, {"warmth": 0.9}) for at in range(3)])
+        before = await content(store)
+        if case.backend not in EMBEDDED:
+            with pytest.raises(StoreError, match="copy"):
+                await store.alter_axes(add=["calm"])
+            assert store.axes == ("warmth", "formality")
+            return
+
+        assert await store.alter_axes(add=["calm", "hunger"]) == ("warmth", "formality", "calm", "hunger")
+
+        assert store.axes == ("warmth", "formality", "calm", "hunger")
+        assert await content(store) == before
+        clock.now = NOW + 50
+        new = await store.patch("bob", {"hunger": 1.0})
+        found = await store.search_similar({"hunger": 0.9}, limit=2, score_threshold=0.5)
+        assert [match.snapshot for match in found] == [new]
+        assert (await store.search_similar({"warmth": 1.0}, limit=1))[0].snapshot.user_id == "ann"
+        assert await store.alter_axes(add=[]) == store.axes
+
+    @pytest.mark.parametrize("add", [["warmth"], ["calm", "calm"], ["Calm"], [5], "calm", None, 5])
+    async def test_bad_axes_are_not_added(self, open_store: Open, case: Case, add: Any) -> None:
+        """Names that are there, are none, or come twice are refused, and change nothing."""
+        store = await open_store(axes=("warmth", "formality"))
+        with pytest.raises(ValidationError if case.backend in EMBEDDED else StoreError):
+            await store.alter_axes(add=add)
+        assert await store.count() == 0  # a server is first asked now
+        assert store.axes == ("warmth", "formality")
 
     async def test_many_users_are_read_at_once(self, store: AsyncStateStore) -> None:
         """get_many answers for those who are there, takes any iterable and ignores repetition."""
@@ -1226,6 +1307,20 @@ class StoreTests:
         assert new == state(at=7, axes={"warmth": 0.2}, source="mixed", confidence=0.25)
         assert await store.get_latest("ann") == new
 
+    async def test_a_patch_removes_axes(self, store: AsyncStateStore, clock: Clock) -> None:
+        """An axis that is patched with None is gone, also where there was none; an unknown one is refused."""
+        await store.upsert_latest(state(axes={"warmth": 0.2, "formality": 0.3}))
+        clock.now = NOW + 50
+
+        new = await store.patch("ann", {"warmth": None, "anxiety_level": None, "formality": 0.5})
+
+        assert new == state(at=50, axes={"formality": 0.5})
+        assert await store.get_latest("ann") == new
+        async with unchanged(store):
+            for name, message in (("unheard_of", "unheard_of"), ("warmht", "did you mean 'warmth'")):
+                with pytest.raises(ValidationError, match=message):
+                    await store.patch("ann", {name: None})
+
     async def test_a_patch_creates_a_user(self, store: AsyncStateStore, clock: Clock) -> None:
         """A patch of an unknown user is its first state."""
         new = await store.patch("ann", {"warmth": 0.9}, confidence=0.5)
@@ -1502,14 +1597,11 @@ class StoreTests:
         await store.upsert_latest(state())
 
         for what, axes in BAD_AXES.items():
-            await refused(
-                store,
-                {
-                    f"patch with {what}": partial(store.patch, "ann", cast("Any", axes)),
-                    f"patch of a new user with {what}": partial(store.patch, "new", cast("Any", axes)),
-                    f"search with {what}": partial(store.search_similar, cast("Any", axes)),
-                },
-            )
+            calls = {f"search with {what}": partial(store.search_similar, cast("Any", axes))}
+            if what != "None as a value":  # which removes an axis
+                calls[f"patch with {what}"] = partial(store.patch, "ann", cast("Any", axes))
+                calls[f"patch of a new user with {what}"] = partial(store.patch, "new", cast("Any", axes))
+            await refused(store, calls)
 
     async def test_bad_fields_are_refused_by_a_patch(self, store: AsyncStateStore) -> None:
         """Wrong fields in a patch are refused, and change nothing."""
@@ -1735,6 +1827,9 @@ class StoreTests:
             "get_history": partial(store.get_history, "ann"),
             "search_similar": partial(store.search_similar, {"warmth": 1.0}),
             "users": partial(users_of, store),
+            "items": partial(items_of, store),
+            "to_dataframe": partial(store.to_dataframe),
+            "alter_axes": partial(store.alter_axes, add=["calm"]),
             "count": partial(store.count),
             "delete": partial(store.delete, "ann"),
             "prune": partial(store.prune),
@@ -1746,6 +1841,21 @@ class StoreTests:
             except StoreClosedError:
                 closed = True
             assert closed, f"{what} answered"
+
+    async def test_a_closed_store_is_not_entered_again(self, store: AsyncStateStore) -> None:
+        """Entering a closed store is an error that says what to do instead."""
+        await store.aclose()
+
+        enter: Any = store.__aenter__ if isinstance(store, AsyncStateStore) else store.__enter__
+        with pytest.raises(StoreClosedError, match="open_store"):
+            await enter()
+
+    async def test_a_store_is_not_pickled(self, store: AsyncStateStore) -> None:
+        """Pickling or copying a store is an error that says what to do instead."""
+        bare = store.store if isinstance(store, Awaited) else store
+        for attempt in (pickle.dumps, clone, deepcopy):
+            with pytest.raises(TypeError, match="open a store there"):
+                attempt(bare)
 
     async def test_closing_twice_is_no_error(self, store: AsyncStateStore) -> None:
         """`close` is idempotent, and a closed store reports that it is unhealthy."""
@@ -1981,6 +2091,18 @@ class MappingTests:
         assert sorted(sync_store) == ["ann", "bob"]
         assert sorted(sync_store.users()) == ["ann", "bob"]
 
+    def test_a_store_reads_as_a_mapping(self, sync_store: StateStore) -> None:
+        """get, keys, values and items are those of a mapping, so that dict() makes one of a store."""
+        sync_store.upsert_many([state("ann", 1), state("ann", 2), state("bob")])
+        latest = {"ann": state("ann", 2), "bob": state("bob")}
+
+        assert dict(sync_store) == dict(sync_store.items()) == latest
+        assert set(sync_store.keys()) == set(latest)
+        assert sorted(sync_store.values(), key=lambda each: each.user_id) == list(latest.values())
+        assert sync_store.get("ann") == latest["ann"]
+        assert sync_store.get("nobody") is None
+        assert sync_store.get("nobody", latest["bob"]) == latest["bob"]
+
     def test_an_empty_store_is_true(self, sync_store: StateStore) -> None:
         """A store without users is still a store."""
         assert sync_store
@@ -2001,7 +2123,10 @@ class MappingTests:
             store.upsert_latest(state())
 
         assert store.is_closed
-        for read in (lambda: store["ann"], lambda: "ann" in store, lambda: len(store), lambda: list(store)):
+        for read in (
+            *(lambda: store["ann"], lambda: "ann" in store, lambda: len(store), lambda: list(store)),
+            *(store.items, store.values, store.keys, lambda: store.get("ann")),
+        ):
             with pytest.raises(StoreClosedError):
                 read()
 
@@ -2533,6 +2658,31 @@ class SnapshotTests:
             with pytest.raises(ValidationError, match="valence"):
                 await copy_between(source, target, replace=True)
 
+    async def test_a_copy_has_other_axes_where_that_is_asked_for(self, open_store: Open) -> None:
+        """A copy has the axes of the source under their new names, without those that are dropped."""
+        source = await open_store("source", axes=("warmth", "formality", "calm"))
+        target = await open_store("target", axes=("kindness", "calm"))
+        states = [state("ann", 1, {"warmth": 0.1, "formality": 0.2}), state("ann", 2, {"calm": 0.3})]
+        await source.upsert_many(states)
+        for options, message in (
+            ({"rename": {"warmht": "kindness"}}, "rename: .*'warmht'.*did you mean 'warmth'"),
+            ({"drop": ["heat"]}, "drop: .*'heat'"),
+            ({"drop": "calm"}, "drop: a list"),
+            ({"rename": 5}, "rename: a mapping"),
+            ({"rename": {"warmth": "calm"}}, "each name once"),
+            ({"drop": ["warmth", "formality", "calm"]}, "one axis at least"),
+        ):
+            async with unchanged(target):
+                with pytest.raises(ValidationError, match=message):
+                    await copy_between(source, target, **cast("Any", options))
+
+        await copy_between(source, target, rename={"warmth": "kindness"}, drop=["formality"])
+
+        assert await target.get_history("ann") == [
+            state("ann", 2, {"calm": 0.3}),
+            state("ann", 1, {"kindness": 0.1}),
+        ]
+
     async def test_a_store_is_copied_by_its_path(self, open_store: Open, tmp_path: Path, case: Case) -> None:
         """Source and target may be what open_store takes; a new target gets the axes of the source."""
         store = await open_store(axes=("warmth", "formality"))
@@ -2894,6 +3044,52 @@ class EmbeddedTests(EmbeddedKit):
             assert again.axes == axes
             assert await content(again) == before
             await again.aclose()
+
+    @pytest.mark.parametrize("vector_size", [None, 5])
+    async def test_a_directory_remembers_axes_that_were_added(
+        self, open_store: Open, vector_size: int | None
+    ) -> None:
+        """Axes that one store adds are those of all on the directory, then and when it is opened again."""
+        store = await open_store(axes=("warmth", "formality"), vector_size=vector_size)
+        other = await open_store()
+        await store.upsert_many([state("ann", at) for at in range(3)])
+        await store.alter_axes(add=["calm"])
+        assert other.axes == store.axes == ("warmth", "formality", "calm")
+        await other.upsert_latest(state("bob", axes={"calm": 0.5}))
+        before = await content(store)
+        await store.aclose()
+        await other.aclose()
+
+        again = await open_store()
+
+        assert again.axes == ("warmth", "formality", "calm")
+        assert await content(again) == before
+        await again.upsert_latest(state("bob", 1, axes={"calm": 1.0}))
+        assert (await again.search_similar({"calm": 0.9}, limit=1))[0].snapshot.user_id == "bob"
+        await again.aclose()
+        with pytest.raises(SchemaMismatchError):
+            await open_store(axes=("warmth", "formality"))
+
+    async def test_axes_that_cannot_be_added_leave_the_directory_as_it_was(
+        self, open_store: Open, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where what is written anew does not take the place of the old, that stays, and works on."""
+        store = await open_store(axes=("warmth", "formality"))
+        await store.upsert_many([state("ann", at) for at in range(3)])
+        engine = cast("Any", store)._operations.backend.engine
+
+        async def fail(*arguments: Any, **options: Any) -> None:
+            raise BackendError("no", backend="test", operation="replace")
+
+        async with unchanged(store):
+            with monkeypatch.context() as patch:
+                patch.setattr(type(engine), "replace", fail)
+                with pytest.raises(BackendError):
+                    await store.alter_axes(add=["calm"])
+        assert store.axes == ("warmth", "formality")
+        await store.upsert_latest(state("ann", 5))
+        assert await store.alter_axes(add=["calm"]) == ("warmth", "formality", "calm")
+        assert len(await store.get_history("ann")) == 4
 
     async def test_other_axes_are_refused(self, open_store: Open) -> None:
         """Explicit axes that differ from the recorded ones are SchemaMismatchError, which shows both."""

@@ -57,6 +57,10 @@ async def all_users(store: AsyncStateStore) -> list[str]:
     return [user_id async for user_id in store.users()]
 
 
+async def all_items(store: AsyncStateStore) -> list[tuple[str, StateSnapshot]]:
+    return [item async for item in store.items()]
+
+
 def newer(found: StateSnapshot | None) -> StateSnapshot:
     assert found is not None
     return found.patched({"warmth": 0.125})
@@ -87,11 +91,13 @@ WRITING: dict[str, Callable[[Any], Any]] = {
     "update": lambda store: store.update("ann", newer),
     "delete": lambda store: store.delete("ann"),
     "prune": lambda store: store.prune(),
+    "alter axes": lambda store: store.alter_axes(add=["mood"]),
 }
 ASYNC: dict[str, Callable[[Any], Any]] = {
     **READING,
     **WRITING,
     "users": all_users,
+    "items": all_items,
     "update with an async function": lambda store: store.update("ann", newer_later),
 }
 SOME = ("write", "update with an async function", "delete")

@@ -295,6 +295,13 @@ def test_a_bad_search_changes_nothing(
 # Rows
 # ------------------------------------------------------------------------------
 
+
+def told_rows(ran: Ran) -> str:
+    """What the command told of rows; the hints that come after it are left out."""
+    lines = [line.removeprefix("attuned-store: ") for line in ran.err.splitlines()]
+    return "\n".join(line for line in lines if re.search(r": (line|row) \d", line))
+
+
 HEADING = "user_id,updated_at_unix_ms,source,confidence,schema_version,calm,warmth"
 LONG = "a" * 65
 
@@ -308,7 +315,9 @@ LONG = "a" * 65
         pytest.param("c\x07arol,5000,self_report,1,1,0.5,0.5", "user_id", id="control character"),
         pytest.param(f"{'c' * 257},5000,self_report,1,1,0.5,0.5", "user_id", id="long user"),
         pytest.param(f"{'é' * 129},5000,self_report,1,1,0.5,0.5", "user_id", id="long user in bytes"),
-        pytest.param("carol,soon,self_report,1,1,0.5,0.5", "updated_at_unix_ms: not a number", id="time"),
+        pytest.param(
+            "carol,soon,self_report,1,1,0.5,0.5", "updated_at_unix_ms: not a time: 'soon'", id="time"
+        ),
         pytest.param("carol,5000.5,self_report,1,1,0.5,0.5", "updated_at_unix_ms", id="half a millisecond"),
         pytest.param("carol,-1,self_report,1,1,0.5,0.5", "updated_at_unix_ms", id="before 1970"),
         pytest.param("carol,253402300800000,self_report,1,1,0.5,0.5", "updated_at_unix_ms", id="year 10000"),
@@ -348,7 +357,7 @@ def test_a_bad_row_of_csv_is_skipped_and_reported(
 
     ran = run("--store", small, "import", file)
     assert ran.status == 1
-    assert re.fullmatch(rf"attuned-store: \S*rows\.csv: line 4: .*{re.escape(reason)}.*\n", ran.err), ran.err
+    assert re.fullmatch(rf"\S*rows\.csv: line 4: .*{re.escape(reason)}.*", told_rows(ran)), ran.err
     assert "imported 2 snapshots, skipped 1 bad row" in ran.out
     after = kept(small)
     assert {user: after.pop(user)[0] for user in ("dave", "erin")} == {
@@ -408,7 +417,7 @@ def test_a_bad_row_of_json_lines_is_skipped_and_reported(
 
     ran = run("--store", small, "import", file)
     assert ran.status == 1
-    assert re.fullmatch(rf"attuned-store: \S*rows\.jsonl: line 2: .*{reason}.*\n", ran.err), ran.err
+    assert re.fullmatch(rf"\S*rows\.jsonl: line 2: .*{reason}.*", told_rows(ran)), ran.err
     after = kept(small)
     assert after.pop("dave")[0] == StateSnapshot("dave", {"calm": 1.0}, 7_000)
     assert after == before
@@ -437,7 +446,7 @@ def test_a_value_outside_of_the_scale_is_a_bad_row(path: Path, run: Run, tmp_pat
 
     ran = run("--store", path, "import", file, "--scale", "-3:3")
     assert ran.status == 1
-    assert "line 5: calm: 3.5 is outside of the --scale -3:3" in ran.err
+    assert "line 5: calm: 3.5 is outside of the scale -3:3" in ran.err
     stored = {user: latest for user, (latest, _) in kept(path).items() if latest}
     assert {user: state.axes["calm"] for user, state in stored.items()} == {
         "low": 0,
@@ -508,7 +517,7 @@ def test_line_numbers_are_physical(path: Path, run: Run, tmp_path: Path) -> None
     file = tmp_path / "lines.csv"
     file.write_bytes(b'user_id,"two\r\nlines"\r\n\r\na,1\nb,2\rc,3\r\nd,0\r\n')
     ran = run("--store", path, "import", file)
-    assert [line.split(": ")[2] for line in ran.err.splitlines()] == ["line 5", "line 6"]
+    assert [line.split(": ")[1] for line in told_rows(ran).splitlines()] == ["line 5", "line 6"]
     assert set(kept(path)) == {"a", "d"}
 
 
@@ -520,9 +529,10 @@ def test_without_a_scale_it_is_named_where_it_is_missed(path: Path, run: Run, tm
     ran = run("--store", path, "import", file)
 
     assert ran.status == 1
-    assert [line.partition("line ")[2] for line in ran.err.splitlines()] == [
-        "3: calm: 24 is outside of the --scale 0:1",
-        "4: calm: -1 is outside of the --scale 0:1",
+    assert [line.partition("raw.csv: ")[2] for line in ran.err.splitlines()] == [
+        "line 3: calm: 24 is outside of the scale 0:1",
+        "line 4: calm: -1 is outside of the scale 0:1",
+        "values span -1 to 24: try --scale -1:24",
     ]
     assert set(kept(path)) == {"a", "d"}
 
@@ -647,6 +657,81 @@ def test_configured_axes_win_over_the_columns(
 
 
 # ------------------------------------------------------------------------------
+# Files from elsewhere
+# ------------------------------------------------------------------------------
+
+
+def test_a_file_of_an_experiment(path: Path, run: Run, tmp_path: Path) -> None:
+    """Columns of other names, times in another form, remarks, and two scales: all can be said."""
+    file = tmp_path / "study.csv"
+    file.write_text(
+        "Participant,When,Group,Mood (1-7),Energy,Note\n"
+        "p1,17.01.2026 12:30,a,4,50,fine\n"
+        "p2,18.01.2026 08:00,b,7,NaN,\n"
+    )
+    words = ["--user-column", "Participant", "--time-column", "When", "--time-format"]
+    options = [*words, "%d.%m.%Y %H:%M", *["--scale", "1:7", "--scale", "energy=0:100", "--absent", "NaN"]]
+    one_line(
+        run("--store", path, "import", file, *options), 1, r"group \('a'\), note \('fine'\); .*--ignore-text"
+    )
+    assert not path.exists()
+
+    ran = run("--store", path, "import", file, *options, "--ignore-text")
+
+    assert (ran.status, ran.err) == (0, "")
+    assert axes_of(path) == ("mood_1_7", "energy")
+    assert {user: latest for user, (latest, _) in kept(path).items()} == {
+        "p1": StateSnapshot("p1", {"mood_1_7": 0.5, "energy": 0.5}, 1_768_653_000_000),
+        "p2": StateSnapshot("p2", {"mood_1_7": 1.0}, 1_768_723_200_000),
+    }
+
+
+def test_some_columns_are_axes(path: Path, run: Run, tmp_path: Path) -> None:
+    """--axes names the columns that are axes, --ignore those that are not; one that is not there is told."""
+    file = tmp_path / "rows.csv"
+    file.write_text("user_id,calm,warmth,age\na,0.5,1,33\n")
+    one_line(
+        run("--store", path, "import", file, "--axes", "calm,warmht"), 1, "'warmht' .did you mean 'warmth'"
+    )
+    assert run("--store", path, "import", file, "--axes", "calm,warmth").status == 0
+    assert axes_of(path) == ("calm", "warmth")
+    one_line(run("--store", path, "import", file), 1, "no axis age .*--ignore age leaves out")
+    assert run("--store", path, "import", file, "--ignore", "age").status == 0
+
+
+def test_bad_rows_are_told_in_short(path: Path, run: Run, tmp_path: Path) -> None:
+    """Five bad rows are told in full, all are counted by their reasons, and what may help is told once."""
+    file = tmp_path / "raw.csv"
+    rows = [f"u{number},{number % 32}" for number in range(96)]
+    file.write_text("\n".join(["user_id,calm", *rows, "v,x", "w,y", ""]))
+
+    ran = run("--store", path, "import", file)
+
+    lines = [line.partition("raw.csv: ")[2] for line in ran.err.splitlines()]
+    assert (ran.status, len(kept(path))) == (1, 6)
+    assert lines == [
+        *(f"line {at + 2}: calm: {at} is outside of the scale 0:1" for at in range(2, 7)),
+        "92 bad rows: 90 x calm: outside of the scale 0:1, 2 x calm: not a number",
+        "values span 2 to 31: try --scale 2:31",
+    ]
+
+
+def test_export_refuses_what_it_cannot_write(small: Path, run: Run, tmp_path: Path) -> None:
+    """A name that promises another format is refused; .json is an array, which is read again."""
+    for name in ("states.parquet", "states.xlsx"):
+        one_line(run("--store", small, "export", tmp_path / name), 2, r"export writes no \.\w+ file")
+        assert not (tmp_path / name).exists()
+    assert run("--store", small, "export", tmp_path / "states.json").status == 0
+    assert len(json.loads((tmp_path / "states.json").read_text())) == 3
+    assert run("--store", tmp_path / "again", "import", tmp_path / "states.json").status == 0
+    assert kept(tmp_path / "again") == kept(small)
+    with open_store(tmp_path / "empty") as store:
+        assert len(store) == 0
+    assert run("--store", tmp_path / "empty", "export", tmp_path / "none.json").status == 0
+    assert json.loads((tmp_path / "none.json").read_text()) == []
+
+
+# ------------------------------------------------------------------------------
 # Files
 # ------------------------------------------------------------------------------
 
@@ -658,7 +743,7 @@ BAD_FILES = [
     pytest.param("a.csv", b"name,calm\na,0.5\n", "no column user_id", id="no user_id"),
     pytest.param("a.csv", b"user_id,calm,Calm\na,0.5,0.5\n", "same name: 'calm'.*'Calm'", id="duplicates"),
     pytest.param("a.csv", b"user_id,User Id\na,b\n", "same name", id="duplicate user_id"),
-    pytest.param("a.csv", b",user_id\n1,a\n", "column 1 has no name", id="no heading"),
+    pytest.param("a.csv", b",user_id\nx,a\n", "column 1 has no name", id="no heading"),
     pytest.param("a.csv", b"user_id,--\na,1\n", r"column 2 has no name \('--'\)", id="nothing in a heading"),
     pytest.param("a.csv", b"user_id," + LONG.encode() + b"\na,1\n", "axes|axis", id="long axis"),
     pytest.param("a.csv", "user_id,温度\na,1\n".encode(), "axes|axis", id="no latin letters"),
@@ -741,7 +826,9 @@ def test_a_file_that_changes_between_the_readings(
         os.truncate(file, file.stat().st_size // 2)
         return open_store(*target, **options)
 
-    monkeypatch.setattr(module("files"), "open_store", cut)  # it is opened once every row has been checked
+    monkeypatch.setattr(
+        module("arguments"), "open_store", cut
+    )  # it is opened once every row has been checked
     one_line(run("--store", path, "import", file), 1, "the file changed while it was read")
     assert 2_000 < len(kept(path)) < 3_000
 
@@ -752,8 +839,7 @@ def test_what_was_read_before_a_failure_is_written(
     """Where reading fails in the middle of writing, what came before is kept, and the error says how much."""
     file = tmp_path / "a.csv"
     file.write_text("\n".join(["user_id,calm", *(f"user{n:05},0.5" for n in range(1_000))]))
-    table_class = module("reading").Table
-    original = table_class.rows
+    original = attuned_store.StateTable.__iter__
     readings: list[object] = []
 
     def failing(table: Any) -> Iterator[object]:
@@ -763,7 +849,7 @@ def test_what_was_read_before_a_failure_is_written(
                 raise OSError(5, "Input/output error")
             yield row
 
-    monkeypatch.setattr(table_class, "rows", failing)
+    monkeypatch.setattr(attuned_store.StateTable, "__iter__", failing)
     one_line(
         run("--store", path, "import", file),
         1,
@@ -1029,6 +1115,51 @@ def test_history_is_newest_first(small: Path, run: Run) -> None:
     assert run("--store", small, "history", "alice", "--since", "2026-01-01") == Ran(0, "no history\n", "")
 
 
+def test_users_are_sorted(path: Path, run: Run) -> None:
+    """Users are listed in the order of their ids, which may be found in it."""
+    with open_store(path) as store:
+        store.upsert_many([StateSnapshot(f"user{at * 7 % 100:02}", {}, 1) for at in range(100)])
+    assert run("--store", path, "users").out.split() == [f"user{at:02}" for at in range(100)]
+
+
+@pytest.mark.parametrize("engine", [engine.values[0] for engine in ENGINES])
+def test_the_engine_of_a_new_store_can_be_chosen(run: Run, tmp_path: Path, small: Path, engine: str) -> None:
+    """--engine says what a new store is made with, by every command that makes one."""
+    file = tmp_path / "rows.csv"
+    file.write_text("user_id,calm\na,0.5\n")
+    assert run("--store", small, "snapshot", tmp_path / "backups").status == 0
+    (backup,) = (tmp_path / "backups").iterdir()
+    for at, arguments in enumerate(
+        [
+            ("--store", tmp_path / "0", "put", "ada", "warmth=1"),
+            ("--store", tmp_path / "1", "import", file),
+            ("--store", tmp_path / "2", "restore", backup),
+            ("copy", small, tmp_path / "3"),
+        ]
+    ):
+        ran = run(*arguments, "--engine", engine)
+        assert ran.status == 0, ran.err
+        with open_store(tmp_path / str(at), engine="auto") as store:
+            assert store.engine == engine
+
+
+def test_a_search_may_name_its_store_first(small: Path, run: Run) -> None:
+    """A store before the axes is the one to be searched; what is none is no axis."""
+    ran = run("search", small, "warmth=0.9", "--json")
+    assert ran.records[0]["user_id"] == "bob"
+    one_line(run("search", "warmth", "calm=1"), 2, "axes are given as AXIS=VALUE.*'warmth'")
+    one_line(run("search", small, "wramth=0.9"), 2, "no axis 'wramth' .did you mean 'warmth'")
+
+
+def test_a_copy_can_rename_and_drop_axes(small: Path, run: Run, tmp_path: Path) -> None:
+    """Copy takes new names for axes, and leaves some out."""
+    target = tmp_path / "target"
+    one_line(run("copy", small, target, "--drop", "clam"), 2, "no axis 'clam' .did you mean 'calm'")
+    assert run("copy", small, target, "--rename", "warmth=kindness", "--drop", "calm").status == 0
+    assert axes_of(target) == ("kindness",)
+    assert kept(target)["bob"][0] == StateSnapshot("bob", {"kindness": 1.0}, 3_000)
+
+
 def test_users_are_listed_one_a_line(small: Path, run: Run) -> None:
     """Users are listed in full, one a line."""
     assert sorted(run("--store", small, "users").out.splitlines()) == ["alice", "bob"]
@@ -1095,12 +1226,13 @@ def test_health_of_an_unhealthy_store(small: Path, run: Run, monkeypatch: pytest
     assert re.match(r"status +unhealthy\n", ran.out)
 
 
-@pytest.mark.parametrize("command", ["get", "history"])
-def test_an_unknown_user_is_an_error_that_keeps_the_name(small: Path, run: Run, command: str) -> None:
-    """An error line shows at most four characters of a user."""
-    ran = run("--store", small, command, "nobody-special")
-    one_line(ran, 1, "nobo")
-    assert "nobody" not in ran.err
+@pytest.mark.parametrize("command", ["get", "history", "search --like"])
+def test_an_unknown_user_is_told_whole(small: Path, run: Run, command: str) -> None:
+    """An unknown user is named as it was given, with one who is like that, where there is one."""
+    one_line(
+        run("--store", small, *command.split(), "nobody-special"), 1, "no user 'nobody-special' in the store$"
+    )
+    one_line(run("--store", small, *command.split(), "alicia"), 1, "no user 'alicia' .did you mean 'alice'")
 
 
 BAD_WRITES = [
@@ -1605,6 +1737,17 @@ def test_every_command_has_help_with_an_example(run: Run, command: str) -> None:
     assert "--store TARGET" in ran.out
 
 
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("columns", [70, 80, 132])
+def test_help_keeps_to_the_width_of_the_terminal(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: str, columns: int
+) -> None:
+    """No line of help is wider than the terminal, but for a word that is wider by itself."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for line in run(*command.split(), "--help").out.splitlines():
+        assert len(line) <= columns or len(line.split()) == 1, line
+
+
 def test_the_help_lists_every_command(run: Run) -> None:
     """The command's own help lists what there is."""
     ran = run("--help")
@@ -1789,8 +1932,8 @@ def test_ctrl_c_ends_it_with_130(path: Path, start: Start, tmp_path: Path) -> No
 SLOWLY = f"""
 import os, signal, sys, threading
 signal.signal(signal.SIGINT, signal.default_int_handler)
-import {PACKAGE}.reading as reading
-rows = reading.Table.rows
+from attuned_store import StateTable
+rows = StateTable.__iter__
 readings = []
 def slow(table):
     readings.append(table)
@@ -1799,7 +1942,7 @@ def slow(table):
             os.kill(os.getpid(), signal.SIGINT)
             threading.Event().wait()
         yield row
-reading.Table.rows = slow
+StateTable.__iter__ = slow
 from {PACKAGE} import main
 sys.exit(main())
 """

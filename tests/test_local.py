@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from typing import TYPE_CHECKING
 
+import pytest
 from conformance import (
     AsyncStoreTests,
     EmbeddedKit,
@@ -15,6 +18,7 @@ from conformance import (
     Point,
     Points,
     StoreTests,
+    environment,
     needs,
     state,
 )
@@ -136,3 +140,33 @@ def test_what_a_bare_client_wrote_is_read(tmp_path: Path) -> None:
         assert sorted(store.users()) == ["ann", "bob"]
         assert store["bob"] == state("bob")
     assert len(LocalKit().read_points(path)) == len(mine) + 2
+
+
+KILLED = """
+import os, sys
+from attuned_store import LocalEngine, QdrantStore, StateSnapshot
+store = QdrantStore(path=sys.argv[1], engine="local", axes=("warmth",))
+store.upsert_many([StateSnapshot(f"user{at}", {"warmth": at / 9}, at) for at in range(10)])
+if sys.argv[2] == "before":
+    LocalEngine._mend_list = lambda engine: os._exit(7)  # the list is written, the points are not moved
+else:
+    relist = LocalEngine._relist
+    LocalEngine._relist = lambda *arguments: (relist(*arguments), os._exit(7))  # the other is still listed
+store.alter_axes(add=["calm"])
+"""
+
+
+@needs("qdrant_client")
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_axes_are_added_whole_by_a_process_that_is_killed(tmp_path: Path, when: str) -> None:
+    """Where a process is killed between writing the list and moving the points, the next completes it."""
+    path = tmp_path / "store"
+    command = [sys.executable, "-c", KILLED, str(path), when]
+    ran = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert ran.returncode == 7, ran.stderr
+    with QdrantStore(path=path) as store:
+        assert store.axes == ("warmth", "calm")
+        assert len(store) == 10
+        assert store["user9"].axes == {"warmth": 1.0}
+        store.patch("user3", {"calm": 1.0})
+        assert store.search_similar({"calm": 1.0}, limit=1)[0].snapshot.user_id == "user3"

@@ -88,6 +88,8 @@ async def warmer_later(latest: StateSnapshot | None) -> StateSnapshot | None:
 
 def reading(store: StateStore, snapshot: StateSnapshot) -> None:
     assert_type(store.get_latest("ann"), StateSnapshot | None)
+    assert_type(store.get_latest("ann", snapshot), StateSnapshot)
+    assert_type(store.get_latest("ann", 5), StateSnapshot | int)
     assert_type(store.get_many({"ann", "bob"}), dict[str, StateSnapshot])
     assert_type(store.get_history("ann", 5, since=0, until=10), list[StateSnapshot])
     assert_type(store.search_similar("ann", limit=3, exclude_user_id=""), list[Match])
@@ -161,6 +163,27 @@ def as_a_mapping(store: StateStore) -> None:
     assert_type("ann" in store, bool)
     assert_type(len(store), int)
     assert_type(sorted(store), list[str])
+    assert_type(store.get("ann"), StateSnapshot | None)
+    assert_type(store.get("ann", store["bob"]), StateSnapshot)
+    assert_type(dict(store), dict[str, StateSnapshot])
+    assert_type(dict(store.items()), dict[str, StateSnapshot])
+    assert_type(list(store.values()), list[StateSnapshot])
+
+
+def tables(store: StateStore, path: Path) -> None:
+    table = attuned_store.read_table(
+        path, format="csv", scale=(0, 31), scales={"calm": (1, 7)}, ignore=["age"]
+    )
+    assert_type(table, attuned_store.StateTable)
+    assert_type(table.axes, tuple[str, ...])
+    assert_type(table.check(progress=report).examples, tuple[attuned_store.BadRow, ...])
+    assert_type(table.report.span, tuple[float, float] | None)
+    assert_type(store.upsert_many(table), int)
+    assert_type(store.patch("ann", {"warmth": None, "calm": 0.5}), StateSnapshot)
+    assert_type(store.alter_axes(add=["calm"]), tuple[str, ...])
+    attuned_store.copy(path, store, rename={"warmth": "kindness"}, drop=["calm"])
+    attuned_store.restore(path, path, options={"engine": "local"})
+    store.to_dataframe(["ann"], since=5).head()
 
 
 def opening(path: Path) -> None:

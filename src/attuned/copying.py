@@ -9,13 +9,28 @@ import secrets
 import threading
 import time
 import weakref
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import attrs
 
-from attuned.base.config import FALSE_WORDS, TRUE_WORDS, MemoryStoreConfig, absolute_path, check_flag
-from attuned.base.errors import LOGGER, SnapshotError, StoreError, ValidationError, type_name
-from attuned.base.values import SnapshotReason, SnapshotReport, StateSnapshot, unsettled_message
+from attuned.base.config import (
+    FALSE_WORDS,
+    TRUE_WORDS,
+    MemoryStoreConfig,
+    QdrantOptions,
+    absolute_path,
+    check_flag,
+)
+from attuned.base.errors import LOGGER, SnapshotError, StoreError, ValidationError, brief, nearest, type_name
+from attuned.base.values import (
+    SnapshotReason,
+    SnapshotReport,
+    StateSnapshot,
+    shape_of,
+    stored_snapshot,
+    unsettled_message,
+)
 from attuned.connections.runtime import BLOCKING, Suspending, Waits, run
 from attuned.open import open_async_store, open_store, store_exists, target_options
 from attuned.snapshots.archive import Progress, RestoreMode, check_progress
@@ -31,7 +46,7 @@ from attuned.snapshots.directory import (
 from attuned.stores import AsyncQdrantStore, AsyncStateStore, QdrantStore, StateStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Sequence
 
     from attuned.states.operations import Operations
 
@@ -105,14 +120,15 @@ def restore(
     *,
     mode: RestoreMode = "replace",
     progress: Progress | None = None,
+    options: QdrantOptions | None = None,
 ) -> SnapshotReport:
     """Bring back what a snapshot file holds into a store, which is made where there is none.
 
-    ``target`` is a store, or a path or url as open_store takes it; a new store gets the axes of the file,
-    which is verified before. ``mode`` and ``progress`` are as in restore_snapshot. Raises SnapshotError,
-    ValidationError.
+    ``target`` is a store, or a path or url, opened with the ``options`` of open_store; a new store gets
+    the axes of the file, which is verified before. ``mode`` and ``progress`` are as in
+    restore_snapshot. Raises SnapshotError, ValidationError.
     """
-    return run(_restore(SYNCHRONOUS, path, target, mode, progress))
+    return run(_restore(SYNCHRONOUS, path, target, options, mode=mode, progress=progress))
 
 
 async def arestore(
@@ -121,29 +137,31 @@ async def arestore(
     *,
     mode: RestoreMode = "replace",
     progress: Progress | None = None,
+    options: QdrantOptions | None = None,
 ) -> SnapshotReport:
     """As restore, into an asynchronous store."""
-    return await _restore(ASYNCHRONOUS, path, target, mode, progress)
+    return await _restore(ASYNCHRONOUS, path, target, options, mode=mode, progress=progress)
 
 
 async def _restore(
     form: Form[Kind],
     path: str | os.PathLike[str],
     target: Kind | str | os.PathLike[str],
+    given: Mapping[str, Any] | None,
+    *,
     mode: RestoreMode,
     progress: Progress | None,
 ) -> SnapshotReport:
-    waits = form.make_waits()
+    waits, options = form.make_waits(), dict(given or {})
     heard = check_progress(progress)
     ends = _Ends(form, waits)
-    ends.check("target", target, writes=True)
-    options: dict[str, Any] = {}
+    ends.check("target", target, options, writes=True)
     if isinstance(target, str | os.PathLike) and not await waits.call(lambda: store_exists(target)):
         saved = SnapshotFile(path)
         saved.check_mode(mode, native=target_options(target)[1].get("url") is not None)
         await waits.call(lambda: saved.verify(progress=heard))
         if saved.contents is not None:
-            options["axes"] = MemoryStoreConfig.from_env().axes or saved.contents.axes
+            options.setdefault("axes", MemoryStoreConfig.from_env().axes or saved.contents.axes)
             unknown = sorted(set(saved.contents.axes).difference(options["axes"]))
             if unknown:
                 raise SnapshotError(
@@ -165,8 +183,14 @@ class _Ends(Generic[Kind]):
         self._form, self._waits = form, waits
         self._opened: list[Operations] = []
 
-    def check(self, name: str, end: object, *, writes: bool = False) -> None:
+    def check(
+        self, name: str, end: object, options: Mapping[str, Any] | None = None, *, writes: bool = False
+    ) -> None:
         """Raise ValidationError for what is neither a store of this form nor the place of one."""
+        if options and isinstance(end, self._form.kind):
+            raise ValidationError(
+                f"{min(options)}: the {name} is open already; options are for a path or url"
+            )
         if not isinstance(end, self._form.kind | str | os.PathLike):
             raise ValidationError(
                 f"{name}: {self._form.words}, a path or a url is needed, got {type_name(end)}"
@@ -229,16 +253,24 @@ def copy(
     target: StateStore | str | os.PathLike[str],
     *,
     replace: bool = False,
+    rename: Mapping[str, str] | None = None,
+    drop: Iterable[str] = (),
     progress: Progress | None = None,
+    options: QdrantOptions | None = None,
 ) -> SnapshotReport:
     """Copy all that a store holds, latest states and history, to another one, of whatever engine.
 
-    Both are stores or what open_store takes; a new target gets the axes of the source. The target must be
+    Both are stores or what open_store takes, for the target with ``options``; a new target gets the axes of
+    the source, those in ``rename`` under their new names, without those in ``drop``. The target must be
     empty, unless ``replace``; what it holds then is replaced as by restore_snapshot. At the end it is read
     and compared with what was read from the source. ``progress(done, None)`` is called with the number of
     states copied. Raises SchemaMismatchError, ValidationError, SnapshotError where the copy is not the same.
     """
-    return run(_copy_states(SYNCHRONOUS, source, target, replace=replace, progress=progress))
+    return run(
+        _copy_states(
+            SYNCHRONOUS, source, target, options, rename=rename, drop=drop, replace=replace, progress=progress
+        )
+    )
 
 
 async def acopy(
@@ -246,17 +278,52 @@ async def acopy(
     target: AsyncStateStore | str | os.PathLike[str],
     *,
     replace: bool = False,
+    rename: Mapping[str, str] | None = None,
+    drop: Iterable[str] = (),
     progress: Progress | None = None,
+    options: QdrantOptions | None = None,
 ) -> SnapshotReport:
     """As copy, between asynchronous stores; other tasks run between batches."""
-    return await _copy_states(ASYNCHRONOUS, source, target, replace=replace, progress=progress)
+    return await _copy_states(
+        ASYNCHRONOUS, source, target, options, rename=rename, drop=drop, replace=replace, progress=progress
+    )
+
+
+def _kept_axes(axes: Sequence[str], rename: Any, drop: Any) -> dict[str, str]:
+    """The axes of a copy and what they are in the source, in the order of that."""
+    renamed: Any = {} if rename is None else rename
+    if not isinstance(renamed, Mapping):
+        raise ValidationError(f"rename: a mapping from old to new names is needed, got {type_name(rename)}")
+    if isinstance(drop, str) or not isinstance(drop, Iterable):
+        raise ValidationError(f"drop: a list of axes is needed, got {type_name(drop)}")
+    new_names = dict[Any, Any](cast("Any", renamed))
+    dropped: list[Any] = list(cast("Any", drop))
+    for option, named in (("rename", list(new_names)), ("drop", dropped)):
+        for name in named:
+            if name not in axes:
+                near = nearest(name, axes) if isinstance(name, str) else ""
+                raise ValidationError(f"{option}: the source has no axis {brief(name)}{near}")
+    kept = [name for name in axes if name not in dropped]
+    targets = shape_of(tuple(new_names.get(name, name) for name in kept)).names  # each once
+    if not targets:
+        raise ValidationError("drop: one axis at least must stay")
+    return dict(zip(targets, kept, strict=True))
+
+
+def _with_axes(state: StateSnapshot, kept: Mapping[str, str]) -> StateSnapshot:
+    axes = {new: state.axes[old] for new, old in kept.items() if old in state.axes}
+    fields = state.updated_at_unix_ms, state.source.value, state.confidence, state.schema_version
+    return stored_snapshot(state.user_id, axes, *fields)
 
 
 async def _copy_states(
     form: Form[Kind],
     source: Kind | str | os.PathLike[str],
     target: Kind | str | os.PathLike[str],
+    options: Mapping[str, Any] | None,
     *,
+    rename: object,
+    drop: object,
     replace: bool,
     progress: Progress | None,
 ) -> SnapshotReport:
@@ -266,12 +333,13 @@ async def _copy_states(
     heard = check_progress(progress)
     ends = _Ends(form, waits)
     ends.check("source", source)
-    ends.check("target", target, writes=True)
+    ends.check("target", target, options, writes=True)
     if isinstance(source, str | os.PathLike) and not await waits.call(lambda: store_exists(source)):
         raise StoreError(f"there is no store at {source}")
     try:
         origin = await ends.open(source)
-        end = await ends.open(target, axes=origin.axes())
+        kept = _kept_axes(origin.axes(), rename, drop)
+        end = await ends.open(target, **{"axes": tuple(kept), **(options or {})})
         users = await end.count(history=False)
         if users and not replace:
             raise ValidationError(
@@ -282,9 +350,10 @@ async def _copy_states(
         async def fill(staged: Operations) -> None:
             pages = origin.states()
             while (page := await pages.next()) is not None:
-                read.add(page.states)
                 unsettled.extend(page.unsettled)
-                await staged.upsert_many(page.states, None)
+                states = [_with_axes(state, kept) for state in page.states] if rename or drop else page.states
+                read.add(states)
+                await staged.upsert_many(states, None)
                 heard(read.count, None)
             if not end.backend.native_snapshots:  # a server is changed in place: nothing is beside it
                 read.check(await _digest(staged))

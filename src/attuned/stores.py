@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, cast, overload
 
 from attuned.base.config import (
     DEFAULT_COLLECTION,
@@ -13,15 +13,16 @@ from attuned.base.config import (
     make_config,
     make_qdrant_config,
 )
-from attuned.base.errors import ValidationError
+from attuned.base.errors import T, ValidationError
 from attuned.base.html import MAX_PLOTTED, plot_states, store_html
 from attuned.base.telemetry import REPORTING, SPANS, observe, reporting_class
 from attuned.base.values import ANY, Expected, Health, Match, SnapshotFields, Source, StateSnapshot
 from attuned.connections.runtime import BLOCKING, Suspending, Waits, run
 from attuned.states.contract import UNOPENED, check_expected, check_state
 from attuned.states.memory import MemoryBackend, MemoryPlace
-from attuned.states.operations import MemoryOperations, Operations, UserIterator
+from attuned.states.operations import MemoryOperations, Operations, PagedIterator
 from attuned.states.places import DirectoryPlace, ServerPlace, blocking_twin
+from attuned.tables.states import states_dataframe
 
 if TYPE_CHECKING:
     import os
@@ -78,6 +79,12 @@ class StoreBase:
             place = blocking_twin(place)
         return run(Operations(operations.backend, place, BLOCKING, collection=operations.collection).health())
 
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} holds what is open in this process and cannot be pickled or copied; "
+            "pass on its location, and open a store there"
+        )
+
     def __repr__(self) -> str:
         state = "closed" if self.is_closed else "open"
         place = "" if self.engine == "memory" else f"{self.location!r} "
@@ -116,12 +123,13 @@ class StateStore(StoreBase):
         return run(self._operations.upsert_many(snapshots, progress))
 
     def patch(
-        self, user_id: str, axes: Mapping[str, float], **fields: Unpack[SnapshotFields]
+        self, user_id: str, axes: Mapping[str, float | None], **fields: Unpack[SnapshotFields]
     ) -> StateSnapshot:
         """Merge axes into a user's latest snapshot, creating it where absent; returns the new snapshot.
 
-        Fields are kept unless given; the time is now, and at least 1 ms after the one before. Raises
-        ValidationError, ConflictError when other writers never let it through, BackendError.
+        An axis given as None is removed. Fields are kept unless given; the time is now, and at least 1 ms
+        after the one before. Raises ValidationError, ConflictError when other writers never let it through,
+        BackendError.
         """
         return run(self._operations.patch(user_id, axes, fields))
 
@@ -140,10 +148,14 @@ class StateStore(StoreBase):
         """
         return run(self._operations.update(user_id, fn, attempts))
 
-    def get_latest(self, user_id: str) -> StateSnapshot | None:
-        """The latest snapshot of a user; None where there is none. Raises ValidationError, BackendError."""
+    @overload
+    def get_latest(self, user_id: str) -> StateSnapshot | None: ...
+    @overload
+    def get_latest(self, user_id: str, default: T) -> StateSnapshot | T: ...
+    def get_latest(self, user_id: str, default: Any = None) -> Any:
+        """The latest snapshot of a user, or the default. Raises ValidationError, BackendError."""
         operations = self._operations
-        return operations.backend.cached(user_id) or run(operations.get_latest(user_id))
+        return operations.backend.cached(user_id) or run(operations.get_latest(user_id)) or default
 
     def get_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
         """The latest snapshots of those of these users who have one, by user id.
@@ -221,9 +233,35 @@ class StateStore(StoreBase):
 
         A user who is written or deleted meanwhile may be among them or not. Raises BackendError.
         """
-        users = UserIterator(self._operations.users())
-        run(users.fill())  # a store that is closed says so at once
-        return users
+        return _begun(PagedIterator(self._operations.users(), str))
+
+    def items(self) -> Iterator[tuple[str, StateSnapshot]]:
+        """All user ids with their latest snapshots, as ``users`` reads them. Raises BackendError."""
+        return _begun(PagedIterator(self._operations.latest(), lambda latest: (latest.user_id, latest)))
+
+    def to_dataframe(
+        self,
+        user_ids: Iterable[str] | None = None,
+        *,
+        since: int | datetime | None = None,
+        until: int | datetime | None = None,
+    ) -> Any:
+        """A data frame of pandas with one row a state, of all users or of some, sorted by user and time.
+
+        The states are the latest ones and what ``get_history`` returns, between ``since`` and ``until``. The
+        columns are user_id, updated_at (UTC), source, confidence, schema_version, then the axes of the store,
+        NaN where a state lacks one. Raises MissingDependencyError, ValidationError, BackendError.
+        """
+        return states_dataframe(run(self._operations.states_of(user_ids, since, until)), self.axes)
+
+    def alter_axes(self, *, add: Iterable[str]) -> tuple[str, ...]:
+        """Add axes to a store in memory, or in a directory and so to all stores on that.
+
+        Returns all axes, those of ``add`` last. Where vectors have no room left, all are written anew, and
+        others wait meanwhile; it is done whole or not at all. Raises ValidationError for a bad name or one
+        that is there, StoreError for a server, whose axes others hold too: copy it to a new store.
+        """
+        return run(self._operations.alter_axes(add))
 
     def count(self, *, history: bool = False) -> int:
         """How many users there are; with ``history`` how many snapshots get_history can return for all."""
@@ -312,6 +350,22 @@ class StateStore(StoreBase):
     def __getitem__(self, user_id: str) -> StateSnapshot:
         return self.get_latest(user_id) or run(self._operations.latest_or_raise(user_id))
 
+    @overload
+    def get(self, user_id: str) -> StateSnapshot | None: ...
+    @overload
+    def get(self, user_id: str, default: T) -> StateSnapshot | T: ...
+    def get(self, user_id: str, default: Any = None) -> Any:
+        """As ``get_latest``, under the name that a mapping has for it."""
+        return self.get_latest(user_id, default)
+
+    def keys(self) -> Iterator[str]:
+        """As ``users``, under the name that a mapping has for it."""
+        return self.users()
+
+    def values(self) -> Iterator[StateSnapshot]:
+        """All users' latest snapshots, as ``users`` reads them. Raises BackendError."""
+        return _begun(PagedIterator(self._operations.latest(), lambda latest: latest))
+
     def __contains__(self, user_id: object) -> bool:
         self._operations.check_open()
         try:
@@ -341,6 +395,11 @@ class StateStore(StoreBase):
         return store_html(self, None if self.is_closed else self.health())
 
 
+def _begun(items: PagedIterator[Any, T]) -> PagedIterator[Any, T]:
+    run(items.fill())  # a store that is closed says so at once
+    return items
+
+
 class AsyncStateStore(StoreBase):
     """The contract of every asynchronous store: that of StateStore, to be awaited.
 
@@ -358,7 +417,7 @@ class AsyncStateStore(StoreBase):
         return await self._operations.upsert_many(snapshots, progress)
 
     async def patch(
-        self, user_id: str, axes: Mapping[str, float], **fields: Unpack[SnapshotFields]
+        self, user_id: str, axes: Mapping[str, float | None], **fields: Unpack[SnapshotFields]
     ) -> StateSnapshot:
         """See StateStore.patch."""
         return await self._operations.patch(user_id, axes, fields)
@@ -373,10 +432,14 @@ class AsyncStateStore(StoreBase):
         """See StateStore.update; ``fn`` may be an ``async def``."""
         return await self._operations.update(user_id, fn, attempts)
 
-    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+    @overload
+    async def get_latest(self, user_id: str) -> StateSnapshot | None: ...
+    @overload
+    async def get_latest(self, user_id: str, default: T) -> StateSnapshot | T: ...
+    async def get_latest(self, user_id: str, default: Any = None) -> Any:
         """See StateStore.get_latest."""
         operations = self._operations
-        return operations.backend.cached(user_id) or await operations.get_latest(user_id)
+        return operations.backend.cached(user_id) or await operations.get_latest(user_id) or default
 
     async def get_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
         """See StateStore.get_many."""
@@ -428,7 +491,28 @@ class AsyncStateStore(StoreBase):
     def users(self) -> AsyncIterator[str]:
         """See StateStore.users."""
         self._operations.check_open()
-        return UserIterator(self._operations.users())
+        return PagedIterator(self._operations.users(), str)
+
+    def items(self) -> AsyncIterator[tuple[str, StateSnapshot]]:
+        """See StateStore.items."""
+        self._operations.check_open()
+        return PagedIterator(self._operations.latest(), lambda latest: (latest.user_id, latest))
+
+    async def to_dataframe(
+        self,
+        user_ids: Iterable[str] | None = None,
+        *,
+        since: int | datetime | None = None,
+        until: int | datetime | None = None,
+    ) -> Any:
+        """See StateStore.to_dataframe; the frame is made in a worker thread."""
+        operations = self._operations
+        states = await operations.states_of(user_ids, since, until)
+        return await operations.waits.call(lambda: states_dataframe(states, self.axes))
+
+    async def alter_axes(self, *, add: Iterable[str]) -> tuple[str, ...]:
+        """See StateStore.alter_axes."""
+        return await self._operations.alter_axes(add)
 
     async def count(self, *, history: bool = False) -> int:
         """See StateStore.count."""
@@ -532,12 +616,16 @@ class MemoryStore(_InMemory, StateStore):
             check_expected(expected)
         self._backend.upsert_latest(snapshot, expected)
 
-    def get_latest(self, user_id: str) -> StateSnapshot | None:
+    @overload
+    def get_latest(self, user_id: str) -> StateSnapshot | None: ...
+    @overload
+    def get_latest(self, user_id: str, default: T) -> StateSnapshot | T: ...
+    def get_latest(self, user_id: str, default: Any = None) -> Any:
         """See StateStore.get_latest."""
         try:
             return self._backend.timelines[user_id][-1]
         except (KeyError, TypeError, IndexError):
-            return self._backend.get_latest(user_id)
+            return self._backend.get_latest(user_id) or default
 
 
 class AsyncMemoryStore(_InMemory, AsyncStateStore):
@@ -558,9 +646,13 @@ class AsyncMemoryStore(_InMemory, AsyncStateStore):
             check_expected(expected)
         self._backend.upsert_latest(snapshot, expected)
 
-    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+    @overload
+    async def get_latest(self, user_id: str) -> StateSnapshot | None: ...
+    @overload
+    async def get_latest(self, user_id: str, default: T) -> StateSnapshot | T: ...
+    async def get_latest(self, user_id: str, default: Any = None) -> Any:
         """See StateStore.get_latest."""
-        return self._backend.get_latest(user_id)
+        return self._backend.get_latest(user_id) or default
 
 
 def _in_memory(config: MemoryStoreConfig, waits: Waits) -> tuple[MemoryBackend, Operations]:

@@ -10,7 +10,7 @@ import struct
 import uuid
 from typing import TYPE_CHECKING
 
-from attuned.base.errors import ValidationError
+from attuned.base.errors import ValidationError, nearest
 from attuned.base.values import (
     CANONICAL_AXES,
     CANONICAL_VECTOR_SIZE,
@@ -23,6 +23,8 @@ from attuned.base.values import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from attuned.base.config import MemoryStoreConfig
 
 FORMAT_VERSION = 1
@@ -86,6 +88,14 @@ class Schema:
         default = CANONICAL_VECTOR_SIZE if config.axes in (None, CANONICAL_AXES) else len(config.axes or ())
         return cls(config.axes or CANONICAL_AXES, config.vector_size or default)
 
+    def extended(self, names: Sequence[str]) -> Schema:
+        """The schema with more axes, the new ones last."""
+        for name in names:
+            if name in self.axes:
+                raise ValidationError(f"add: the store has the axis {name!r} already")
+        axes = shape_of((*self.axes, *names)).names
+        return Schema(axes, max(self.vector_size, len(axes)))
+
     def check(self, axes: Axes) -> None:
         """Raise ValidationError where an axis is not one of the store's."""
         if axes._shape not in self._positions:
@@ -95,7 +105,10 @@ class Schema:
         own = {name: position for position, name in enumerate(self.axes)}
         for name in shape.names:
             if name not in own:
-                raise ValidationError(f"axes: the store has no axis {name!r}; it has {', '.join(self.axes)}")
+                raise ValidationError(
+                    f"axes: the store has no axis {name!r}{nearest(name, self.axes)}; it has "
+                    + ", ".join(self.axes)
+                )
         if len(self._positions) >= SHAPES.maximum:
             self._positions.clear()
         positions = self._positions[shape] = tuple(own[name] for name in shape.names)

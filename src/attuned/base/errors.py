@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 T = TypeVar("T")
@@ -211,9 +212,17 @@ class CircuitOpenError(WaitError):
     """The circuit breaker is open; it lets a probe through after ``retry_after_s`` seconds."""
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What follows an unknown name in a message: a known one that is like it, where there is one."""
+    import difflib
+
+    found = difflib.get_close_matches(name, known, 1)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
 def closed_error() -> StoreClosedError:
     """What a closed store raises."""
-    return StoreClosedError("the store is closed; open it again")
+    return StoreClosedError("the store is closed, and stays so; call open_store or open_async_store again")
 
 
 def unknown_user_error(user_id: str) -> UserNotFoundError:

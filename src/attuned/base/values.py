@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import itertools
 import math
 import numbers
 import operator
+import re
 import struct
 import threading
 import time
@@ -168,6 +170,25 @@ def _check_axis_name(name: object) -> str:
     return plain
 
 
+def axis_name(heading: str) -> str:
+    """The name of an axis for a heading, in snake_case: "energetic_arousal" for "Energetic Arousal".
+
+    What has neither letters nor digits gives "", which is no name. Raises ValidationError.
+    """
+    if not isinstance(heading, str):
+        raise ValidationError(f"heading: a string is needed, got {type_name(heading)}")
+    return _snake_case(str.__str__(heading))
+
+
+@functools.lru_cache(4_096)
+def _snake_case(heading: str) -> str:
+    if re.fullmatch(r"[a-z0-9]+(?:_+[a-z0-9]+)*", heading):
+        return heading
+    plain = "".join(c for c in unicodedata.normalize("NFKD", heading) if not unicodedata.combining(c))
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", plain)
+    return re.sub(r"[\W_]+", "_", words).strip("_").lower()
+
+
 class Axes(Mapping[str, float]):
     """The axes of a snapshot: an immutable, hashable, picklable mapping from name to value in [0, 1].
 
@@ -249,6 +270,11 @@ def _as_dict(axes: Any) -> dict[Any, Any]:
         raise ValidationError(
             f"axes: a mapping from axis name to value is needed, got {type_name(axes)}"
         ) from None
+
+
+def removed_axes(axes: Any) -> tuple[str, ...]:
+    """The names of those axes of a patch that are to be removed, checked as names."""
+    return shape_of(tuple(name for name, value in _as_dict(axes).items() if value is None)).names
 
 
 def check_unit(field: str, value: object) -> float:
@@ -426,15 +452,19 @@ class StateSnapshot:
             raise ValidationError(f"axis: a name is needed, got {type_name(name)}")
         return self.axes.get(name, NEUTRAL)
 
-    def patched(self, axes: Mapping[str, float], **fields: Unpack[SnapshotFields]) -> StateSnapshot:
-        """A new snapshot with these axes merged in and these fields set.
+    def patched(self, axes: Mapping[str, float | None], **fields: Unpack[SnapshotFields]) -> StateSnapshot:
+        """A new snapshot with these axes merged in, those given as None removed, and these fields set.
 
         Its time, unless given, is now, and at least 1 ms after that of this snapshot. Raises ValidationError.
         """
         unknown = fields.keys() - SnapshotFields.__annotations__.keys()
         if unknown:
             raise ValidationError(f"patched: unknown field {brief(min(unknown))}")
-        merged = {**self.axes, **Axes(axes)}
+        given = _as_dict(axes)
+        removed = removed_axes(given)
+        merged = {**self.axes, **Axes({name: value for name, value in given.items() if value is not None})}
+        for name in removed:
+            merged.pop(name, None)
         fields.setdefault("updated_at_unix_ms", max(wall_clock.now_ms(), self.updated_at_unix_ms + 1))
         return attrs.evolve(self, axes=merged, **cast("Any", fields))
 

@@ -16,6 +16,14 @@ from .showing import CommandError, complain, listed, mute, plural
 _COMMANDS = {it.name: it for it in (*files.ROWS, *states.COMMANDS, *files.BACKUPS, service.SERVE)}
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Wraps what is described to the width of the terminal, paragraph by paragraph."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        filled = super()._fill_text
+        return "\n\n".join(filled(part, width, indent) for part in text.strip().split("\n\n"))
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
@@ -28,11 +36,12 @@ def _parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     text = "a directory, or http(s)://host:6333; default: $ATTUNED_STORE, $QDRANT_URL, "
     text += "$ATTUNED_STORE_PATH or ./attuned_state"
     common.add_argument("--store", metavar="TARGET", help=text)
+    common.add_argument("--engine", choices=["auto", "edge", "local"], help="of a directory; default: auto")
     common.add_argument("--json", action="store_true", help="JSON, one object a line")
     about = "Keeps the latest state of every user, and a bounded history."
     example = "example: attuned-store --store ./mood import film_mood.csv --scale 0:31"
     options: dict[str, Any] = {"parents": [common], "allow_abbrev": False}
-    options["formatter_class"] = argparse.RawDescriptionHelpFormatter
+    options["formatter_class"] = _Formatter
     parser = _Parser(prog="attuned-store", description=about, epilog=example, **options)
     parser.add_argument("--version", action="version", version=f"attuned-store {__version__}")
     parsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -51,7 +60,7 @@ def _parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
         else:
             words.append(word)
     # Not as defaults of the parser: the one of the command would overrule what stood before it.
-    args, rest = parser.parse_known_args(words, argparse.Namespace(store=None, json=False))
+    args, rest = parser.parse_known_args(words, argparse.Namespace(store=None, engine=None, json=False))
     command = _COMMANDS[args.command]
     # Pairs and users may stand on both sides of an option, which argparse allows in no subcommand.
     wrong = [word for word in rest if command.more is None or (word.startswith("-") and word != "--")]

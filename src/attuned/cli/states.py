@@ -6,17 +6,26 @@ from typing import Any
 
 import attrs
 
-from attuned_store import Source, StateSnapshot
+from attuned_store import Source, StateSnapshot, axis_name, store_exists
 
-from .arguments import Command, argument, axes_of, moment, open_target, target_of, whole
-from .reading import number, snake_case
+from .arguments import (
+    Command,
+    argument,
+    axes_of,
+    moment,
+    naming_users,
+    number,
+    open_target,
+    target_of,
+    whole,
+)
 from .showing import CommandError, Progress, confirm, iso_time, listed, plural, show, show_table
 
 
 def _state_given(args: Namespace) -> tuple[dict[str, float], dict[str, Any]]:
     """The axes and fields that put and patch were given."""
     name, _, value = args.user.partition("=")
-    if value and snake_case(name):  # it would become a user of that name
+    if value and axis_name(name):  # it would become a user of that name
         raise CommandError(f"the user comes first, as in '{args.command} alice {args.user}'", 2)
     names = ("updated_at_unix_ms", "source", "confidence", "schema_version")
     return axes_of(args.pairs), {name: vars(args)[name] for name in names if vars(args)[name] is not None}
@@ -52,12 +61,12 @@ def _patch(args: Namespace) -> int:
 
 
 def _get(args: Namespace) -> int:
-    with open_target(args) as store:
+    with open_target(args) as store, naming_users(store, args.user):
         return _show_state(args, store[args.user], store.axes)
 
 
 def _history(args: Namespace) -> int:
-    with open_target(args) as store:
+    with open_target(args) as store, naming_users(store, args.user):
         states = store.get_history(args.user, args.limit, since=args.since, until=args.until)
         _ = states or store[args.user]  # raises where there is no such user
         axes = [" ".join(map("=".join, _axes(state, store.axes))) or "neutral" for state in states]
@@ -68,18 +77,20 @@ def _history(args: Namespace) -> int:
 
 def _users(args: Namespace) -> int:
     with open_target(args) as store:
-        for user_id in store.users():
+        for user_id in sorted(store.users()):
             show(args, {"user_id": user_id}, user_id)
     return 0
 
 
 def _search(args: Namespace) -> int:
+    if args.pairs and "=" not in args.pairs[0] and args.store is None and store_exists(args.pairs[0]):
+        args.store = args.pairs.pop(0)
     if bool(args.pairs) == (args.like is not None):
         raise CommandError("search needs either --like USER or AXIS=VALUE pairs", 2)
     if args.include_self and args.exclude is not None:
         raise CommandError("--exclude is not allowed with --include-self", 2)
     query = axes_of(args.pairs) if args.like is None else args.like
-    with open_target(args) as store, Progress("searching"):
+    with open_target(args) as store, naming_users(store, args.like), Progress("searching"):
         matches = store.search_similar(
             query,
             limit=args.limit,
@@ -154,7 +165,7 @@ _HISTORY = (
     _UNTIL,
 )
 _SEARCH = (
-    argument("pairs", metavar="AXIS=VALUE", nargs="*", help="what to look for, unless --like"),
+    argument("pairs", metavar="[STORE] AXIS=VALUE", nargs="*", help="what to look for, unless --like"),
     argument("--like", metavar="USER", help="look for states like this user's latest, others' only"),
     argument("--limit", type=whole(1), default=10, metavar="N", help="default: 10"),
     argument("--threshold", type=number, metavar="SCORE", help="the least score, -1..1"),

@@ -23,7 +23,7 @@ from attuned.base.errors import (
 from attuned.connections.runtime import Worker, run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Mapping
 
 
 class Files(Protocol):
@@ -53,8 +53,15 @@ class Files(Protocol):
         """What is put off, and whether the disk is full."""
         ...
 
-    async def replace(self, collection: str, by: str) -> None:
-        """Let another open collection take the place of one, at one moment; its own name is then free."""
+    async def replace(self, collection: str, by: str, *, described: bool = False) -> None:
+        """Let another open collection take the place of one, at one moment; its own name is then free.
+
+        ``described``: its metadata and the size of its vectors take the place of the others, too.
+        """
+        ...
+
+    async def describe(self, collection: str, metadata: Mapping[str, Any]) -> None:
+        """Change some of the metadata of a collection."""
         ...
 
     def abandon(self) -> None:

@@ -273,11 +273,21 @@ class EdgeEngine(EngineOnDisk):
             for file in (temporary_name(manifest), manifest):
                 file.unlink(missing_ok=True)
 
-    async def replace(self, collection: str, by: str) -> None:
+    async def describe(self, collection: str, metadata: Mapping[str, Any]) -> None:
+        """See Files.describe."""
+        manifest = self._manifest(collection)
+        with backend_errors(self, "describe"):
+            self.check_room("describe")
+            self._record(manifest, {**read_manifest(manifest), **metadata})
+
+    async def replace(self, collection: str, by: str, *, described: bool = False) -> None:
         """The manifest says which generation of the shard is the one; writing it is the moment."""
         manifest = self._manifest(collection)
         metadata = read_manifest(manifest)
-        metadata["generation"] = metadata.get("generation", 0) + 1
+        generation = metadata.get("generation", 0) + 1
+        if described:
+            metadata = read_manifest(self._manifest(by))
+        metadata["generation"] = generation
         directory = self._directory(collection, metadata)
         with backend_errors(self, "replace"):
             self.check_room("replace", _bytes_in(self._directories[by] / "wal"))
@@ -293,6 +303,7 @@ class EdgeEngine(EngineOnDisk):
                     shutil.rmtree(directory, ignore_errors=True)
                 raise
             self._switch(collection, directory, shard)
+            self._open[collection] = self._open[by]
             await self.drop(by)
 
     @staticmethod

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from attuned.base.config import MIN_FREE_BYTES
-from attuned.base.disk import fsync, write_atomically
+from attuned.base.disk import fsync, read_manifest, write_atomically
 from attuned.base.errors import BackendError, MissingDependencyError, locked_error
 from attuned.engines.client_models import ClientModels, client_page, client_records
 from attuned.engines.filters import Filter
@@ -175,6 +175,15 @@ class LocalCollection:
 # ------------------------------------------------------------------------------
 
 
+_REPLACED_BY = "replaced_by"  # in the metadata of a collection: whose points are to become its own
+
+
+def _note_replaced(listed: dict[str, Any], collection: str, by: str) -> None:
+    entry = copied(listed[by])
+    entry["metadata"][_REPLACED_BY] = by
+    listed[collection] = entry
+
+
 class LocalEngine(EngineOnDisk):
     """qdrant-client's local mode, made durable, atomic and quick to write.
 
@@ -232,10 +241,42 @@ class LocalEngine(EngineOnDisk):
         self._connected = client
 
     def _mend_list(self) -> None:
-        """Fill the list of collections, left empty by a process that was killed as it made the directory."""
+        """Bring to its end what a process was killed at: making the list of collections, or replacing one."""
         names, _ = local_files(self._path, "")
         if names.exists() and names.stat().st_size == 0:
             write_atomically(names, json.dumps({"collections": {}, "aliases": {}}))
+        listed: dict[str, Any] = read_manifest(names) if names.exists() else {}
+        entries: dict[str, Any] = listed.get("collections", {})
+        replacing: dict[str, str] = {
+            name: by
+            for name, entry in entries.items()
+            if (by := cast("Any", entry.get("metadata") or {}).pop(_REPLACED_BY, None)) is not None
+        }
+        for name, by in replacing.items():
+            points, others = (local_files(self._path, each)[1] for each in (name, by))
+            if others.exists():
+                others.replace(points)
+                fsync(points.parent)
+        if replacing:
+            write_atomically(names, json.dumps(listed))
+
+    async def describe(self, collection: str, metadata: Mapping[str, Any]) -> None:
+        """See Files.describe; the list of collections is written with the client closed."""
+        self._relist(collection, lambda listed: listed[collection]["metadata"].update(metadata))
+
+    def _relist(self, collection: str, change: Callable[[dict[str, Any]], object]) -> None:
+        """Change the entry of a collection in the list, and open what it says then."""
+        names, _ = local_files(self._path, collection)
+        with backend_errors(self, "describe"):
+            self.check_room("describe")
+            listed = read_manifest(names)
+            change(listed["collections"])
+            self._disconnect()
+            try:
+                write_atomically(names, json.dumps(listed))
+            finally:
+                self._sorted.clear()
+                self._connect()
 
     async def open(self, collection: CollectionSpec) -> Mapping[str, Any]:
         """See Engine.open."""
@@ -327,8 +368,18 @@ class LocalEngine(EngineOnDisk):
             if listed or local_files(self._path, collection)[1].parent.exists():
                 self._client.delete_collection(collection)
 
-    async def replace(self, collection: str, by: str) -> None:
-        """Renaming the file of points is the moment."""
+    async def replace(self, collection: str, by: str, *, described: bool = False) -> None:
+        """Renaming the file of points is the moment; with ``described`` writing the list of collections is.
+
+        What the list says then is done by whoever opens it next: see _mend_list.
+        """
+        if described:
+            grown, _ = self._open.pop(by), self._open.pop(collection)
+            self._open[collection] = grown
+            self._relist(collection, lambda listed: _note_replaced(listed, collection, by))
+            with contextlib.suppress(BackendError):  # an empty collection: the next opening drops it
+                await self.drop(by)
+            return
         files = [local_files(self._path, name)[1] for name in (by, collection)]
         with backend_errors(self, "replace"):
             self.check_room("replace")

@@ -248,6 +248,10 @@ class Backend(Protocol):
         """Give up what was staged."""
         ...
 
+    async def add_axes(self, names: Sequence[str]) -> None:
+        """Add axes to the schema, whole or not at all; raises StoreError where others hold it too."""
+        ...
+
     async def look(self, seconds: float) -> Health:
         """How it is and how much it holds, found out within so many seconds."""
         ...

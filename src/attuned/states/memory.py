@@ -11,6 +11,8 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from attuned.base.codec import Schema
 from attuned.base.errors import ReenteredError, closed_error
 from attuned.base.values import ANY, Expected, Health, Match, StateSnapshot, check_user_id, time_of
@@ -313,7 +315,8 @@ class MemoryBackend:
 
     async def stage(self, token: str) -> MemoryBackend:  # noqa: ARG002 - nothing of this one can be left
         """See Backend.stage."""
-        return MemoryBackend(self.config, self._waits)
+        axes = attrs.evolve(self.config, axes=self.schema.axes, vector_size=self.schema.vector_size)
+        return MemoryBackend(axes, self._waits)
 
     async def adopt(self, staged: MemoryBackend) -> None:
         """See Backend.adopt."""
@@ -326,6 +329,14 @@ class MemoryBackend:
     async def discard(self, staged: MemoryBackend) -> None:
         """See Backend.discard."""
         await staged.close()
+
+    async def add_axes(self, names: Sequence[str]) -> None:
+        """See Backend.add_axes."""
+        with self._free_lock():
+            self._check_open()
+            self.schema = self.schema.extended(names)
+            self._index = VectorIndex(self.schema)
+            self._index.stale.update(self.timelines)
 
     async def look(self, seconds: float) -> Health:  # noqa: ARG002 - it is there at once
         """See Backend.look."""

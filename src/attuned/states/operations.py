@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
 
 import attrs
 
@@ -31,6 +31,8 @@ from attuned.base.telemetry import Telemetry, report_slow
 from attuned.base.values import (
     ANY,
     MAX_INTEGER,
+    NEUTRAL,
+    Axes,
     Expected,
     Health,
     Match,
@@ -39,6 +41,9 @@ from attuned.base.values import (
     StateSnapshot,
     check_integer,
     check_user_id,
+    removed_axes,
+    shape_of,
+    time_of,
 )
 from attuned.connections.runtime import Pager, Waits, run
 from attuned.snapshots.archive import check_progress
@@ -69,6 +74,9 @@ if TYPE_CHECKING:
 
     from attuned.snapshots.archive import Progress
     from attuned.states.memory import MemoryBackend
+
+
+U = TypeVar("U")
 
 
 class Operations:
@@ -205,11 +213,16 @@ class Operations:
             f"user {short_id(user_id)!r}: still in conflict after {attempts} attempts; try again later"
         )
 
-    async def patch(self, user_id: str, axes: Mapping[str, float], fields: SnapshotFields) -> StateSnapshot:
+    async def patch(
+        self, user_id: str, axes: Mapping[str, float | None], fields: SnapshotFields
+    ) -> StateSnapshot:
         """See StateStore.patch."""
         first = StateSnapshot(user_id, {}, updated_at_unix_ms=0).patched(
             axes, **fields
         )  # checks, before any read
+        if removed := removed_axes(axes):
+            await self.open()
+            self.backend.schema.check(Axes(dict.fromkeys(removed, NEUTRAL)))
 
         def merge(latest: StateSnapshot | None) -> StateSnapshot:
             return first if latest is None else latest.patched(axes, **fields)
@@ -340,6 +353,37 @@ class Operations:
         """The pages of all user ids."""
         return self._pages("users", lambda backend, cursor: backend.users(cursor))
 
+    def latest(self) -> Pager[list[StateSnapshot]]:
+        """The pages of all users' latest snapshots."""
+
+        async def page(backend: Backend, cursor: Cursor) -> tuple[list[StateSnapshot], Cursor]:
+            user_ids, cursor = await backend.users(cursor)
+            return list((await backend.find(user_ids)).values()), cursor
+
+        return self._pages("items", page)
+
+    async def states_of(
+        self, user_ids: Iterable[str] | None, since: int | datetime | None, until: int | datetime | None
+    ) -> list[StateSnapshot]:
+        """All states of some users, or of all: what history shows within a window, and the latest ones."""
+        self.check_open()
+        window, found = HistoryWindow.of(MAX_INTEGER, since, until), list[StateSnapshot]()
+        await self.open()  # for the axes, whoever is asked for
+        if user_ids is None:
+            pages = self.states()
+            while (page := await pages.next()) is not None:
+                found += (each for each in page.states if window.since <= time_of(each) <= window.until)
+            return found
+        for user_id, latest in (await self.get_many(user_ids)).items():
+            states = await self.get_history(user_id, window.limit, window.since, window.until)
+            if (
+                time_of(latest) not in map(time_of, states)
+                and window.since <= time_of(latest) <= window.until
+            ):
+                found.append(latest)  # it has aged out of the history, or there is none
+            found += states
+        return found
+
     def states(self) -> Pager[StatesPage]:
         """The pages of all states, each user's together."""
 
@@ -372,6 +416,17 @@ class Operations:
         while (number := await pages.next()) is not None:
             total += number
         return total
+
+    async def alter_axes(self, add: object) -> tuple[str, ...]:
+        """See StateStore.alter_axes."""
+        self.check_open()
+        if isinstance(add, str) or not isinstance(add, Iterable):
+            raise ValidationError(f"add: a list of axes is needed, got {type_name(add)}")
+        names = shape_of(tuple(cast("Any", add))).names
+        await self.open()
+        if names:
+            await self._drive("", lambda backend: backend.add_axes(names), long=True)
+        return self.axes()
 
     # How it is
 
@@ -545,37 +600,37 @@ def _check_update(user_id: str, latest: StateSnapshot | None, new: object) -> St
     return new
 
 
-class UserIterator:
-    """The users of a store: iterated in place, or awaited."""
+class PagedIterator(Generic[T, U]):
+    """What stands in the pages of a store, made into what is asked for: iterated in place, or awaited."""
 
-    def __init__(self, pages: Pager[list[str]]) -> None:
-        self._pages = pages
-        self._ready: deque[str] = deque()
+    def __init__(self, pages: Pager[list[T]], make: Callable[[T], U]) -> None:
+        self._pages, self._make = pages, make
+        self._ready: deque[T] = deque()
         self._ended = False
 
     async def fill(self) -> None:
-        """Get users ready, unless there are some or no more."""
+        """Get some ready, unless there are some or no more."""
         while not self._ready and not self._ended:
             page = await self._pages.next()
             self._ended = page is None
             self._ready.extend(page or ())
 
-    def __iter__(self) -> UserIterator:
+    def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> str:
+    def __next__(self) -> U:
         if not self._ready:
             run(self.fill())
             if not self._ready:
                 raise StopIteration
-        return self._ready.popleft()
+        return self._make(self._ready.popleft())
 
-    def __aiter__(self) -> UserIterator:
+    def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> str:
+    async def __anext__(self) -> U:
         if not self._ready:
             await self.fill()
             if not self._ready:
                 raise StopAsyncIteration
-        return self._ready.popleft()
+        return self._make(self._ready.popleft())

@@ -367,6 +367,38 @@ class OwnedBackend(PointsBackend):
             self._staged = lambda: None
             await self._files.drop(self._beside)
 
+    async def add_axes(self, names: Sequence[str]) -> None:
+        """See Backend.add_axes; where vectors have no room left, all is written anew beside this."""
+        schema = self.schema.extended(names)
+        if schema.vector_size == self.schema.vector_size:
+            await self._files.describe(self._collection, {"axes": list(schema.axes)})
+            self.schema = schema
+            return
+        if self._staged() is not None:
+            raise StoreError("a snapshot is being restored into this store: add axes afterwards")
+        config = attrs.evolve(self.config, axes=schema.axes, vector_size=schema.vector_size)
+        grown = OwnedBackend(self._files, config, self._beside)
+        try:
+            await self._files.drop(self._beside)
+            await grown.open()
+            page = await self.states(None)
+            await grown.write(page.states)
+            while page.cursor is not None:
+                page = await self.states(page.cursor)
+                await grown.write(page.states)
+            await self._files.replace(self._collection, self._beside, described=True)
+        except BaseException:
+            self.schema = (
+                await self._open_schema()
+            )  # which of the two is there is unknown, after an interrupt
+            await self._relearn_all()
+            await self._files.drop(self._beside)
+            raise
+        self.schema = schema
+        self.forget_everything()
+        if not self.engine.indexed:
+            self._times.update(grown._times)
+
     async def _relearn_all(self) -> None:
         self.forget_everything()
         if not self.engine.indexed:

@@ -231,6 +231,10 @@ class PointsBackend(ABC):
         """Give up what was staged."""
 
     @abstractmethod
+    async def add_axes(self, names: Sequence[str]) -> None:
+        """See Backend.add_axes."""
+
+    @abstractmethod
     async def _times_of(self, user_id: str) -> list[int]:
         """The times of a user's history, ascending, hidden ones included."""
 

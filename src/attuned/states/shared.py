@@ -17,6 +17,7 @@ from attuned.base.errors import (
     CollectionNotFoundError,
     ConflictError,
     SnapshotError,
+    StoreError,
     T,
     short_id,
 )
@@ -391,6 +392,13 @@ class SharedBackend(PointsBackend):
     async def discard(self, staged: PointsBackend) -> None:  # noqa: ARG002 - the mark stays: it is not complete
         """See PointsBackend.discard."""
         self.forget_everything()
+
+    async def add_axes(self, names: Sequence[str]) -> None:  # noqa: ARG002
+        """See Backend.add_axes: never."""
+        raise StoreError(
+            "alter_axes: others may hold the axes of a collection on a server; copy it: "
+            "copy(source, target) into a store that was made with more axes"
+        )
 
     def forget_everything(self) -> None:
         """Empty the cache."""

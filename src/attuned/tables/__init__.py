@@ -1,0 +1,1 @@
+"""Tables of states, from files and data frames and to them."""
