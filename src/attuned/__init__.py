@@ -40,6 +40,7 @@ __all__ = [
     "Health",
     "History",
     "Match",
+    "Matches",
     "MemoryOptions",
     "MemoryStore",
     "MemoryStoreConfig",

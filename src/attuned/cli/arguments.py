@@ -4,7 +4,6 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from attuned_store import StateSnapshot, StateStore, default_target, open_store, store_exists
@@ -52,19 +51,6 @@ def scale(text: str) -> tuple[float, float]:
     except ValueError:
         pass  # as below
     raise argparse.ArgumentTypeError(f"LOW:HIGH is two numbers, the lower first, as in 0:31, not {text!r}")
-
-
-def moment(text: str) -> int:
-    """Reads a time: milliseconds since 1970, or ISO 8601, which is UTC unless it says otherwise."""
-    if re.fullmatch(r"-?\d{1,19}", text, re.ASCII):
-        return int(text)
-    try:
-        found = datetime.fromisoformat(text)
-        found = found if found.tzinfo else found.replace(tzinfo=UTC)
-        return int(found.replace(microsecond=0).timestamp()) * 1000 + found.microsecond // 1000
-    except (ValueError, OverflowError):
-        message = f"a time is milliseconds since 1970 or ISO 8601, as in 2026-01-17T12:00Z, not {text!r}"
-        raise argparse.ArgumentTypeError(message) from None
 
 
 def axes_of(texts: Sequence[str]) -> dict[str, float]:
