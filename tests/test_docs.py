@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import attrs
 import pytest
 from command import main
+from conformance import needs
 from packaging.requirements import Requirement
 from pages import NAMES, ROOT, SERVER, Page, Reader, headings, links, rows
 
@@ -114,6 +116,20 @@ def test_links_lead_somewhere(name: str) -> None:
         assert target.exists(), path
         if heading:
             assert heading in headings(target.read_text("utf-8")), f"{path}#{heading}"
+
+
+@pytest.mark.once
+@needs("matplotlib")
+def test_pictures_are_what_the_script_draws(tmp_path: Path) -> None:
+    """docs/pictures.py draws each picture that is kept, with the same words."""
+    kept = ROOT / "docs" / "pictures"
+    subprocess.run([sys.executable, ROOT / "docs" / "pictures.py", tmp_path], check=True)
+
+    def words(picture: Path) -> list[str]:
+        return re.findall(r"<text[^>]*>([^<]*)</text>", picture.read_text("utf-8"))
+
+    assert [path.name for path in sorted(kept.iterdir())] == ["history.svg"]
+    assert words(tmp_path / "history.svg") == words(kept / "history.svg") != []
 
 
 def test_every_page_is_linked_from_readme() -> None:

@@ -171,13 +171,13 @@ def test_matches_are_shown_beside_what_was_asked_for() -> None:
 
 
 def test_many_matches_and_axes_say_how_many_are_not_shown() -> None:
-    """Of many matches the best fifty are shown, and of many axes the eight in which the query leans most."""
+    """Of many matches the best fifty are shown, and of many axes the five in which the query leans most."""
     with MemoryStore() as store:
         store.upsert_many(state(f"user{number}", 0, {"warmth": 0.75}) for number in range(60))
         query = {name: 0.5 + number / 100 for number, name in enumerate(CANONICAL_AXES)}
         page = shown(store.search_similar(query, limit=60))
 
-    assert "and 15 more axes" in page.text
+    assert "and 18 more axes" in page.text
     assert "and 10 more matches" in page.text
     assert page.texts[4] == CANONICAL_AXES[-1]
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _MOST_BARS = 64  # axes of a snapshot
 _MOST_COLUMNS = 50  # snapshots of a history
 _SHOWN_MATCHES = 50
-_MOST_REASONS = 8  # axes of a match: those in which the query leans most
+_MOST_REASONS = 5  # axes of a match: those in which the query leans most
 _BAR_WIDTH = 140  # pixels
 MAX_PLOTTED = 1_000
 _ABOVE, _BELOW = (59, 125, 216), (214, 111, 33)  # blue and orange: told apart by all kinds of eyes
@@ -35,7 +35,7 @@ FONT = "font-family:sans-serif;font-size:12px;line-height:1.3"
 _CELL = "padding:1px 6px;text-align:left;border:none;white-space:nowrap"
 _NUMBER = "font-variant-numeric:tabular-nums"
 _ROW = "background:none"
-TABLE = "border-collapse:collapse"
+TABLE = "border-collapse:collapse;font:inherit;color:inherit"
 
 
 def _rgba(value: float) -> str:
@@ -87,7 +87,7 @@ def snapshot_html(snapshot: StateSnapshot) -> str:
         for name, value in itertools.islice(snapshot.axes.items(), _MOST_BARS)
     ]
     scale = table_row("", _scale(_BAR_WIDTH), "")
-    shown = element("table", TABLE, *rows, scale) if rows else "no axes: neutral"
+    shown = element("table", TABLE, *rows, scale) if rows else element("div", "", "no axes: neutral")
     return element("div", FONT, _heading(snapshot), shown, _more(len(snapshot.axes) - len(rows), "axes"))
 
 
@@ -191,6 +191,11 @@ class Matches(list[Match]):
 
     def _repr_html_(self) -> str:
         return _matches_html(self)
+
+
+def first_of(names: Sequence[str], most: int = 4) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f", and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def facts_html(title: str, facts: Mapping[str, object]) -> str:

@@ -545,9 +545,9 @@ class SnapshotReport:
         }
 
     def _repr_html_(self) -> str:
-        from attuned.base.html import facts_html
+        from attuned.base.html import facts_html, first_of
 
-        axes = None if self.axes is None else ", ".join(self.axes)
+        axes = None if self.axes is None else first_of(self.axes)
         facts = {**self.to_dict(), "axes": axes, "duration_ms": f"{self.duration_ms:.3g}"}
         return facts_html("SnapshotReport", facts)
 
