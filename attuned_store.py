@@ -702,6 +702,7 @@ MAX_USER_ID_BYTES = 256
 MAX_TIME_MS = 253_402_300_799_999  # the last millisecond of the year 9999, UTC
 MAX_INTEGER = 2**63 - 1  # what Qdrant's payload integers hold
 _SHOWN_AXES = 8  # of a snapshot in its repr
+_SHOWN_NAMES = 4  # of the axes of a report
 _AXIS_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_")
 
 
@@ -1181,7 +1182,9 @@ class SnapshotReport:
         }
 
     def _repr_html_(self) -> str:
-        axes = None if self.axes is None else first_of(self.axes)
+        axes = ", ".join((self.axes or ())[:_SHOWN_NAMES])
+        if self.axes is not None and len(self.axes) > _SHOWN_NAMES:
+            axes += f", and {len(self.axes) - _SHOWN_NAMES:,} more"
         facts = {**self.to_dict(), "axes": axes, "duration_ms": f"{self.duration_ms:.3g}"}
         return facts_html("SnapshotReport", facts)
 
@@ -1907,11 +1910,6 @@ class Matches(list[Match]):
 
     def _repr_html_(self) -> str:
         return _matches_html(self)
-
-
-def first_of(names: Sequence[str], most: int = 4) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:most]) + (f", and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def facts_html(title: str, facts: Mapping[str, object]) -> str:

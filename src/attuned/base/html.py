@@ -193,11 +193,6 @@ class Matches(list[Match]):
         return _matches_html(self)
 
 
-def first_of(names: Sequence[str], most: int = 4) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:most]) + (f", and {len(names) - most:,} more" if len(names) > most else "")
-
-
 def facts_html(title: str, facts: Mapping[str, object]) -> str:
     """What there is to say of one thing, a row each; what is None or empty is left out."""
     rows = [
