@@ -113,13 +113,13 @@ def test_the_tour_shows_one_user_and_who_is_alike(run: Run) -> None:
         "formality    1.000  0.900             |==========",
         "ritual_need  0.400                  ==|",
     ]
-    assert "among 3 users" in out
+    assert "of 3 users" in out
     found = re.findall(r"^(-?\d\.\d{4}) +(\S.*?)  +(0\.\d+)  +(\d\.\d+)  +(0\.\d+)$", out, re.MULTILINE)
     assert [(user, *axes) for _, user, *axes in found] == [
         ("cleopatra VII", "0.700", "0.900", "0.500"),
         ("ben", "0.250", "0.000", "0.500"),
     ]
-    ways = re.findall(r"^  (attuned-store --store 'a store' \S.*?)  ", out, re.MULTILINE)
+    ways = re.findall(r"  (attuned-store --store 'a store' \S.*)$", out, re.MULTILINE)
     assert ways[0] == "attuned-store --store 'a store' history ada"
     assert len(ways) == 5
 
@@ -130,11 +130,19 @@ def test_the_tour_begins_with_the_first_user(run: Run) -> None:
     _, out, _ = run("tour")
     assert out.startswith("a b: ")
     assert "a neutral state leans nowhere" in out
-    assert re.search(r"^  attuned-store history 'a b'  ", out, re.MULTILINE)
+    assert re.search(r"  attuned-store history 'a b'$", out, re.MULTILINE)
     run("put", "a b", "warmth=0.75")
     assert "nobody else is there" in run("tour")[1]
     run("put", "c", "--at", "1")
     assert "no axes: neutral" in run("tour", "c")[1]
+
+
+def test_the_tour_names_the_command_as_it_was_called(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the command is not on the path, what the tour suggests begins as the tour itself was called."""
+    run("put", "ada", "warmth=0.8")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("sys.argv", [".venv/bin/attuned-store", "tour"])
+    assert "  .venv/bin/attuned-store history ada\n" in run("tour")[1]
 
 
 def test_the_tour_of_nothing_says_what_to_do(run: Run) -> None:

@@ -74,14 +74,14 @@ def test_command_to_try_succeeds_once_installed(monkeypatch: pytest.MonkeyPatch)
     for line in lines:
         status, output = run_command(line, monkeypatch)
         assert status == 0, output
-    person, _, others = output.partition("Who leans the same way")
+    person, _, others = output.partition("Most like this")
     alike, _, ways = others.partition("Where to go on")
     assert re.search(r"^maps_001: 1996-01-02T00:15:00.000Z", person)
     assert re.search(r"^positive_affect +0.226 +0.839 ", person, re.MULTILINE)
     assert re.search(r"^score +user_id +energetic_arousal ", alike, re.MULTILINE)
     assert re.search(r"^0.9927 +maps_091 +0.", alike, re.MULTILINE)
     assert "maps_001" not in alike
-    for line in re.findall(r"^  (attuned-store .*?)  ", ways, re.MULTILINE):
+    for line in re.findall(r"  (attuned-store .*)$", ways, re.MULTILINE):
         status, output = run_command(line, monkeypatch)
         assert status == 0, output
 

@@ -1,13 +1,17 @@
 """The command tour: one user's state, who is alike and in what, and where to go on."""
 
 import shlex
+import shutil
+import sys
 from argparse import Namespace
+from pathlib import Path
 
 from attuned_store import Axes
 
 from .arguments import Command, argument, open_target, target_of
 from .showing import CommandError, iso_time, plural, printable, show_table
 
+_NAME = "attuned-store"
 _MOST_COLUMNS = 3  # axes beside each of the alike: what fits into a terminal
 _HALF = 10  # characters on each side of neutral
 
@@ -48,7 +52,7 @@ def _tour(args: Namespace) -> int:
         if name in state.axes
     ]
     show_table(args, [], axes, heading, otherwise="no axes: neutral")
-    print(f"\nWho leans the same way, among {plural(users, 'user')}:\n")
+    print(f"\nMost like this, of {plural(users, 'user')}:\n")
     columns = [name for name in order if name in strongest[:_MOST_COLUMNS]]
     rows = [
         [
@@ -61,19 +65,20 @@ def _tour(args: Namespace) -> int:
     otherwise = "nobody else is there" if leans else "a neutral state leans nowhere"
     show_table(args, [], rows, ("score", "user_id", *columns), otherwise=otherwise)
 
-    prefix = "attuned-store " + (f"--store {shlex.quote(target)} " if args.store is not None else "")
+    # In an environment that is not activated the command is called by its path, as it was now.
+    called = sys.argv[0] if Path(sys.argv[0]).name == _NAME and shutil.which(_NAME) is None else _NAME
+    prefix = f"{called} " + (f"--store {shlex.quote(target)} " if args.store is not None else "")
     who, axis = shlex.quote(user_id), strongest[0] if strongest else order[0]
     ways = (
-        (f"history {who}", "the states before"),
-        (f"search {axis}=0.9", "who is high in it"),
-        (f"patch {who} {axis}=0.6", "change one axis"),
-        ("snapshot backups", "a backup of everything"),
-        ("--help", "all commands"),
+        ("the states before", f"history {who}"),
+        ("who is high in an axis", f"search {axis}=0.9"),
+        ("to change one axis", f"patch {who} {axis}=0.6"),
+        ("a backup of everything", "snapshot backups"),
+        ("all commands", "--help"),
     )
-    width = max(len(command) for command, _ in ways)
     print("\nThe score compares directions: 1 is the same, -1 the opposite. Where to go on:\n")
-    for command, why in ways:
-        print(printable(f"  {prefix}{command:<{width}}  {why}"))
+    for what, words in ways:
+        print(printable(f"  {what:<22}  {prefix}{words}"))
     return 0
 
 
