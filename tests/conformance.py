@@ -226,6 +226,7 @@ Content = dict[str, tuple[StateSnapshot | None, list[StateSnapshot]]]
 T = TypeVar("T")
 
 COMMANDS = (  # of attuned-store
+    "tour",
     "import",
     "export",
     "put",
