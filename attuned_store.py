@@ -128,6 +128,7 @@ __all__ = [
     "Health",
     "History",
     "Match",
+    "Matches",
     "MemoryOptions",
     "MemoryStore",
     "MemoryStoreConfig",
@@ -721,6 +722,7 @@ MAX_USER_ID_BYTES = 256
 MAX_TIME_MS = 253_402_300_799_999  # the last millisecond of the year 9999, UTC
 MAX_INTEGER = 2**63 - 1  # what Qdrant's payload integers hold
 _SHOWN_AXES = 8  # of a snapshot in its repr
+_SHOWN_NAMES = 4  # of the axes of a report
 _AXIS_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_")
 
 
@@ -1007,6 +1009,11 @@ def check_time_ms(value: object, field: str = "updated_at_unix_ms") -> int:
             f"{field}: whole milliseconds since 1970 or an aware datetime are needed, got {brief(value)}; "
             "int(time.time() * 1000) makes them of the time in seconds"
         )
+    elif isinstance(value, str):
+        raise ValidationError(
+            f"{field}: an aware datetime or whole milliseconds since 1970 are needed, got {brief(value)}; "
+            "datetime.fromisoformat makes one of ISO 8601"
+        )
     time_ms = check_integer(field, value, 0, MAX_TIME_MS)
     if time_ms in _LIKE_SECONDS:
         raise ValidationError(
@@ -1153,6 +1160,9 @@ class Match:
     snapshot: StateSnapshot
     score: float
 
+    def _repr_html_(self) -> str:
+        return Matches([self])._repr_html_()
+
 
 @attrs.frozen
 class Health:
@@ -1174,6 +1184,10 @@ class Health:
     version: str | None = None
     collection_status: str | None = None
     indexed_vectors: int | None = None
+
+    def _repr_html_(self) -> str:
+        facts = {**attrs.asdict(self), "latency_ms": f"{self.latency_ms:.3g}"}
+        return facts_html("Health", facts)
 
 
 SnapshotReason = Literal["startup", "api", "manual"]
@@ -1214,6 +1228,13 @@ class SnapshotReport:
             "created_at": None if self.created_at is None else iso_time(self.created_at),
             "axes": None if self.axes is None else list(self.axes),
         }
+
+    def _repr_html_(self) -> str:
+        axes = ", ".join((self.axes or ())[:_SHOWN_NAMES])
+        if self.axes is not None and len(self.axes) > _SHOWN_NAMES:
+            axes += f", and {len(self.axes) - _SHOWN_NAMES:,} more"
+        facts = {**self.to_dict(), "axes": axes, "duration_ms": f"{self.duration_ms:.3g}"}
+        return facts_html("SnapshotReport", facts)
 
 
 class _Any(enum.Enum):
@@ -1774,22 +1795,25 @@ def make_qdrant_config(config: QdrantStoreConfig | None, options: Mapping[str, A
 
 # ------------------------------------------------------------------------------------------------------------
 # attuned.base.html
-# What notebooks show: states, histories and stores as HTML, and plots.
+# What notebooks show: states, histories, matches, stores and reports as HTML, and plots.
 # ------------------------------------------------------------------------------------------------------------
 
 
-# What Jupyter shows of a snapshot, a history and a store: HTML with inline styles alone, everything escaped,
-# of a user id the first four characters; colours that can be read on a light and on a dark page.
+# What Jupyter shows: HTML with inline styles alone, everything escaped, of a user id the first four
+# characters; colours that can be read on a light and on a dark page.
 
 _MOST_BARS = 64  # axes of a snapshot
 _MOST_COLUMNS = 50  # snapshots of a history
+_SHOWN_MATCHES = 50
+_MOST_REASONS = 5  # axes of a match: those in which the query leans most
+_BAR_WIDTH = 140  # pixels
 MAX_PLOTTED = 1_000
 _ABOVE, _BELOW = (59, 125, 216), (214, 111, 33)  # blue and orange: told apart by all kinds of eyes
 FONT = "font-family:sans-serif;font-size:12px;line-height:1.3"
 _CELL = "padding:1px 6px;text-align:left;border:none;white-space:nowrap"
 _NUMBER = "font-variant-numeric:tabular-nums"
 _ROW = "background:none"
-TABLE = "border-collapse:collapse"
+TABLE = "border-collapse:collapse;font:inherit;color:inherit"
 
 
 def _rgba(value: float) -> str:
@@ -1815,7 +1839,7 @@ def _bar(value: float) -> str:
     colour = _ABOVE if value > NEUTRAL else _BELOW
     fill = f"position:absolute;top:0;height:100%;left:{start:.1f}%;width:{width:.1f}%;background:rgb{colour}"
     middle = "position:absolute;top:0;height:100%;left:50%;width:1px;background:currentColor;opacity:.6"
-    box = "position:relative;width:140px;height:10px;background:rgba(128,128,128,.15)"
+    box = f"position:relative;width:{_BAR_WIDTH}px;height:10px;background:rgba(128,128,128,.15)"
     return element("div", box, element("div", fill), element("div", middle))
 
 
@@ -1828,13 +1852,20 @@ def _more(count: int, noun: str) -> str:
     return element("div", "opacity:.7", f"and {count:,} more {noun}") if count > 0 else ""
 
 
+def _scale(width: int) -> str:
+    """The ends of a scale from 0 to 1, and neutral in its middle."""
+    ends = "display:flex;justify-content:space-between;opacity:.7"
+    return element("div", f"width:{width}px;{ends}", *(element("span", "", end) for end in ("0", "0.5", "1")))
+
+
 def snapshot_html(snapshot: StateSnapshot) -> str:
     """A snapshot: its axes as bars around neutral."""
     rows = [
         table_row(html.escape(name), _bar(value), element("span", _NUMBER, f"{value:.3f}"))
         for name, value in itertools.islice(snapshot.axes.items(), _MOST_BARS)
     ]
-    shown = element("table", TABLE, *rows) if rows else "no axes: neutral"
+    scale = table_row("", _scale(_BAR_WIDTH), "")
+    shown = element("table", TABLE, *rows, scale) if rows else element("div", "", "no axes: neutral")
     return element("div", FONT, _heading(snapshot), shown, _more(len(snapshot.axes) - len(rows), "axes"))
 
 
@@ -1865,7 +1896,12 @@ def _history_html(history: Sequence[StateSnapshot]) -> str:
     first, last = (iso_time(shown[end].updated_at_unix_ms) for end in (0, -1))
     facts = f"<b>{users}</b> {plural(len(shown), 'snapshot')}, from {first} at the left to {last}"
     older = _more(len(history) - len(shown), "older snapshots")
-    return element("div", FONT, facts, element("table", TABLE, *rows), older)
+    colours = ", ".join(_rgba(part / 4) for part in range(5))
+    gradient = (
+        f"width:{_BAR_WIDTH}px;height:8px;margin-top:4px;background:linear-gradient(to right, {colours})"
+    )
+    scale = element("div", gradient) + _scale(_BAR_WIDTH)
+    return element("div", FONT, facts, element("table", TABLE, *rows), scale, older)
 
 
 class History(list[StateSnapshot]):
@@ -1883,6 +1919,68 @@ class History(list[StateSnapshot]):
         return _history_html(self)
 
 
+def _reason(axes: Mapping[str, float], name: str) -> str:
+    """A value of a match as a coloured cell with its number."""
+    value = axes.get(name)
+    colour = f"{_CELL};{_NUMBER};background:{_rgba(NEUTRAL if value is None else value)}"
+    return element("td", colour, "" if value is None else f"{value:.2f}")
+
+
+def _matches_html(matches: Matches) -> str:
+    """Matches as rows below what was asked for, with the axes in which that leans most."""
+    if not matches:
+        return element("div", FONT, "<b>no match</b>")
+    shown, asked = matches[:_SHOWN_MATCHES], matches.query
+    leaning = sorted(asked, key=lambda name: -abs(asked[name] - NEUTRAL))
+    names = leaning[:_MOST_REASONS] or _names_in(match.snapshot for match in shown)[:_MOST_REASONS]
+    titles = ("score", "user", "time", "source", *names)
+    rows = [element("tr", _ROW, *(element("td", _CELL, f"<b>{html.escape(title)}</b>") for title in titles))]
+    if asked:
+        cells = (element("td", _CELL, text) for text in ("", "asked for", "", ""))
+        rows.append(element("tr", _ROW, *cells, *(_reason(asked, name) for name in names)))
+    for match in shown:
+        state = match.snapshot
+        facts = (
+            f"{match.score:.4f}",
+            short_id(state.user_id),
+            iso_time(state.updated_at_unix_ms),
+            state.source,
+        )
+        cells = (element("td", f"{_CELL};{_NUMBER}", html.escape(fact)) for fact in facts)
+        rows.append(element("tr", _ROW, *cells, *(_reason(state.axes, name) for name in names)))
+    more = _more(len(asked) - len(names), "axes") + _more(len(matches) - len(shown), "matches")
+    return element("div", FONT, element("table", TABLE, *rows), more)
+
+
+class Matches(list[Match]):
+    """What search_similar returns: a list, which a notebook shows beside ``query``, the axes asked for.
+
+    It equals a list of the same matches, and what is pickled or copied of it is a plain list.
+    """
+
+    __slots__ = ("query",)
+
+    def __init__(self, matches: Iterable[Match] = (), query: Mapping[str, float] | None = None) -> None:
+        super().__init__(matches)
+        self.query: Mapping[str, float] = {} if query is None else query
+
+    def __reduce__(self) -> tuple[type[list[Match]], tuple[list[Match]]]:
+        return list, (self[:],)
+
+    def _repr_html_(self) -> str:
+        return _matches_html(self)
+
+
+def facts_html(title: str, facts: Mapping[str, object]) -> str:
+    """What there is to say of one thing, a row each; what is None or empty is left out."""
+    rows = [
+        table_row(name, html.escape(f"{fact:,}" if isinstance(fact, int) else str(fact)))
+        for name, fact in facts.items()
+        if fact not in (None, "")
+    ]
+    return element("div", FONT, f"<b>{html.escape(title)}</b>", element("table", TABLE, *rows))
+
+
 def store_html(store: Any, health: Health | None) -> str:
     """A store: where it is, how it is and how much it holds; ``health`` None where nobody asked."""
     facts: dict[str, object] = {
@@ -1896,12 +1994,7 @@ def store_html(store: Any, health: Health | None) -> str:
     else:
         facts |= {"health": health.status, "users": health.users, "points": health.points}
         facts |= {"server": health.version, "message": health.message}
-    rows = [
-        table_row(name, html.escape(f"{fact:,}" if isinstance(fact, int) else str(fact)))
-        for name, fact in facts.items()
-        if fact not in (None, "")
-    ]
-    return element("div", FONT, f"<b>{type(store).__name__}</b>", element("table", TABLE, *rows))
+    return facts_html(type(store).__name__, facts)
 
 
 def plot_states(history: Sequence[StateSnapshot], axes: Iterable[str] | None, known: Sequence[str]) -> Any:
@@ -7371,8 +7464,8 @@ def conflict_error(
 
 
 def clamp_score(score: float) -> float:
-    """A cosine within its range, which rounding may have left."""
-    return max(-1.0, min(1.0, score))
+    """A cosine within its range, which rounding may have left; zero has no sign."""
+    return max(-1.0, min(1.0, score)) + 0.0
 
 
 def page_of_ids(remaining: Iterator[str], size: int) -> tuple[list[str], Cursor]:
@@ -7942,7 +8035,8 @@ class Operations:
         found: dict[tuple[str, int], Match] = {}
         while len(found) < request.limit and (page := await pages.next()) is not None:
             found |= {(match.snapshot.user_id, match.snapshot.updated_at_unix_ms): match for match in page}
-        return sorted(found.values(), key=attrgetter("score"), reverse=True)[: request.limit]
+        best = sorted(found.values(), key=attrgetter("score"), reverse=True)[: request.limit]
+        return Matches(best, request.axes)
 
     # Many states
 
@@ -10356,7 +10450,7 @@ def rows_of_file(source: Any, kind: str | None, encoding: str, user_column: str 
 
 
 _SHOWN_BAD_ROWS = 5
-_MOST_REASONS = 100
+_REASONS_SHOWN = 100
 _SEVERAL = 10
 _MOST_OF_A_SCALE = 10**8  # no scale that anybody answers on
 _DAYS = 10_000  # about as many as there are since 1970: taken for milliseconds they are seconds
@@ -10421,7 +10515,7 @@ class Tally:
             self.examples.append(BadRow(row, text))
         reason = error.reason if isinstance(error, RowError) else text.partition(", got ")[0]
         reason = re.sub(r"\d{10,}", "a number", reason.partition("; ")[0])
-        if reason not in self.reasons and len(self.reasons) >= _MOST_REASONS:
+        if reason not in self.reasons and len(self.reasons) >= _REASONS_SHOWN:
             reason = "something else"
         self.reasons[reason] += 1
 

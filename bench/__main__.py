@@ -1,6 +1,6 @@
 """Run all benchmarks, compare with the last recorded run, and record this one.
 
-python -m bench                   # everything; writes results.json, RESULTS.md, curves.svg, README.md
+python -m bench                   # everything; writes results.json, RESULTS.md, curves.svg and two pages
 python -m bench --users 1000      # a quick look: shows the tables and writes nothing
 python -m bench -k write          # the same; whatever else is given goes to pytest
 """
@@ -60,8 +60,8 @@ def record(found: report.Results) -> None:
     results: report.Results = json.loads(text)  # the tables are made of what was recorded, in its order
     report.TABLE.write_text(report.table(results), "utf-8")
     report.draw(results)
-    readme = report.README.read_text("utf-8")
-    report.README.write_text(report.with_block(readme, report.readme_block(results)), "utf-8")
+    for page, block in report.pages(results).items():
+        page.write_text(report.with_block(page.read_text("utf-8"), block), "utf-8")
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""What `python -m bench` makes of its figures: two tables, a chart, a part of README.md, and a comparison.
+"""What `python -m bench` makes of its figures: tables, a chart, parts of two pages, and a comparison.
 
 It needs the standard library alone, save for the chart.
 """
@@ -20,6 +20,7 @@ RESULTS = HERE / "results.json"
 TABLE = HERE / "RESULTS.md"
 CHART = HERE / "curves.svg"
 README = HERE.parent / "README.md"
+PAGE = HERE.parent / "docs" / "benchmarks.md"
 
 WORSE = 1.3
 _BEGIN, _END = "<!-- bench: begin -->\n", "<!-- bench: end -->\n"
@@ -195,7 +196,7 @@ def table(results: Results) -> str:
 
 
 # -----------------------------------------------------------------------------
-# README.md
+# Pages
 # -----------------------------------------------------------------------------
 
 _COLUMNS = (
@@ -224,10 +225,45 @@ def _cell(results: Results, question: str, family: str, name: str) -> str:
     return figure if family == "remote" else f"{figure} ({peer})"
 
 
+_NOTHING = "`python -m bench` writes its figures here.\n"
+
+
+def pages(results: Results | None) -> dict[Path, str]:
+    """The pages that show figures, with what stands there between the markers."""
+    return {README: readme_block(results), PAGE: page_block(results)}
+
+
 def readme_block(results: Results | None) -> str:
-    """What stands in README.md between the markers."""
+    """What stands in README.md: what the calls cost that everybody makes."""
     if results is None:
-        return "`python -m bench` writes its figures here.\n"
+        return _NOTHING
+    questions = (
+        ("a write takes", "write"),
+        ("a repeated read", "read, hot"),
+        ("a first read", "read, cold"),
+    )
+    said = []
+    for words, question in questions:
+        figures = [
+            f"{figure} {where}"
+            for family, name, where in (
+                ("memory", "attuned memory", "in memory"),
+                ("embedded", "attuned edge", "on edge"),
+                ("embedded", "attuned local", "on local"),
+                ("remote", "attuned server", "on a server"),
+            )
+            if (figure := _cell(results, question, family, name))
+        ]
+        if figures:
+            said.append(f"{words} {', '.join(figures)}")
+    measured = f"{results['machine']['cores']} cores, {results['date']}"
+    return f"At {_SHOWN_USERS:,} users {'; '.join(said)} ({measured}).\n"
+
+
+def page_block(results: Results | None) -> str:
+    """What stands in docs/benchmarks.md."""
+    if results is None:
+        return _NOTHING
     asked = dict.fromkeys(question for question, _ in questions(results))
     head = ["", *(title for _, _, title in _COLUMNS)]
     rows = [
@@ -241,20 +277,20 @@ def readme_block(results: Results | None) -> str:
         f"Measured on {_header(results)} Of {len(results['targets'])} targets {met} are met; "
         "`bench/RESULTS.md` has them, all contenders, other numbers of users, and ratios.\n\n"
         "How cost grows with the number of users, with the exponent of each curve:\n\n"
-        "![Cost of a call over the number of users](bench/curves.svg)\n"
+        "![Cost of a call over the number of users](../bench/curves.svg)\n"
     )
 
 
-def block_in(readme: str) -> str:
+def block_in(page: str) -> str:
     """What stands between the markers now."""
-    return readme.partition(_BEGIN)[2].partition(_END)[0]
+    return page.partition(_BEGIN)[2].partition(_END)[0]
 
 
-def with_block(readme: str, block: str) -> str:
+def with_block(page: str, block: str) -> str:
     pattern = re.escape(_BEGIN) + ".*?" + re.escape(_END)
-    found, number = re.subn(pattern, lambda _: _BEGIN + block + _END, readme, count=1, flags=re.DOTALL)
+    found, number = re.subn(pattern, lambda _: _BEGIN + block + _END, page, count=1, flags=re.DOTALL)
     if not number:
-        raise ValueError("README.md has no markers for the benchmarks")
+        raise ValueError("the page has no markers for the benchmarks")
     return found
 
 

@@ -231,6 +231,7 @@ Content = dict[str, tuple[StateSnapshot | None, list[StateSnapshot]]]
 T = TypeVar("T")
 
 COMMANDS = (  # of attuned-store
+    "tour",
     "import",
     "export",
     "put",
@@ -1403,14 +1404,15 @@ class StoreTests:
             assert sorted(found_users(found)) == ["slight", "strong"]
             check_scores(found, query)
 
-    async def test_a_neutral_state_scores_zero(self, store: AsyncStateStore) -> None:
+    async def test_a_neutral_state_scores_zero(self, open_store: Open) -> None:
         """A state with every axis at 0.5, or with none, has no direction: it is found with a score of 0."""
+        store = await open_store(axes=("warmth", "calm"))
         await store.upsert_many([state("none", axes={}), state("half", axes={"warmth": 0.5})])
 
-        found = await store.search_similar({"warmth": 0.9})
-
-        assert sorted(found_users(found)) == ["half", "none"]
-        assert [match.score for match in found] == [0, 0]
+        for query in ({"warmth": 0.9}, {"warmth": 0.1, "calm": 0.1}):
+            found = await store.search_similar(query)
+            assert sorted(found_users(found)) == ["half", "none"]
+            assert [str(match.score) for match in found] == ["0.0", "0.0"]  # and not -0.0
 
     async def test_a_neutral_query_scores_zero(self, store: AsyncStateStore) -> None:
         """A query without a direction finds everybody, with a score of 0."""

@@ -54,10 +54,12 @@ RESULTS: dict[str, Any] = {
 }
 
 
-def test_the_readme_shows_the_last_recorded_run(report: dict[str, Any]) -> None:
-    """Every figure of the benchmarks in README.md comes from bench/results.json."""
-    shown = report["block_in"]((ROOT / "README.md").read_text("utf-8"))
-    assert shown == report["readme_block"](report["load"]())
+def test_the_pages_show_the_last_recorded_run(report: dict[str, Any]) -> None:
+    """Every figure of the benchmarks in README.md and in docs/benchmarks.md comes from bench/results.json."""
+    blocks = report["pages"](report["load"]())
+    assert {path.relative_to(ROOT).as_posix() for path in blocks} == {"README.md", "docs/benchmarks.md"}
+    for path, block in blocks.items():
+        assert report["block_in"](path.read_text("utf-8")) == block
 
 
 def test_the_table_is_of_the_last_recorded_run(report: dict[str, Any]) -> None:
@@ -69,7 +71,7 @@ def test_the_table_is_of_the_last_recorded_run(report: dict[str, Any]) -> None:
 
 
 def test_the_block_is_replaced_alone(report: dict[str, Any]) -> None:
-    """Recording a run changes README.md between the markers and nowhere else."""
+    """Recording a run changes a page between the markers and nowhere else."""
     readme = "before\n<!-- bench: begin -->\nold\n<!-- bench: end -->\nafter\n"
     changed = report["with_block"](readme, "new \\1\n")
     assert changed == readme.replace("old", "new \\1")
@@ -85,7 +87,8 @@ def test_the_tables_show_medians_ratios_and_targets(report: dict[str, Any]) -> N
     assert "| write | memory | langgraph | 8.00 µs | 8.00 µs | 0.00 | 8.00 x | 1.00 x |" in lines
     assert "| a target | at most 2 | 1.50 x floor | met |  |" in lines
     assert "| a target | at least 4 | 3.00 times as fast | **missed** |  |" in lines
-    assert "Of 2 targets 1 are met" in report["readme_block"](RESULTS)
+    assert "Of 2 targets 1 are met" in report["page_block"](RESULTS)
+    assert "a write takes 4.00 µs in memory (2 cores" in report["readme_block"](RESULTS)
 
 
 def test_what_became_worse_is_told(report: dict[str, Any]) -> None:

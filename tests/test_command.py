@@ -1782,7 +1782,7 @@ def test_version(run: Run) -> None:
         ("import", "FILE"),
         ("export --format xml", "xml"),
         ("history alice --limit -1", "--limit"),
-        ("history alice --since yesterday", "ISO 8601"),
+        ("history alice --since tomorrow", "ISO 8601"),
         ("snapshot --kind partial", "partial"),
         ("snapshot --keep 0", "--keep"),
         ("snapshot one two", "two"),

@@ -444,6 +444,7 @@ GIVEN_OUT = {
     "Health",
     "History",
     "Match",
+    "Matches",
     "SnapshotReport",
     "StateTable",
     "TableReport",

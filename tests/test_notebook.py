@@ -20,6 +20,7 @@ from attuned_store import (
     CANONICAL_AXES,
     AsyncQdrantStore,
     History,
+    Matches,
     MemoryStore,
     StateSnapshot,
     UserNotFoundError,
@@ -137,6 +138,76 @@ def test_a_long_history_says_how_much_is_not_shown() -> None:
     assert len(page.titles) == 2 * 50
     assert "and 70 more older snapshots" in page.text
     assert "no history" in shown(History()).text
+
+
+def test_matches_are_shown_beside_what_was_asked_for() -> None:
+    """A notebook shows matches with their scores and with the axes in which the query leans most."""
+    with MemoryStore() as store:
+        store.upsert_latest(state("anna-lena", 0, {"warmth": 0.75, "formality": 0.25}))
+        store.upsert_latest(state("bob", 0, {"warmth": 0.25}, source="inferred"))
+        found = store.search_similar({"formality": 0.125, "ritual_need": 0.4, "warmth": 1})
+    assert isinstance(found, Matches)
+    page = shown(found)
+
+    assert page.texts[:7] == ["score", "user", "time", "source", "warmth", "formality", "ritual_need"]
+    assert page.texts[7:11] == ["asked for", "1.00", "0.12", "0.40"]
+    first = page.texts[11:]
+    assert first[:6] == [
+        f"{found[0].score:.4f}",
+        "anna…",
+        "2026-01-09T23:06:40.000Z",
+        "self_report",
+        "0.75",
+        "0.25",
+    ]
+    assert first[7:11] == ["bob", "2026-01-09T23:06:40.000Z", "inferred", "0.25"]
+    coloured = [style for style in page.styles if "background:rgba" in style]
+    assert len(coloured) == 9
+    assert sum("rgba(59,125,216" in style for style in coloured) == 2  # above neutral
+    assert found == list(found)
+    assert type(pickle.loads(pickle.dumps(found))) is list  # noqa: S301 - our own
+    assert "anna…" in shown(found[0]).texts
+    assert "no match" in shown(Matches()).text
+
+
+def test_many_matches_and_axes_say_how_many_are_not_shown() -> None:
+    """Of many matches the best fifty are shown, and of many axes the five in which the query leans most."""
+    with MemoryStore() as store:
+        store.upsert_many(state(f"user{number}", 0, {"warmth": 0.75}) for number in range(60))
+        query = {name: 0.5 + number / 100 for number, name in enumerate(CANONICAL_AXES)}
+        page = shown(store.search_similar(query, limit=60))
+
+    assert "and 18 more axes" in page.text
+    assert "and 10 more matches" in page.text
+    assert page.texts[4] == CANONICAL_AXES[-1]
+
+
+def test_health_and_reports_are_tables(tmp_path: Path) -> None:
+    """A notebook shows what health found, and what became of a snapshot, without what is unknown."""
+    with MemoryStore(axes=["warmth", "calm"]) as store:
+        store.upsert_latest(state("ann", 0, {"warmth": 0.75}))
+        health = shown(store.health())
+        report = store.create_snapshot(tmp_path)
+    assert health.texts[0] == "Health"
+    facts = dict(zip(health.texts[1::2], health.texts[2::2], strict=True))
+    assert (facts["status"], facts["users"]) == ("healthy", "1")
+    assert "version" not in facts
+
+    page = shown(report)
+    facts = dict(zip(page.texts[1::2], page.texts[2::2], strict=True))
+    assert page.texts[0] == "SnapshotReport"
+    assert (facts["status"], facts["axes"], facts["path"]) == ("completed", "warmth, calm", str(report.path))
+    assert facts["created_at"].endswith("Z")
+    assert "message" not in facts
+
+
+def test_a_scale_says_what_colours_and_bars_mean() -> None:
+    """Below bars and heat maps stands the scale, from 0 over neutral to 1."""
+    for value in (history_of(3), state("ann")):
+        page = shown(value)
+        at = page.texts.index("0.5")
+        assert page.texts[at - 1 : at + 2] == ["0", "0.5", "1"]
+    assert sum("linear-gradient" in style for style in shown(history_of(3)).styles) == 1
 
 
 def test_a_history_is_a_list() -> None:

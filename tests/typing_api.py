@@ -21,6 +21,7 @@ from attuned_store import (
     Health,
     History,
     Match,
+    Matches,
     MemoryStore,
     MemoryStoreConfig,
     QdrantStore,
@@ -115,6 +116,7 @@ def reading(store: StateStore, snapshot: StateSnapshot) -> None:
     assert_type(store._repr_html_(), str)
     assert_type(snapshot._repr_html_(), str)
     assert_type(History(store.get_history("ann")), History)
+    assert_type(Matches(store.search_similar(snapshot), {"warmth": 0.9}), Matches)
     store.plot_history("ann").set_title("Ann")
     store.plot_history("ann", axes=["warmth"])
     assert_type(store.wait_until_ready(timeout=5), None)

@@ -41,6 +41,7 @@ __all__ = [
     "Health",
     "History",
     "Match",
+    "Matches",
     "MemoryOptions",
     "MemoryStore",
     "MemoryStoreConfig",

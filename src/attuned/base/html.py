@@ -1,4 +1,4 @@
-"""What notebooks show: states, histories and stores as HTML, and plots."""
+"""What notebooks show: states, histories, matches, stores and reports as HTML, and plots."""
 
 from __future__ import annotations
 
@@ -16,23 +16,26 @@ from attuned.base.errors import (
     plural,
     short_id,
 )
-from attuned.base.values import NEUTRAL, Health, StateSnapshot, distinct_users, iso_time
+from attuned.base.values import NEUTRAL, Health, Match, StateSnapshot, distinct_users, iso_time
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-# What Jupyter shows of a snapshot, a history and a store: HTML with inline styles alone, everything escaped,
-# of a user id the first four characters; colours that can be read on a light and on a dark page.
+# What Jupyter shows: HTML with inline styles alone, everything escaped, of a user id the first four
+# characters; colours that can be read on a light and on a dark page.
 
 _MOST_BARS = 64  # axes of a snapshot
 _MOST_COLUMNS = 50  # snapshots of a history
+_SHOWN_MATCHES = 50
+_MOST_REASONS = 5  # axes of a match: those in which the query leans most
+_BAR_WIDTH = 140  # pixels
 MAX_PLOTTED = 1_000
 _ABOVE, _BELOW = (59, 125, 216), (214, 111, 33)  # blue and orange: told apart by all kinds of eyes
 FONT = "font-family:sans-serif;font-size:12px;line-height:1.3"
 _CELL = "padding:1px 6px;text-align:left;border:none;white-space:nowrap"
 _NUMBER = "font-variant-numeric:tabular-nums"
 _ROW = "background:none"
-TABLE = "border-collapse:collapse"
+TABLE = "border-collapse:collapse;font:inherit;color:inherit"
 
 
 def _rgba(value: float) -> str:
@@ -58,7 +61,7 @@ def _bar(value: float) -> str:
     colour = _ABOVE if value > NEUTRAL else _BELOW
     fill = f"position:absolute;top:0;height:100%;left:{start:.1f}%;width:{width:.1f}%;background:rgb{colour}"
     middle = "position:absolute;top:0;height:100%;left:50%;width:1px;background:currentColor;opacity:.6"
-    box = "position:relative;width:140px;height:10px;background:rgba(128,128,128,.15)"
+    box = f"position:relative;width:{_BAR_WIDTH}px;height:10px;background:rgba(128,128,128,.15)"
     return element("div", box, element("div", fill), element("div", middle))
 
 
@@ -71,13 +74,20 @@ def _more(count: int, noun: str) -> str:
     return element("div", "opacity:.7", f"and {count:,} more {noun}") if count > 0 else ""
 
 
+def _scale(width: int) -> str:
+    """The ends of a scale from 0 to 1, and neutral in its middle."""
+    ends = "display:flex;justify-content:space-between;opacity:.7"
+    return element("div", f"width:{width}px;{ends}", *(element("span", "", end) for end in ("0", "0.5", "1")))
+
+
 def snapshot_html(snapshot: StateSnapshot) -> str:
     """A snapshot: its axes as bars around neutral."""
     rows = [
         table_row(html.escape(name), _bar(value), element("span", _NUMBER, f"{value:.3f}"))
         for name, value in itertools.islice(snapshot.axes.items(), _MOST_BARS)
     ]
-    shown = element("table", TABLE, *rows) if rows else "no axes: neutral"
+    scale = table_row("", _scale(_BAR_WIDTH), "")
+    shown = element("table", TABLE, *rows, scale) if rows else element("div", "", "no axes: neutral")
     return element("div", FONT, _heading(snapshot), shown, _more(len(snapshot.axes) - len(rows), "axes"))
 
 
@@ -108,7 +118,12 @@ def _history_html(history: Sequence[StateSnapshot]) -> str:
     first, last = (iso_time(shown[end].updated_at_unix_ms) for end in (0, -1))
     facts = f"<b>{users}</b> {plural(len(shown), 'snapshot')}, from {first} at the left to {last}"
     older = _more(len(history) - len(shown), "older snapshots")
-    return element("div", FONT, facts, element("table", TABLE, *rows), older)
+    colours = ", ".join(_rgba(part / 4) for part in range(5))
+    gradient = (
+        f"width:{_BAR_WIDTH}px;height:8px;margin-top:4px;background:linear-gradient(to right, {colours})"
+    )
+    scale = element("div", gradient) + _scale(_BAR_WIDTH)
+    return element("div", FONT, facts, element("table", TABLE, *rows), scale, older)
 
 
 class History(list[StateSnapshot]):
@@ -126,6 +141,68 @@ class History(list[StateSnapshot]):
         return _history_html(self)
 
 
+def _reason(axes: Mapping[str, float], name: str) -> str:
+    """A value of a match as a coloured cell with its number."""
+    value = axes.get(name)
+    colour = f"{_CELL};{_NUMBER};background:{_rgba(NEUTRAL if value is None else value)}"
+    return element("td", colour, "" if value is None else f"{value:.2f}")
+
+
+def _matches_html(matches: Matches) -> str:
+    """Matches as rows below what was asked for, with the axes in which that leans most."""
+    if not matches:
+        return element("div", FONT, "<b>no match</b>")
+    shown, asked = matches[:_SHOWN_MATCHES], matches.query
+    leaning = sorted(asked, key=lambda name: -abs(asked[name] - NEUTRAL))
+    names = leaning[:_MOST_REASONS] or _names_in(match.snapshot for match in shown)[:_MOST_REASONS]
+    titles = ("score", "user", "time", "source", *names)
+    rows = [element("tr", _ROW, *(element("td", _CELL, f"<b>{html.escape(title)}</b>") for title in titles))]
+    if asked:
+        cells = (element("td", _CELL, text) for text in ("", "asked for", "", ""))
+        rows.append(element("tr", _ROW, *cells, *(_reason(asked, name) for name in names)))
+    for match in shown:
+        state = match.snapshot
+        facts = (
+            f"{match.score:.4f}",
+            short_id(state.user_id),
+            iso_time(state.updated_at_unix_ms),
+            state.source,
+        )
+        cells = (element("td", f"{_CELL};{_NUMBER}", html.escape(fact)) for fact in facts)
+        rows.append(element("tr", _ROW, *cells, *(_reason(state.axes, name) for name in names)))
+    more = _more(len(asked) - len(names), "axes") + _more(len(matches) - len(shown), "matches")
+    return element("div", FONT, element("table", TABLE, *rows), more)
+
+
+class Matches(list[Match]):
+    """What search_similar returns: a list, which a notebook shows beside ``query``, the axes asked for.
+
+    It equals a list of the same matches, and what is pickled or copied of it is a plain list.
+    """
+
+    __slots__ = ("query",)
+
+    def __init__(self, matches: Iterable[Match] = (), query: Mapping[str, float] | None = None) -> None:
+        super().__init__(matches)
+        self.query: Mapping[str, float] = {} if query is None else query
+
+    def __reduce__(self) -> tuple[type[list[Match]], tuple[list[Match]]]:
+        return list, (self[:],)
+
+    def _repr_html_(self) -> str:
+        return _matches_html(self)
+
+
+def facts_html(title: str, facts: Mapping[str, object]) -> str:
+    """What there is to say of one thing, a row each; what is None or empty is left out."""
+    rows = [
+        table_row(name, html.escape(f"{fact:,}" if isinstance(fact, int) else str(fact)))
+        for name, fact in facts.items()
+        if fact not in (None, "")
+    ]
+    return element("div", FONT, f"<b>{html.escape(title)}</b>", element("table", TABLE, *rows))
+
+
 def store_html(store: Any, health: Health | None) -> str:
     """A store: where it is, how it is and how much it holds; ``health`` None where nobody asked."""
     facts: dict[str, object] = {
@@ -139,12 +216,7 @@ def store_html(store: Any, health: Health | None) -> str:
     else:
         facts |= {"health": health.status, "users": health.users, "points": health.points}
         facts |= {"server": health.version, "message": health.message}
-    rows = [
-        table_row(name, html.escape(f"{fact:,}" if isinstance(fact, int) else str(fact)))
-        for name, fact in facts.items()
-        if fact not in (None, "")
-    ]
-    return element("div", FONT, f"<b>{type(store).__name__}</b>", element("table", TABLE, *rows))
+    return facts_html(type(store).__name__, facts)
 
 
 def plot_states(history: Sequence[StateSnapshot], axes: Iterable[str] | None, known: Sequence[str]) -> Any:

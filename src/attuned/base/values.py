@@ -62,6 +62,7 @@ MAX_USER_ID_BYTES = 256
 MAX_TIME_MS = 253_402_300_799_999  # the last millisecond of the year 9999, UTC
 MAX_INTEGER = 2**63 - 1  # what Qdrant's payload integers hold
 _SHOWN_AXES = 8  # of a snapshot in its repr
+_SHOWN_NAMES = 4  # of the axes of a report
 _AXIS_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_")
 
 
@@ -348,6 +349,11 @@ def check_time_ms(value: object, field: str = "updated_at_unix_ms") -> int:
             f"{field}: whole milliseconds since 1970 or an aware datetime are needed, got {brief(value)}; "
             "int(time.time() * 1000) makes them of the time in seconds"
         )
+    elif isinstance(value, str):
+        raise ValidationError(
+            f"{field}: an aware datetime or whole milliseconds since 1970 are needed, got {brief(value)}; "
+            "datetime.fromisoformat makes one of ISO 8601"
+        )
     time_ms = check_integer(field, value, 0, MAX_TIME_MS)
     if time_ms in _LIKE_SECONDS:
         raise ValidationError(
@@ -496,6 +502,11 @@ class Match:
     snapshot: StateSnapshot
     score: float
 
+    def _repr_html_(self) -> str:
+        from attuned.base.html import Matches
+
+        return Matches([self])._repr_html_()
+
 
 @attrs.frozen
 class Health:
@@ -517,6 +528,12 @@ class Health:
     version: str | None = None
     collection_status: str | None = None
     indexed_vectors: int | None = None
+
+    def _repr_html_(self) -> str:
+        from attuned.base.html import facts_html
+
+        facts = {**attrs.asdict(self), "latency_ms": f"{self.latency_ms:.3g}"}
+        return facts_html("Health", facts)
 
 
 SnapshotReason = Literal["startup", "api", "manual"]
@@ -557,6 +574,15 @@ class SnapshotReport:
             "created_at": None if self.created_at is None else iso_time(self.created_at),
             "axes": None if self.axes is None else list(self.axes),
         }
+
+    def _repr_html_(self) -> str:
+        from attuned.base.html import facts_html
+
+        axes = ", ".join((self.axes or ())[:_SHOWN_NAMES])
+        if self.axes is not None and len(self.axes) > _SHOWN_NAMES:
+            axes += f", and {len(self.axes) - _SHOWN_NAMES:,} more"
+        facts = {**self.to_dict(), "axes": axes, "duration_ms": f"{self.duration_ms:.3g}"}
+        return facts_html("SnapshotReport", facts)
 
 
 class _Any(enum.Enum):

@@ -7,7 +7,6 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Generator, Iterable, Sequence
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from attuned_store import (
@@ -78,19 +77,6 @@ def scale(text: str) -> tuple[str, tuple[float, float]]:
 def names(text: str) -> list[str]:
     """Reads names between commas."""
     return text.split(",")
-
-
-def moment(text: str) -> int:
-    """Reads a time: milliseconds since 1970, or ISO 8601, which is UTC unless it says otherwise."""
-    if re.fullmatch(r"-?\d{1,19}", text, re.ASCII):
-        return int(text)
-    try:
-        found = datetime.fromisoformat(text)
-        found = found if found.tzinfo else found.replace(tzinfo=UTC)
-        return int(found.replace(microsecond=0).timestamp()) * 1000 + found.microsecond // 1000
-    except (ValueError, OverflowError):
-        message = f"a time is milliseconds since 1970 or ISO 8601, as in 2026-01-17T12:00Z, not {text!r}"
-        raise argparse.ArgumentTypeError(message) from None
 
 
 def pair(text: str) -> tuple[str, str]:

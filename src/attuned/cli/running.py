@@ -12,8 +12,9 @@ from attuned_store import StoreError, ValidationError, __version__
 from . import files, service, states
 from .arguments import Command
 from .showing import CommandError, complain, listed, mute, plural
+from .tour import TOUR
 
-_COMMANDS = {it.name: it for it in (*files.ROWS, *states.COMMANDS, *files.BACKUPS, service.SERVE)}
+_COMMANDS = {it.name: it for it in (TOUR, *files.ROWS, *states.COMMANDS, *files.BACKUPS, service.SERVE)}
 
 
 class _Formatter(argparse.HelpFormatter):

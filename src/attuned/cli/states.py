@@ -8,18 +8,9 @@ import attrs
 
 from attuned_store import Source, StateSnapshot, axis_name, store_exists
 
-from .arguments import (
-    Command,
-    argument,
-    axes_of,
-    moment,
-    naming_users,
-    number,
-    open_target,
-    target_of,
-    whole,
-)
+from .arguments import Command, argument, axes_of, naming_users, number, open_target, target_of, whole
 from .showing import CommandError, Progress, confirm, iso_time, listed, plural, show, show_table
+from .times import FORMS, moment
 
 
 def _state_given(args: Namespace) -> tuple[dict[str, float], dict[str, Any]]:
@@ -145,15 +136,14 @@ def _count(args: Namespace) -> int:
     return show(args, {"snapshots" if args.history else "users": count}, str(count))
 
 
-_TIME = "milliseconds since 1970, or ISO 8601"
 _USER = argument("user", metavar="USER")
 _SOURCE = argument("--source", choices=[source.value for source in Source])
-_SINCE = argument("--since", type=moment, metavar="TIME", help=f"{_TIME}; inclusive")
+_SINCE = argument("--since", type=moment, metavar="TIME", help=f"{FORMS}; inclusive")
 _UNTIL = argument("--until", type=moment, metavar="TIME", help="the same")
 _STATE = (
     _USER,
     argument("pairs", metavar="AXIS=VALUE", nargs="*", help="a value from 0 to 1"),
-    argument("--at", type=moment, metavar="TIME", dest="updated_at_unix_ms", help=f"{_TIME}; default: now"),
+    argument("--at", type=moment, metavar="TIME", dest="updated_at_unix_ms", help=f"{FORMS}; default: now"),
     _SOURCE,
     argument("--confidence", type=number, metavar="0..1"),
     argument("--schema-version", type=whole(1), metavar="N"),

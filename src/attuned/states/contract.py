@@ -354,8 +354,8 @@ def conflict_error(
 
 
 def clamp_score(score: float) -> float:
-    """A cosine within its range, which rounding may have left."""
-    return max(-1.0, min(1.0, score))
+    """A cosine within its range, which rounding may have left; zero has no sign."""
+    return max(-1.0, min(1.0, score)) + 0.0
 
 
 def page_of_ids(remaining: Iterator[str], size: int) -> tuple[list[str], Cursor]:

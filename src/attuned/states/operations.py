@@ -26,7 +26,7 @@ from attuned.base.errors import (
     type_name,
     unknown_user_error,
 )
-from attuned.base.html import History
+from attuned.base.html import History, Matches
 from attuned.base.telemetry import Telemetry, report_slow
 from attuned.base.values import (
     ANY,
@@ -272,7 +272,8 @@ class Operations:
         found: dict[tuple[str, int], Match] = {}
         while len(found) < request.limit and (page := await pages.next()) is not None:
             found |= {(match.snapshot.user_id, match.snapshot.updated_at_unix_ms): match for match in page}
-        return sorted(found.values(), key=attrgetter("score"), reverse=True)[: request.limit]
+        best = sorted(found.values(), key=attrgetter("score"), reverse=True)[: request.limit]
+        return Matches(best, request.axes)
 
     # Many states
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from attuned.base.values import Shape
 
 _SHOWN_BAD_ROWS = 5
-_MOST_REASONS = 100
+_REASONS_SHOWN = 100
 _SEVERAL = 10
 _MOST_OF_A_SCALE = 10**8  # no scale that anybody answers on
 _DAYS = 10_000  # about as many as there are since 1970: taken for milliseconds they are seconds
@@ -82,7 +82,7 @@ class Tally:
             self.examples.append(BadRow(row, text))
         reason = error.reason if isinstance(error, RowError) else text.partition(", got ")[0]
         reason = re.sub(r"\d{10,}", "a number", reason.partition("; ")[0])
-        if reason not in self.reasons and len(self.reasons) >= _MOST_REASONS:
+        if reason not in self.reasons and len(self.reasons) >= _REASONS_SHOWN:
             reason = "something else"
         self.reasons[reason] += 1
 
