@@ -59,7 +59,7 @@ import zlib
 from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
@@ -4352,6 +4352,12 @@ class ServerErrors:
             return BackendUnavailableError(message, retryable=True, ambiguous=arrived, **where)
         return BackendError(f"{asked}: not an answer of Qdrant: {said}", ambiguous=arrived, **where)
 
+    def unfinished(self, status: object, operation: str) -> BackendTimeoutError:
+        """What it means that a server has taken a write in, and has not done it in time."""
+        asked, where = self._origin(operation)
+        message = f"{asked}: not done in time: the server says {self.said(status)}"
+        return BackendTimeoutError(message, retryable=True, ambiguous=True, **where)
+
     def answer(self, status: int, content: bytes, headers: Mapping[str, str], operation: str) -> BackendError:
         """What an answer with another status than asked for means."""
         asked, where = self._origin(operation, status)
@@ -4729,23 +4735,28 @@ class Put(NamedTuple):
     """Points to be written where a guard allows it, which is judged for each point by itself.
 
     ``mode``: "insert" leaves points that exist alone, "update" those that do not; of those that exist, only
-    ones that match ``over`` are replaced. One that does not exist is inserted whatever ``over`` says.
+    ones that match ``over`` are replaced, and only ones whose number under the key ``newest_by`` is not above
+    that of the new point. One that does not exist is inserted whatever these two say.
     """
 
     points: Sequence[Point]
     mode: Literal["upsert", "insert", "update"] = "upsert"
     over: Filter | None = None
+    newest_by: str | None = None
 
     @property
     def guarded(self) -> bool:
         """Whether there is anything to be judged."""
-        return self.mode != "upsert" or self.over is not None
+        return self.mode != "upsert" or self.over is not None or self.newest_by is not None
 
-    def allows(self, there: Mapping[str, Any] | None) -> bool:
+    def allows(self, point: Point, there: Mapping[str, Any] | None) -> bool:
         """Whether a point may be written where there is one with such a payload, or none."""
         if there is None:
             return self.mode != "update"
-        return self.mode != "insert" and (self.over is None or matches(self.over, there))
+        key, guards = self.newest_by, [] if self.over is None else [self.over]
+        if key is not None:
+            guards.append(Filter((Range(key, lte=point.payload[key]),)))
+        return self.mode != "insert" and all(matches(guard, there) for guard in guards)
 
 
 class Matching(NamedTuple):
@@ -4879,8 +4890,9 @@ class Engine(Protocol):
         """Write points, one put after another, then delete others, by their ids or all that match.
 
         The points of one put are judged against what there was before it; of one id twice in a put the last
-        wins. In this process all is seen at one moment. On a server it is one request, but others may come
-        between its points: what must hold is said by guards.
+        wins. In this process all is seen at one moment. On a server it is as few requests as it takes, and
+        others may come between: what must hold is said by guards. The points of a tenant in one put, as long
+        as they fit into a request, are one operation there, which is done or not done.
         """
         ...
 
@@ -5041,7 +5053,7 @@ class EngineInProcess(Engine):
         for put in puts:
             points = [with_tenant(point, key) for point in put.points]
             if put.guarded:
-                points = [point for point in points if put.allows(there.get(point.id))]
+                points = [point for point in points if put.allows(point, there.get(point.id))]
             if asked:
                 there.update((point.id, point.payload) for point in points)
             written.update((point.id, point) for point in points)
@@ -6377,6 +6389,35 @@ def _direction(vector: Sequence[float]) -> list[float]:
 # ------------------------------------------------------------------------------------------------------------
 
 
+def _portions(points: Sequence[Point], most_bytes: int) -> Iterator[tuple[list[Point], int]]:
+    """Cut points into what one operation may hold, with its size in bytes.
+
+    Those of a tenant stay together, unless they alone are more than that.
+    """
+    portion, taken = list[Point](), 0
+    for _, group in itertools.groupby(sorted(points, key=_tenant_of), _tenant_of):
+        sized = [(point, _request_bytes(point)) for point in group]
+        whole = sum(size for _, size in sized) <= most_bytes
+        for piece in [sized] if whole else [[each] for each in sized]:
+            size = sum(size for _, size in piece)
+            if portion and taken + size > most_bytes:
+                yield portion, taken
+                portion, taken = [], 0
+            portion += [point for point, _ in piece]
+            taken += size
+    if portion:
+        yield portion, taken
+
+
+def _tenant_of(point: Point) -> str:
+    return point.tenant or ""
+
+
+def _request_bytes(point: Point) -> int:
+    """About how many bytes a point takes in a request, rather too many."""
+    return 100 + 24 * len(point.vector) + payload_bytes(point.payload)
+
+
 class _Clients(NamedTuple):
     """qdrant-client and, for what that does not offer, plain httpx; closing ``ending`` closes both."""
 
@@ -6442,6 +6483,7 @@ class ServerEngine:
     indexed = True
     compact = False
     rounds_floats = True
+    REQUEST_BYTES = 16 << 20  # of a request; a server refuses those above 32 MiB
 
     def __init__(self, config: QdrantStoreConfig, waits: Waits) -> None:
         self._models = ClientModels(import_qdrant_client().models)
@@ -6648,8 +6690,10 @@ class ServerEngine:
             schemas[collection.tenant] = models.KeywordIndexParams(type="keyword", is_tenant=True)
         for key in [key for key in schemas if key not in there]:
             index = {"field_name": key, "field_schema": schemas[key]}
-            await self._send(
-                "index", functools.partial(self._client.create_payload_index, name, **index, wait=True)
+            await self._update(
+                "index",
+                functools.partial(self._client.create_payload_index, name, **index, wait=True),
+                writes=False,
             )
 
     async def apply(
@@ -6657,41 +6701,83 @@ class ServerEngine:
     ) -> None:
         """See Engine.apply; several steps are one request too, in which they come one after another."""
         key, models, options = self._key_of(collection), self._models.models, self._write_options
-        upserts = [self._upsert(put, key) for put in puts if put.points]
+        requests = list(self._requests(puts, key))
         selector = None
         if isinstance(deletes, Matching):
             narrowed = within(deletes.where, key, deletes.tenant)
             selector = models.FilterSelector(filter=self._models.filter(narrowed))
         elif deletes:
             selector = models.PointIdsList(points=list(deletes))
-        if len(upserts) == 1 and selector is None:
-            asked = {name: getattr(upserts[0], name) for name in ("points", "update_filter", "update_mode")}
-            await self._send(
-                "upsert", lambda: self._client.upsert(collection, **asked, **options), writes=True
-            )
-        elif upserts:
-            steps = [models.UpsertOperation(upsert=each) for each in upserts]
-            steps += [] if selector is None else [models.DeleteOperation(delete=selector)]
-            await self._send(
-                "upsert",
-                lambda: self._client.batch_update_points(collection, steps, **options),
-                writes=True,
-            )
+        if selector is not None and not requests:
+            await self._update("delete", lambda: self._client.delete(collection, selector, **options))
         elif selector is not None:
-            await self._send(
-                "delete", lambda: self._client.delete(collection, selector, **options), writes=True
-            )
+            requests[-1].append(models.DeleteOperation(delete=selector))
+        for number, steps in enumerate(requests):
+            send = functools.partial(self._client.batch_update_points, collection, steps, **options)
+            if len(steps) == 1:
+                upsert = steps[0].upsert
+                asked = {name: getattr(upsert, name) for name in ("points", "update_filter", "update_mode")}
+                send = functools.partial(self._client.upsert, collection, **asked, **options)
+            try:
+                await self._update("upsert", send)
+            except BackendError as error:
+                error.ambiguous = error.ambiguous or number > 0  # some of it has been written
+                raise
 
-    def _upsert(self, put: Put, key: str | None) -> Any:
-        models, points = self._models.models, [with_tenant(point, key) for point in put.points]
+    def _requests(self, puts: Sequence[Put], key: str | None) -> Iterator[list[Any]]:
+        """The steps of puts, request by request: as many as fit into one."""
+        steps, taken = list[Any](), 0
+        for put in puts:
+            for portion, size in _portions(put.points, self.REQUEST_BYTES):
+                if steps and taken + size > self.REQUEST_BYTES:
+                    yield steps
+                    steps, taken = [], 0
+                written = [with_tenant(point, key) for point in portion]
+                steps.append(self._models.models.UpsertOperation(upsert=self._upsert(put, written)))
+                taken += size
+        if steps:
+            yield steps
+
+    async def _update(
+        self, operation: str, request: Callable[[], Awaitable[Any]], *, writes: bool = True
+    ) -> None:
+        """Send what changes points; only what the server says to be completed has been done."""
+
+        async def update() -> None:
+            answer: Any = await request()
+            for result in cast("list[Any]", answer) if isinstance(answer, list) else [answer]:
+                if result.status != self._models.models.UpdateStatus.COMPLETED:
+                    raise self.errors.unfinished(result.status, operation)
+
+        await self._send(operation, update, writes=writes)
+
+    def _upsert(self, put: Put, points: Sequence[Point]) -> Any:
+        models = self._models.models
         return models.PointsList(
             points=[
                 models.PointStruct(id=point.id, vector=list(point.vector), payload=point.payload)
                 for point in points
             ],
-            update_filter=None if put.over is None else self._models.filter(put.over),
+            update_filter=self._guard(put, points) if put.over or put.newest_by else None,
             update_mode=None if put.mode == "upsert" else models.UpdateMode(f"{put.mode}_only"),
         )
+
+    def _guard(self, put: Put, points: Sequence[Point]) -> Any:
+        """The filter that says which points may be replaced; where that differs, for each by its id."""
+        models, guard = self._models.models, self._models.filter(put.over or Filter())
+        if put.newest_by is None:
+            return guard
+        ids = defaultdict[float, list[str]](list)
+        for point in {point.id: point for point in points}.values():
+            ids[point.payload[put.newest_by]].append(point.id)
+        for number, chosen in ids.items():
+            older = models.FieldCondition(key=put.newest_by, range=models.Range(lte=number))
+            if len(ids) == 1:
+                guard.must.append(older)
+            else:
+                branch = models.Filter(must=[models.HasIdCondition(has_id=chosen), older])
+                guard.should = [*(guard.should or ()), branch]
+        return guard
 
     def _key_of(self, collection: str) -> str | None:
         try:
@@ -8504,6 +8590,10 @@ class PointsBackend(ABC):
     async def prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
         """See Backend.prune_page."""
         latest, cursor = await self._latest_times_page(cursor)
+        return await self._prune(latest), cursor
+
+    async def _prune(self, latest: Mapping[str, int]) -> int:
+        """Remove what the histories of some users hide."""
         hidden, removed = dict[str, list[int]](), 0
         for user_id in await self._overfull(latest):
             held, times = await self._times_of(user_id), await self._timeline(user_id, latest[user_id])
@@ -8513,7 +8603,7 @@ class PointsBackend(ABC):
                 hidden[user_id] = old
         if hidden:
             await self._remove(hidden)
-        return removed, cursor
+        return removed
 
     async def _overfull(self, latest: Mapping[str, int]) -> set[str]:
         """The users whose history holds entries that it does not show."""
@@ -9043,6 +9133,14 @@ def _is_marked(collection: Mapping[str, Any]) -> bool:
         return False
 
 
+class _Pruning(NamedTuple):
+    """Where a pruning stands."""
+
+    following: Cursor  # where the next page of users begins, or of all entries
+    entries: int  # of the users so far
+    astray: bool  # whether entries are looked for whose users are gone
+
+
 class SharedBackend(PointsBackend):
     """A collection on a server, which other processes write to as well; opened by the first operation.
 
@@ -9184,34 +9282,24 @@ class SharedBackend(PointsBackend):
     # Writes
 
     async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
-        """See Backend.write."""
+        """See Backend.write.
+
+        The latest point unless there is a newer one, and the entries of history, whose ids hold their times.
+        """
         newest: dict[str, StateSnapshot] = {}
         for snapshot in snapshots:
             known = newest.get(snapshot.user_id)
             if known is None or snapshot.updated_at_unix_ms >= known.updated_at_unix_ms:
                 newest[snapshot.user_id] = snapshot
         entries = {(entry.user_id, entry.updated_at_unix_ms): entry for entry in snapshots}
-        history = [self._point(entry, time_ms) for (_, time_ms), entry in entries.items()]
-        await self.engine.apply(self._collection, self._puts(newest.values(), history))
+        points = [self._latest_point(snapshot) for snapshot in newest.values()]
+        if self._retention.maximum:
+            points += [self._point(entry, time_ms) for (_, time_ms), entry in entries.items()]
+        await self.engine.apply(self._collection, [Put(points, newest_by="updated_at_unix_ms")])
         entries_of = Counter(user_id for user_id, _ in entries)
         for user_id in newest:
             self._latest.pop(user_id, None)
             await self._trim_in_turn(user_id, entries_of[user_id])
-
-    def _puts(self, newest: Iterable[StateSnapshot], history: list[Point]) -> list[Put]:
-        """Each latest point unless there is a newer one, and the history."""
-        puts = [
-            Put(
-                [self._latest_point(entry)],
-                over=Filter((Range("updated_at_unix_ms", lte=entry.updated_at_unix_ms),)),
-            )
-            for entry in newest
-        ]
-        if self._retention.maximum == 0:
-            return puts
-        if len(puts) == len(history) == 1:
-            return [puts[0]._replace(points=[*puts[0].points, *history])]  # one condition serves both
-        return [Put(history), *puts]
 
     def _latest_point(self, snapshot: StateSnapshot, **extra: Any) -> Point:
         return self._point(snapshot, "latest", revision=secrets.token_hex(8), **extra)
@@ -9310,6 +9398,36 @@ class SharedBackend(PointsBackend):
     async def _remove(self, times: Mapping[str, list[int]]) -> None:
         ids = [make_point_id(user_id, time_ms) for user_id, old in times.items() for time_ms in old]
         await self.engine.apply(self._collection, deletes=ids)
+
+    async def prune_page(self, cursor: _Pruning | None) -> tuple[int, Cursor]:
+        """See Backend.prune_page; what is left of users who are gone comes at the end.
+
+        A writer that knew nothing of a deletion, and died, has left that. Where there is none, the entries of
+        those who are there are as many as there are at all.
+        """
+        following, entries, astray = cursor or _Pruning(None, 0, astray=False)
+        if astray:
+            return await self._prune_astray(following)
+        latest, following = await self._latest_times_page(following)
+        removed = await self._prune(latest)
+        entries += sum((await self._count_by_user(list(latest))).values())
+        if following is not None:
+            return removed, _Pruning(following, entries, astray=False)
+        if await self.engine.count(self._collection, Filter((HISTORY,))) <= entries:
+            return removed, None
+        return removed, _Pruning(None, 0, astray=True)
+
+    async def _prune_astray(self, following: Cursor) -> tuple[int, Cursor]:
+        """Remove the entries on a page of history whose users have no latest point."""
+        page = await self.engine.page(
+            self._collection, Filter((HISTORY,)), limit=self.batch_size, cursor=following
+        )
+        owners = {str(record.id): payload_field(record, "user_id", str) for record in page.records}
+        there = await self.find(list(dict.fromkeys(owners.values())))
+        astray = [point_id for point_id, user_id in owners.items() if user_id not in there]
+        if astray:
+            await self.engine.apply(self._collection, deletes=astray)
+        return len(astray), None if page.cursor is None else _Pruning(page.cursor, 0, astray=True)
 
     async def create_native(self, order: SnapshotRequest, target: str) -> SnapshotReport | None:
         """Take a snapshot of the server's own making; None where a portable one will do and is needed.

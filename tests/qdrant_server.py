@@ -378,6 +378,19 @@ def tear(act: Callable[[], object]) -> Action:
     return action
 
 
+def postpone(status: str = "wait_timeout", *, apply: bool = False) -> Action:
+    """Answer a write that it has been taken in, no more, as a server does whose queue is long."""
+
+    async def act(exchange: Exchange) -> Response:
+        if apply:
+            await exchange.proceed()
+        done = {"operation_id": 0, "status": status}
+        batch = exchange.request.route.endswith("/batch")
+        return json_response([done for _ in exchange.request.json["operations"]] if batch else done, 0.0)
+
+    return act
+
+
 def go_down(*, apply: bool = False) -> Action:
     """Stop listening and end every connection, this one too, until server.up()."""
 

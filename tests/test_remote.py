@@ -83,6 +83,7 @@ from attuned_store import (
     UnsupportedServerError,
     UserNotFoundError,
     ValidationError,
+    make_point_id,
     open_store,
 )
 
@@ -196,11 +197,11 @@ REQUESTS: dict[str, tuple[Any, dict[str, int]]] = {
     ),
     "upsert_many, a batch": (
         lambda store: store.upsert_many([state(f"user-{number}", number) for number in range(64)]),
-        {BATCH: 1},
+        {UPSERT: 1},
     ),
     "upsert_many, two batches": (
         lambda store: store.upsert_many([state(f"user-{number}", number) for number in range(501)]),
-        {BATCH: 1, UPSERT: 1},
+        {UPSERT: 2},
     ),
     "get_latest": (lambda store: store.get_latest("ann"), {RETRIEVE: 1}),
     "get_latest, unknown": (lambda store: store.get_latest("nobody"), {RETRIEVE: 1}),
@@ -1738,13 +1739,62 @@ async def test_a_batch_that_fails_midway_says_how_much_was_written(
     store: AsyncStateStore, server: QdrantServer
 ) -> None:
     """An upsert_many that the server stops accepting carries the number written before."""
-    server.on(reply(413), route=BATCH, skip=1)
+    server.on(reply(413), route=UPSERT, skip=1)
 
     error = await caught(store.upsert_many([state(f"user-{number}") for number in range(1_100)]))
 
     assert isinstance(error, BackendRejectedError)
     assert error.written == 500
     assert len(points(server)) == 1_000
+
+
+async def test_the_newest_of_a_batch_wins_whatever_is_there(
+    store: AsyncStateStore, server: QdrantServer, other: QdrantStore
+) -> None:
+    """Batches in any order, each one operation, leave every user with the newest, and all in the history."""
+    order = random.Random(18)
+    written: dict[str, dict[int, StateSnapshot]] = {}
+    server.clear()
+    for _ in range(12):
+        batch = [state(f"user-{order.randrange(40)}", order.randrange(30)) for _ in range(60)]
+        for each in batch:
+            written.setdefault(each.user_id, {})[each.updated_at_unix_ms] = each
+        await store.upsert_many(batch)
+    assert dict(server.counts) == {UPSERT: 12}
+
+    for user_id, times in written.items():
+        assert other.get_latest(user_id) == times[max(times)]
+        assert other.get_history(user_id) == [times[time_ms] for time_ms in sorted(times, reverse=True)]
+
+
+def test_a_large_batch_is_several_requests(server: QdrantServer) -> None:
+    """No request has more than 16 MiB, however many axes there are, and no user is torn apart."""
+    axes = {f"axis_of_some_length_{number}": 0.1234567890123456 for number in range(1_024)}
+    with plain(server, axes=tuple(axes)) as store:
+        store.upsert_many([state(f"user-{number}", axes=axes) for number in range(200)])
+        assert store.count(history=True) == 200
+
+    written = [request for request in server.requests if request.is_write()]
+    assert len(written) > 1
+    assert max(len(request.body) for request in written) <= 16 << 20
+    users = [{point["payload"]["user_id"] for point in request.json["points"]} for request in written]
+    assert sum(map(len, users)) == len(set().union(*users)) == 200
+
+
+async def test_prune_removes_what_is_left_of_the_deleted(
+    store: AsyncStateStore, server: QdrantServer, other: QdrantStore
+) -> None:
+    """Entries of history whose user is gone, which older versions could leave, are removed and counted."""
+    await store.upsert_many([state(f"user-{number}", number) for number in range(3)])
+    for user_id in ("user-0", "user-2"):
+        latest = make_point_id(user_id, "latest")
+        ask(server, "POST", f"{C}/points/delete?wait=true", {"points": [latest]})
+
+    assert await store.prune() == 2
+    assert points(server) == [("user-1", "history", 1), ("user-1", "latest", 1)]
+    server.clear()
+    assert await store.prune() == 0
+    assert server.counts[SCROLL] == 1  # of users alone
 
 
 async def test_a_closed_store_sends_nothing(store: AsyncStateStore, server: QdrantServer) -> None:

@@ -34,6 +34,7 @@ from qdrant_server import (
     not_json,
     one_of,
     other_shape,
+    postpone,
     rate_limited,
     reply,
     reset,
@@ -199,6 +200,29 @@ async def test_what_passes_is_tried_again(
     assert fake.waits == [0.1, 0.2, 0.4]
     assert points(server) == [("ann", "history", 0), ("ann", "latest", 0)]
     assert resilience(store).breaker.state == "closed"
+
+
+@pytest.mark.parametrize("status", ["wait_timeout", "acknowledged"])
+@pytest.mark.parametrize("write", ["upsert_latest", "expected", "upsert_many", "patch", "delete"])
+async def test_only_what_is_completed_has_been_done(
+    write: str, status: str, connect: Any, server: QdrantServer, fake: Time
+) -> None:
+    """A write that the server has only taken in is sent again; where that does not help, it is a timeout."""
+    store = await connect()
+    await store.upsert_latest(state())
+    with server.on(postpone(status), when=Request.is_write, times=2):
+        await WRITES[write](store)
+    found = await store.get_latest("ann")
+    assert found is None if write == "delete" else found is not None and found != state()
+
+    await store.delete("ann")
+    await store.upsert_latest(state())
+    server.on(postpone(status), when=Request.is_write)
+    error = await caught(WRITES[write](store))
+
+    assert isinstance(error, BackendTimeoutError)
+    assert status in str(error)
+    assert (error.retryable, error.ambiguous) == (True, True)
 
 
 @pytest.mark.parametrize("name", TRANSIENT)
@@ -793,6 +817,8 @@ UNSURE = {
     "not JSON": not_json(apply=True),
     "other JSON": other_shape(apply=True),
     "204": reply(204, b""),
+    "wait_timeout": postpone(),
+    "acknowledged": postpone("acknowledged", apply=True),
 }
 SLOW = [UNSURE["no answer"], UNSURE["drips"]]
 SURE = {

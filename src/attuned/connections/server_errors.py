@@ -104,6 +104,12 @@ class ServerErrors:
             return BackendUnavailableError(message, retryable=True, ambiguous=arrived, **where)
         return BackendError(f"{asked}: not an answer of Qdrant: {said}", ambiguous=arrived, **where)
 
+    def unfinished(self, status: object, operation: str) -> BackendTimeoutError:
+        """What it means that a server has taken a write in, and has not done it in time."""
+        asked, where = self._origin(operation)
+        message = f"{asked}: not done in time: the server says {self.said(status)}"
+        return BackendTimeoutError(message, retryable=True, ambiguous=True, **where)
+
     def answer(self, status: int, content: bytes, headers: Mapping[str, str], operation: str) -> BackendError:
         """What an answer with another status than asked for means."""
         asked, where = self._origin(operation, status)

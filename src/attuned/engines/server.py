@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import re
 import time
 import weakref
+from collections import defaultdict
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from urllib.parse import quote as urlquote
@@ -51,20 +53,51 @@ from attuned.engines.waist import (
     ExecutionMode,
     Matching,
     Page,
+    Point,
     Put,
     Record,
     backend_errors,
     not_open,
+    payload_bytes,
     with_tenant,
     within,
 )
 from attuned.snapshots.directory import NativeSnapshotWriter, RemoteSnapshot
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from attuned.base.config import QdrantStoreConfig
+
+
+def _portions(points: Sequence[Point], most_bytes: int) -> Iterator[tuple[list[Point], int]]:
+    """Cut points into what one operation may hold, with its size in bytes.
+
+    Those of a tenant stay together, unless they alone are more than that.
+    """
+    portion, taken = list[Point](), 0
+    for _, group in itertools.groupby(sorted(points, key=_tenant_of), _tenant_of):
+        sized = [(point, _request_bytes(point)) for point in group]
+        whole = sum(size for _, size in sized) <= most_bytes
+        for piece in [sized] if whole else [[each] for each in sized]:
+            size = sum(size for _, size in piece)
+            if portion and taken + size > most_bytes:
+                yield portion, taken
+                portion, taken = [], 0
+            portion += [point for point, _ in piece]
+            taken += size
+    if portion:
+        yield portion, taken
+
+
+def _tenant_of(point: Point) -> str:
+    return point.tenant or ""
+
+
+def _request_bytes(point: Point) -> int:
+    """About how many bytes a point takes in a request, rather too many."""
+    return 100 + 24 * len(point.vector) + payload_bytes(point.payload)
 
 
 class _Clients(NamedTuple):
@@ -132,6 +165,7 @@ class ServerEngine:
     indexed = True
     compact = False
     rounds_floats = True
+    REQUEST_BYTES = 16 << 20  # of a request; a server refuses those above 32 MiB
 
     def __init__(self, config: QdrantStoreConfig, waits: Waits) -> None:
         self._models = ClientModels(import_qdrant_client().models)
@@ -338,8 +372,10 @@ class ServerEngine:
             schemas[collection.tenant] = models.KeywordIndexParams(type="keyword", is_tenant=True)
         for key in [key for key in schemas if key not in there]:
             index = {"field_name": key, "field_schema": schemas[key]}
-            await self._send(
-                "index", functools.partial(self._client.create_payload_index, name, **index, wait=True)
+            await self._update(
+                "index",
+                functools.partial(self._client.create_payload_index, name, **index, wait=True),
+                writes=False,
             )
 
     async def apply(
@@ -347,41 +383,83 @@ class ServerEngine:
     ) -> None:
         """See Engine.apply; several steps are one request too, in which they come one after another."""
         key, models, options = self._key_of(collection), self._models.models, self._write_options
-        upserts = [self._upsert(put, key) for put in puts if put.points]
+        requests = list(self._requests(puts, key))
         selector = None
         if isinstance(deletes, Matching):
             narrowed = within(deletes.where, key, deletes.tenant)
             selector = models.FilterSelector(filter=self._models.filter(narrowed))
         elif deletes:
             selector = models.PointIdsList(points=list(deletes))
-        if len(upserts) == 1 and selector is None:
-            asked = {name: getattr(upserts[0], name) for name in ("points", "update_filter", "update_mode")}
-            await self._send(
-                "upsert", lambda: self._client.upsert(collection, **asked, **options), writes=True
-            )
-        elif upserts:
-            steps = [models.UpsertOperation(upsert=each) for each in upserts]
-            steps += [] if selector is None else [models.DeleteOperation(delete=selector)]
-            await self._send(
-                "upsert",
-                lambda: self._client.batch_update_points(collection, steps, **options),
-                writes=True,
-            )
+        if selector is not None and not requests:
+            await self._update("delete", lambda: self._client.delete(collection, selector, **options))
         elif selector is not None:
-            await self._send(
-                "delete", lambda: self._client.delete(collection, selector, **options), writes=True
-            )
+            requests[-1].append(models.DeleteOperation(delete=selector))
+        for number, steps in enumerate(requests):
+            send = functools.partial(self._client.batch_update_points, collection, steps, **options)
+            if len(steps) == 1:
+                upsert = steps[0].upsert
+                asked = {name: getattr(upsert, name) for name in ("points", "update_filter", "update_mode")}
+                send = functools.partial(self._client.upsert, collection, **asked, **options)
+            try:
+                await self._update("upsert", send)
+            except BackendError as error:
+                error.ambiguous = error.ambiguous or number > 0  # some of it has been written
+                raise
 
-    def _upsert(self, put: Put, key: str | None) -> Any:
-        models, points = self._models.models, [with_tenant(point, key) for point in put.points]
+    def _requests(self, puts: Sequence[Put], key: str | None) -> Iterator[list[Any]]:
+        """The steps of puts, request by request: as many as fit into one."""
+        steps, taken = list[Any](), 0
+        for put in puts:
+            for portion, size in _portions(put.points, self.REQUEST_BYTES):
+                if steps and taken + size > self.REQUEST_BYTES:
+                    yield steps
+                    steps, taken = [], 0
+                written = [with_tenant(point, key) for point in portion]
+                steps.append(self._models.models.UpsertOperation(upsert=self._upsert(put, written)))
+                taken += size
+        if steps:
+            yield steps
+
+    async def _update(
+        self, operation: str, request: Callable[[], Awaitable[Any]], *, writes: bool = True
+    ) -> None:
+        """Send what changes points; only what the server says to be completed has been done."""
+
+        async def update() -> None:
+            answer: Any = await request()
+            for result in cast("list[Any]", answer) if isinstance(answer, list) else [answer]:
+                if result.status != self._models.models.UpdateStatus.COMPLETED:
+                    raise self.errors.unfinished(result.status, operation)
+
+        await self._send(operation, update, writes=writes)
+
+    def _upsert(self, put: Put, points: Sequence[Point]) -> Any:
+        models = self._models.models
         return models.PointsList(
             points=[
                 models.PointStruct(id=point.id, vector=list(point.vector), payload=point.payload)
                 for point in points
             ],
-            update_filter=None if put.over is None else self._models.filter(put.over),
+            update_filter=self._guard(put, points) if put.over or put.newest_by else None,
             update_mode=None if put.mode == "upsert" else models.UpdateMode(f"{put.mode}_only"),
         )
+
+    def _guard(self, put: Put, points: Sequence[Point]) -> Any:
+        """The filter that says which points may be replaced; where that differs, for each by its id."""
+        models, guard = self._models.models, self._models.filter(put.over or Filter())
+        if put.newest_by is None:
+            return guard
+        ids = defaultdict[float, list[str]](list)
+        for point in {point.id: point for point in points}.values():
+            ids[point.payload[put.newest_by]].append(point.id)
+        for number, chosen in ids.items():
+            older = models.FieldCondition(key=put.newest_by, range=models.Range(lte=number))
+            if len(ids) == 1:
+                guard.must.append(older)
+            else:
+                branch = models.Filter(must=[models.HasIdCondition(has_id=chosen), older])
+                guard.should = [*(guard.should or ()), branch]
+        return guard
 
     def _key_of(self, collection: str) -> str | None:
         try:

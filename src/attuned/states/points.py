@@ -421,6 +421,10 @@ class PointsBackend(ABC):
     async def prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
         """See Backend.prune_page."""
         latest, cursor = await self._latest_times_page(cursor)
+        return await self._prune(latest), cursor
+
+    async def _prune(self, latest: Mapping[str, int]) -> int:
+        """Remove what the histories of some users hide."""
         hidden, removed = dict[str, list[int]](), 0
         for user_id in await self._overfull(latest):
             held, times = await self._times_of(user_id), await self._timeline(user_id, latest[user_id])
@@ -430,7 +434,7 @@ class PointsBackend(ABC):
                 hidden[user_id] = old
         if hidden:
             await self._remove(hidden)
-        return removed, cursor
+        return removed
 
     async def _overfull(self, latest: Mapping[str, int]) -> set[str]:
         """The users whose history holds entries that it does not show."""

@@ -6,7 +6,7 @@ import contextlib
 import secrets
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import attrs
 
@@ -21,11 +21,12 @@ from attuned.base.errors import (
     short_id,
 )
 from attuned.base.values import MAX_TIME_MS, Health, SnapshotReport, StateSnapshot
-from attuned.engines.filters import Absent, AnyOf, Equal, Filter, Range
+from attuned.engines.filters import Absent, AnyOf, Equal, Filter
 from attuned.engines.waist import Matching, Point, Put, Record, SharedEngine
 from attuned.snapshots.directory import NativeSnapshotWriter, SnapshotOrigin, SnapshotRequest
-from attuned.states.contract import HistoryWindow, StatesPage, conflict_error
+from attuned.states.contract import Cursor, HistoryWindow, StatesPage, conflict_error
 from attuned.states.points import (
+    HISTORY,
     LATEST,
     LINEAGE,
     MAX_COUNTED,
@@ -37,7 +38,7 @@ from attuned.states.points import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
     from pathlib import Path
 
     from attuned.base.config import QdrantStoreConfig
@@ -50,6 +51,14 @@ def _is_marked(collection: Mapping[str, Any]) -> bool:
         return bool(config["metadata"]["restoring"])
     except (LookupError, TypeError):
         return False
+
+
+class _Pruning(NamedTuple):
+    """Where a pruning stands."""
+
+    following: Cursor  # where the next page of users begins, or of all entries
+    entries: int  # of the users so far
+    astray: bool  # whether entries are looked for whose users are gone
 
 
 class SharedBackend(PointsBackend):
@@ -193,34 +202,24 @@ class SharedBackend(PointsBackend):
     # Writes
 
     async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
-        """See Backend.write."""
+        """See Backend.write.
+
+        The latest point unless there is a newer one, and the entries of history, whose ids hold their times.
+        """
         newest: dict[str, StateSnapshot] = {}
         for snapshot in snapshots:
             known = newest.get(snapshot.user_id)
             if known is None or snapshot.updated_at_unix_ms >= known.updated_at_unix_ms:
                 newest[snapshot.user_id] = snapshot
         entries = {(entry.user_id, entry.updated_at_unix_ms): entry for entry in snapshots}
-        history = [self._point(entry, time_ms) for (_, time_ms), entry in entries.items()]
-        await self.engine.apply(self._collection, self._puts(newest.values(), history))
+        points = [self._latest_point(snapshot) for snapshot in newest.values()]
+        if self._retention.maximum:
+            points += [self._point(entry, time_ms) for (_, time_ms), entry in entries.items()]
+        await self.engine.apply(self._collection, [Put(points, newest_by="updated_at_unix_ms")])
         entries_of = Counter(user_id for user_id, _ in entries)
         for user_id in newest:
             self._latest.pop(user_id, None)
             await self._trim_in_turn(user_id, entries_of[user_id])
-
-    def _puts(self, newest: Iterable[StateSnapshot], history: list[Point]) -> list[Put]:
-        """Each latest point unless there is a newer one, and the history."""
-        puts = [
-            Put(
-                [self._latest_point(entry)],
-                over=Filter((Range("updated_at_unix_ms", lte=entry.updated_at_unix_ms),)),
-            )
-            for entry in newest
-        ]
-        if self._retention.maximum == 0:
-            return puts
-        if len(puts) == len(history) == 1:
-            return [puts[0]._replace(points=[*puts[0].points, *history])]  # one condition serves both
-        return [Put(history), *puts]
 
     def _latest_point(self, snapshot: StateSnapshot, **extra: Any) -> Point:
         return self._point(snapshot, "latest", revision=secrets.token_hex(8), **extra)
@@ -319,6 +318,36 @@ class SharedBackend(PointsBackend):
     async def _remove(self, times: Mapping[str, list[int]]) -> None:
         ids = [make_point_id(user_id, time_ms) for user_id, old in times.items() for time_ms in old]
         await self.engine.apply(self._collection, deletes=ids)
+
+    async def prune_page(self, cursor: _Pruning | None) -> tuple[int, Cursor]:
+        """See Backend.prune_page; what is left of users who are gone comes at the end.
+
+        A writer that knew nothing of a deletion, and died, has left that. Where there is none, the entries of
+        those who are there are as many as there are at all.
+        """
+        following, entries, astray = cursor or _Pruning(None, 0, astray=False)
+        if astray:
+            return await self._prune_astray(following)
+        latest, following = await self._latest_times_page(following)
+        removed = await self._prune(latest)
+        entries += sum((await self._count_by_user(list(latest))).values())
+        if following is not None:
+            return removed, _Pruning(following, entries, astray=False)
+        if await self.engine.count(self._collection, Filter((HISTORY,))) <= entries:
+            return removed, None
+        return removed, _Pruning(None, 0, astray=True)
+
+    async def _prune_astray(self, following: Cursor) -> tuple[int, Cursor]:
+        """Remove the entries on a page of history whose users have no latest point."""
+        page = await self.engine.page(
+            self._collection, Filter((HISTORY,)), limit=self.batch_size, cursor=following
+        )
+        owners = {str(record.id): payload_field(record, "user_id", str) for record in page.records}
+        there = await self.find(list(dict.fromkeys(owners.values())))
+        astray = [point_id for point_id, user_id in owners.items() if user_id not in there]
+        if astray:
+            await self.engine.apply(self._collection, deletes=astray)
+        return len(astray), None if page.cursor is None else _Pruning(page.cursor, 0, astray=True)
 
     async def create_native(self, order: SnapshotRequest, target: str) -> SnapshotReport | None:
         """Take a snapshot of the server's own making; None where a portable one will do and is needed.
