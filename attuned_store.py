@@ -1516,6 +1516,7 @@ class QdrantOptions(MemoryOptions, total=False):
     write_consistency_factor: int | None
     read_consistency: int | Literal["majority", "quorum", "all"] | None
     write_ordering: Literal["weak", "medium", "strong"] | None
+    exact_search: bool
     retry: RetryPolicy
     breaker: BreakerPolicy
 
@@ -1590,7 +1591,9 @@ class QdrantStoreConfig(MemoryStoreConfig):
     False or the path of a CA certificate; ``cache_ttl``, the seconds for which a read may be answered from
     memory though other processes write (0: never). A collection is made with ``shard_number``,
     ``replication_factor`` and ``write_consistency_factor``; requests carry ``read_consistency`` and
-    ``write_ordering``; ``retry`` and ``breaker`` say what follows a failure. Raises ValidationError.
+    ``write_ordering``. A search looks at every state, unless ``exact_search`` is False: then the server's
+    graph is asked, which is quicker with millions of users, and misses some. ``retry`` and ``breaker`` say
+    what follows a failure. Raises ValidationError.
     """
 
     path: str | None = attrs.field(default=None, converter=attrs.converters.optional(check_path))
@@ -1614,6 +1617,7 @@ class QdrantStoreConfig(MemoryStoreConfig):
     write_consistency_factor: int | None = None
     read_consistency: int | Literal["majority", "quorum", "all"] | None = None
     write_ordering: Literal["weak", "medium", "strong"] | None = None
+    exact_search: bool = True
     retry: RetryPolicy = attrs.field(factory=RetryPolicy)
     breaker: BreakerPolicy = attrs.field(factory=BreakerPolicy)
 
@@ -1645,6 +1649,7 @@ class QdrantStoreConfig(MemoryStoreConfig):
         for field in ("connect_timeout", "request_timeout", "snapshot_timeout"):
             check_positive(field, getattr(self, field))
         check_positive("cache_ttl", self.cache_ttl, zero=True)
+        check_flag("exact_search", self.exact_search)
         check_integer("pool_size", self.pool_size, 1, 65_535)
         for field in ("shard_number", "replication_factor", "write_consistency_factor"):
             if getattr(self, field) is not None:
@@ -4964,7 +4969,7 @@ class SharedEngine(Engine, Marks, NativeSnapshots, Protocol):
     """An engine over a connection to a database that other processes write to as well."""
 
     def is_spread(self, collection: str) -> bool:
-        """Whether one request may read the points of a collection that is open at several moments."""
+        """Whether one reading may meet the points of a collection that is open at several moments."""
         ...
 
 
@@ -5196,14 +5201,17 @@ class ClientModels:
         """The parameters of a new collection's vectors."""
         return self.models.VectorParams(size=size, distance=self.models.Distance.COSINE)
 
-    def filter(self, where: Filter) -> Any:
-        """A filter, which may be empty."""
-        must, must_not = (list(map(self._condition, conditions)) for conditions in where)
+    def filter(self, where: Filter, listed: int | None = None) -> Any:
+        """A filter, which may be empty; no condition of which lists more values than ``listed``."""
+        must, must_not = ([self._condition(each, listed) for each in conditions] for conditions in where)
         return self.models.Filter(must=must, must_not=must_not)
 
-    def _condition(self, condition: Condition) -> Any:
+    def _condition(self, condition: Condition, listed: int | None) -> Any:
         models = self.models
         match condition:
+            case AnyOf(key, values) if listed is not None and len(values) > listed:
+                pieces = (values[start : start + listed] for start in range(0, len(values), listed))
+                return models.Filter(should=[self._condition(AnyOf(key, each), None) for each in pieces])
             case Equal(key, value):
                 asked = {"match": models.MatchValue(value=value)}
             case AnyOf(key, values):
@@ -5217,7 +5225,7 @@ class ClientModels:
             case Or(()):  # an empty "should" would match everything
                 return models.HasIdCondition(has_id=[])
             case Or(filters):
-                return models.Filter(should=list(map(self.filter, filters)))
+                return models.Filter(should=[self.filter(each, listed) for each in filters])
         return models.FieldCondition(key=key, **asked)
 
     def page(
@@ -5680,6 +5688,77 @@ class EdgeEngine(EngineOnDisk):
             case Or(filters):
                 return api.Filter(should=[*map(self._filter, filters)])
         return api.FieldCondition(key=key, **asked)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.engines.limits
+# What one request to a Qdrant server may hold: in bytes, and by the limits of strict mode.
+# ------------------------------------------------------------------------------------------------------------
+
+
+NO_LIMIT = 2**31 - 1
+
+
+class Limits(NamedTuple):
+    """What strict mode allows requests to one collection; without it only the bytes of a request count."""
+
+    page: int = NO_LIMIT  # points in an answer
+    points: int = NO_LIMIT  # in one operation that writes or deletes
+    listed: int = NO_LIMIT  # values in one condition
+    ids: int = NO_LIMIT  # points retrieved by their ids
+    exact: bool = True
+
+    @classmethod
+    def of(cls, config: Any) -> Limits:
+        """Those in the configuration of a collection, as the client gives it."""
+        strict = config.strict_mode_config
+        if strict is None or not strict.enabled:
+            return cls()
+
+        def least(*limits: int | None) -> int:
+            return min((max(1, limit) for limit in limits if limit is not None), default=NO_LIMIT)
+
+        return cls(
+            page=least(strict.max_query_limit),
+            points=least(strict.upsert_max_batchsize, strict.write_rate_limit),
+            listed=least(strict.condition_max_size),
+            ids=least(strict.read_rate_limit),
+            exact=strict.search_allow_exact is not False,
+        )
+
+
+def cut(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Cut values into pieces of a size."""
+    return (values[start : start + size] for start in range(0, len(values), size))
+
+
+def portions(points: Sequence[Point], most: int, most_bytes: int) -> Iterator[tuple[list[Point], int]]:
+    """Cut points into what one operation may hold, with its size in bytes.
+
+    Those of a tenant stay together, unless they alone are more than that.
+    """
+    portion, taken = list[Point](), 0
+    for _, group in itertools.groupby(sorted(points, key=_tenant_of), _tenant_of):
+        sized = [(point, _request_bytes(point)) for point in group]
+        whole = len(sized) <= most and sum(size for _, size in sized) <= most_bytes
+        for piece in [sized] if whole else [[each] for each in sized]:
+            size = sum(size for _, size in piece)
+            if portion and (taken + size > most_bytes or len(portion) + len(piece) > most):
+                yield portion, taken
+                portion, taken = [], 0
+            portion += [point for point, _ in piece]
+            taken += size
+    if portion:
+        yield portion, taken
+
+
+def _tenant_of(point: Point) -> str:
+    return point.tenant or ""
+
+
+def _request_bytes(point: Point) -> int:
+    """About how many bytes a point takes in a request, rather too many."""
+    return 100 + 24 * len(point.vector) + payload_bytes(point.payload)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -6384,45 +6463,22 @@ def _direction(vector: Sequence[float]) -> list[float]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# attuned.engines.server
-# The engine of a Qdrant server or cluster.
+# attuned.engines.server_clients
+# The clients of a server: one pair for all threads, or one for each event loop.
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _portions(points: Sequence[Point], most_bytes: int) -> Iterator[tuple[list[Point], int]]:
-    """Cut points into what one operation may hold, with its size in bytes.
-
-    Those of a tenant stay together, unless they alone are more than that.
-    """
-    portion, taken = list[Point](), 0
-    for _, group in itertools.groupby(sorted(points, key=_tenant_of), _tenant_of):
-        sized = [(point, _request_bytes(point)) for point in group]
-        whole = sum(size for _, size in sized) <= most_bytes
-        for piece in [sized] if whole else [[each] for each in sized]:
-            size = sum(size for _, size in piece)
-            if portion and taken + size > most_bytes:
-                yield portion, taken
-                portion, taken = [], 0
-            portion += [point for point, _ in piece]
-            taken += size
-    if portion:
-        yield portion, taken
-
-
-def _tenant_of(point: Point) -> str:
-    return point.tenant or ""
-
-
-def _request_bytes(point: Point) -> int:
-    """About how many bytes a point takes in a request, rather too many."""
-    return 100 + 24 * len(point.vector) + payload_bytes(point.payload)
-
-
-class _Clients(NamedTuple):
-    """qdrant-client and, for what that does not offer, plain httpx; closing ``ending`` closes both."""
+class Clients(NamedTuple):
+    """qdrant-client of one address and, for what that does not offer, plain httpx."""
 
     qdrant: Any
     plain: Any
+
+
+class _OfLoop(NamedTuple):
+    """The clients of an event loop, one pair for each address; closing ``ending`` closes them."""
+
+    clients: Sequence[Clients]
     ending: AsyncGenerator[None, None] | None = None
 
 
@@ -6433,7 +6489,7 @@ def _event_loop() -> object:
 
 
 async def _until_the_end(
-    loop: object, clients: _Clients, of: weakref.ref[ServerEngine]
+    loop: object, clients: Sequence[Clients], of: weakref.ref[ServerClients]
 ) -> AsyncGenerator[None, None]:
     """Close clients with their event loop, which at its end closes the generators that are left over.
 
@@ -6445,11 +6501,12 @@ async def _until_the_end(
     try:
         yield
     finally:
-        if engine := of():
-            engine._clients_of.pop(loop, None)
+        if there := of():
+            there.of_loops.pop(loop, None)
         with anyio.CancelScope(shield=True):
-            await clients.qdrant.close()
-            await clients.plain.aclose()
+            for each in clients:
+                await each.qdrant.close()
+                await each.plain.aclose()
 
 
 # Relied on in qdrant-client and httpx beyond their public interfaces; tests/test_canaries.py watches it
@@ -6472,113 +6529,162 @@ def tune_client(client: Any, timeout: Any, transport: Any, limits: BlockingLimit
 # ------------------------------------------------------------------------------
 
 
-class ServerEngine:
-    """A Qdrant server or cluster over REST: qdrant-client, blocking or asynchronous, behind one form.
+class ServerClients:
+    """The clients of a server or of the nodes of a cluster, made when an event loop first needs them.
 
-    One blocking client serves all threads. A connection of an asynchronous one belongs to the event loop that
-    it was made in: every loop gets clients of its own, which are closed with the store, or with the loop.
+    A connection of an asynchronous client belongs to the event loop that it was made in: every loop gets
+    clients of its own, which are closed with the store, or with the loop.
     """
 
-    name = "server"
-    indexed = True
-    compact = False
-    rounds_floats = True
-    REQUEST_BYTES = 16 << 20  # of a request; a server refuses those above 32 MiB
+    KEEP_ALIVE_S = 3.0  # of an idle connection: a server closes it after 5, perhaps just as a request comes
 
-    def __init__(self, config: QdrantStoreConfig, waits: Waits) -> None:
-        self._models = ClientModels(import_qdrant_client().models)
+    def __init__(self, config: QdrantStoreConfig, urls: Sequence[str], *, blocking: bool) -> None:
         import ssl
 
         import httpx
 
-        self.runs: ExecutionMode = "in place" if waits.blocking else "on loop"
-        self._waits = waits
-        self._config = config
-        self._tenants: dict[str, str | None] = {}  # the keys that hold them, by collection
-        self._spread: set[str] = set()  # the collections that are
-        self._url = cast("str", config.url)
-        self._blocking = waits.blocking
+        self._config, self._urls, self._blocking = config, urls, blocking
         headers = {} if config.api_key is None else {"api-key": config.api_key}  # as api_key= it would warn
-        limits = httpx.Limits(max_connections=config.pool_size, max_keepalive_connections=config.pool_size)
         verify = config.verify
         trusted = (
             ssl.create_default_context(cafile=verify)
             if isinstance(verify, str)
             else httpx.create_ssl_context(verify)
         )
-        self._read_options = {"consistency": config.read_consistency}
-        self._write_options = {"ordering": config.write_ordering, "wait": True}
+        limits = self._pool_limits(config.pool_size)
         self._shared: dict[str, Any] = {"headers": headers, "limits": limits, "verify": trusted}
-        self._limits = BlockingLimits() if waits.blocking else SuspendingLimits()
-        self.errors = ServerErrors(self._url, config.api_key)
-        clients = self._make_clients()  # the first take 0.1 s, for which no event loop is to be held up
+        self.limits = BlockingLimits() if blocking else SuspendingLimits()
+        clients = self._make()  # the first take 0.1 s, for which no event loop is to be held up
         self._prepared = [clients]
-        self._clients_of: dict[object, _Clients] = {None: clients} if self._blocking else {}
-        self.reporter = REPORTING.reporter(wanted=config.telemetry)
-        self.resilience = Resilience(config, waits.sleep)
+        self.of_loops: dict[object, _OfLoop] = {None: _OfLoop(clients)} if blocking else {}
 
-    def _make_clients(self) -> _Clients:
+    def timeout(self, seconds: float) -> Any:
+        """The timeouts of a request that may take so long."""
+        import httpx
+
+        return httpx.Timeout(seconds, connect=self._config.connect_timeout)
+
+    def _make(self) -> list[Clients]:
         import httpx
 
         try:
-            return self._clients_for(import_qdrant_client(), httpx)
+            return [self._make_for(url, import_qdrant_client(), httpx) for url in self._urls]
         except (ImportError, ValueError, httpx.InvalidURL) as error:
             if isinstance(error, StoreError):
                 raise
             raise environment_error(error) from error
 
-    def _clients_for(self, package: Any, httpx: Any) -> _Clients:
+    def _make_for(self, url: str, package: Any, httpx: Any) -> Clients:
         config, blocking = self._config, self._blocking
         kind = package.QdrantClient if blocking else package.AsyncQdrantClient
-        timeout = self._timeout(config.request_timeout)
-        limits = self._limits if isinstance(self._limits, BlockingLimits) else None
+        timeout = self.timeout(config.request_timeout)
+        limits = self.limits if isinstance(self.limits, BlockingLimits) else None
         pools = ConnectionPools(self._make_pool, config.pool_size, limits)
-        client = kind(url=self._url, check_compatibility=False, cookies=cookie_jar(), **self._shared)
+        client = kind(url=url, check_compatibility=False, cookies=cookie_jar(), **self._shared)
         base_url = tune_client(client, timeout, pools, limits)
         plain = (httpx.Client if blocking else httpx.AsyncClient)(
             base_url=base_url, timeout=timeout, cookies=cookie_jar(), **self._shared
         )
         if limits is None:
-            return _Clients(client, plain)
+            return Clients(client, plain)
         limit_client(plain, limits)
-        return _Clients(BlockingClient(client), BlockingClient(plain))
+        return Clients(BlockingClient(client), BlockingClient(plain))
+
+    def _pool_limits(self, connections: int) -> Any:
+        import httpx
+
+        return httpx.Limits(
+            max_connections=connections,
+            max_keepalive_connections=connections,
+            keepalive_expiry=self.KEEP_ALIVE_S,
+        )
 
     def _make_pool(self, connections: int) -> Any:
         import httpx
 
-        size = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-        options: dict[str, Any] = {"verify": self._shared["verify"], "limits": size}
-        if isinstance(self._limits, BlockingLimits):
-            return limit_transport(httpx.HTTPTransport(**options), self._limits)
+        options: dict[str, Any] = {"verify": self._shared["verify"], "limits": self._pool_limits(connections)}
+        if isinstance(self.limits, BlockingLimits):
+            return limit_transport(httpx.HTTPTransport(**options), self.limits)
         return httpx.AsyncHTTPTransport(**options)
 
-    def _clients(self) -> _Clients:
-        """The clients of this event loop, made when it first needs them."""
+    def at(self, number: int) -> Clients:
+        """The clients of an address, for this event loop."""
         loop = None if self._blocking else _event_loop()
-        return self._clients_of.get(loop) or self._adopt(loop)
+        return (self.of_loops.get(loop) or self._adopt(loop)).clients[number]
 
-    def _adopt(self, loop: object) -> _Clients:
+    def _adopt(self, loop: object) -> _OfLoop:
         try:
             clients = self._prepared.pop()
         except IndexError:
-            clients = self._make_clients()
+            clients = self._make()
         ending = _until_the_end(loop, clients, weakref.ref(self))
         run(cast("Any", anext(ending)))
-        clients = self._clients_of[loop] = clients._replace(ending=ending)
-        return clients
+        adopted = self.of_loops[loop] = _OfLoop(clients, ending)
+        return adopted
+
+    async def close(self) -> None:
+        """Close the clients of this event loop, or of all threads."""
+        found = self.of_loops.get(None if self._blocking else _event_loop())
+        if found is None:
+            return
+        if found.ending is not None:
+            await found.ending.aclose()
+            return
+        for each in found.clients:
+            await each.qdrant.close()
+            await each.plain.close()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.engines.server
+# The engine of a Qdrant server or cluster.
+# ------------------------------------------------------------------------------------------------------------
+
+
+_REPORTED_AS = {"scroll": "page", "query_points": "search", "facet": "count"}  # as they are reported
+
+
+class _OpenCollection(NamedTuple):
+    """What is known of a collection that is open."""
+
+    tenant: str | None  # the key that holds it
+    is_spread: bool  # over several shards
+    limits: Limits
+
+
+class ServerEngine:
+    """A Qdrant server or cluster over REST: qdrant-client, blocking or asynchronous, behind one form."""
+
+    name = "server"
+    indexed = True
+    compact = False
+    rounds_floats = True
+    PAGE = 10_000  # points on a page that are only counted
+    REQUEST_BYTES = 16 << 20  # of a request; a server refuses those above 32 MiB
+
+    def __init__(self, config: QdrantStoreConfig, waits: Waits) -> None:
+        self._models = ClientModels(import_qdrant_client().models)
+        self.runs: ExecutionMode = "in place" if waits.blocking else "on loop"
+        self._waits = waits
+        self._config = config
+        self._opened: dict[str, _OpenCollection] = {}
+        self._url = cast("str", config.url)
+        self._blocking = waits.blocking
+        self._read_options = {"consistency": config.read_consistency}
+        self._write_options = {"ordering": config.write_ordering, "wait": True}
+        self.errors = ServerErrors(self._url, config.api_key)
+        self._clients = ServerClients(config, [self._url], blocking=waits.blocking)
+        self._limits = self._clients.limits
+        self.reporter = REPORTING.reporter(wanted=config.telemetry)
+        self.resilience = Resilience(config, waits.sleep)
 
     @property
     def _client(self) -> Any:
-        return self._clients().qdrant
+        return self._clients.at(0).qdrant
 
     @property
     def _raw(self) -> Any:
-        return self._clients().plain
-
-    def _timeout(self, seconds: float) -> Any:
-        import httpx
-
-        return httpx.Timeout(seconds, connect=self._config.connect_timeout)
+        return self._clients.at(0).plain
 
     async def _send(
         self,
@@ -6632,11 +6738,9 @@ class ServerEngine:
                 f"{wanted} and Cosine are needed"
             )
         await self._create_indexes(collection, set(info.payload_schema))
-        self._tenants[collection.name] = collection.tenant
-        if (info.config.params.shard_number or 1) > 1:
-            self._spread.add(collection.name)
-        else:
-            self._spread.discard(collection.name)
+        is_spread = (info.config.params.shard_number or 1) > 1
+        limits = Limits.of(info.config)
+        self._opened[collection.name] = _OpenCollection(collection.tenant, is_spread, limits)
         return metadata
 
     async def collections(self) -> Mapping[str, Mapping[str, Any]]:
@@ -6647,7 +6751,7 @@ class ServerEngine:
 
     async def drop(self, collection: str) -> None:
         """See Engine.drop."""
-        self._tenants.pop(collection, None)
+        self._opened.pop(collection, None)
         await self._send("drop", lambda: self._client.delete_collection(collection), writes=True)
 
     async def _check_version(self) -> None:
@@ -6700,36 +6804,50 @@ class ServerEngine:
         self, collection: str, puts: Sequence[Put] = (), deletes: Sequence[str] | Matching = ()
     ) -> None:
         """See Engine.apply; several steps are one request too, in which they come one after another."""
-        key, models, options = self._key_of(collection), self._models.models, self._write_options
-        requests = list(self._requests(puts, key))
-        selector = None
+        key, models = self._key_of(collection), self._models.models
+        limits = self._limits_of(collection)
+        requests = list(self._requests(puts, key, limits))
         if isinstance(deletes, Matching):
             narrowed = within(deletes.where, key, deletes.tenant)
-            selector = models.FilterSelector(filter=self._models.filter(narrowed))
-        elif deletes:
-            selector = models.PointIdsList(points=list(deletes))
-        if selector is not None and not requests:
-            await self._update("delete", lambda: self._client.delete(collection, selector, **options))
-        elif selector is not None:
-            requests[-1].append(models.DeleteOperation(delete=selector))
+            selectors: list[Any] = [
+                models.FilterSelector(filter=self._models.filter(narrowed, limits.listed))
+            ]
+        else:
+            selectors = [models.PointIdsList(points=list(ids)) for ids in cut(deletes, limits.points)]
+        steps = [models.DeleteOperation(delete=selector) for selector in selectors]
+        if requests and limits.points == NO_LIMIT:
+            requests[-1] += steps
+        else:
+            requests += [[step] for step in steps]
         for number, steps in enumerate(requests):
-            send = functools.partial(self._client.batch_update_points, collection, steps, **options)
-            if len(steps) == 1:
-                upsert = steps[0].upsert
-                asked = {name: getattr(upsert, name) for name in ("points", "update_filter", "update_mode")}
-                send = functools.partial(self._client.upsert, collection, **asked, **options)
             try:
-                await self._update("upsert", send)
+                await self._send_steps(collection, steps)
             except BackendError as error:
                 error.ambiguous = error.ambiguous or number > 0  # some of it has been written
                 raise
 
-    def _requests(self, puts: Sequence[Put], key: str | None) -> Iterator[list[Any]]:
+    async def _send_steps(self, collection: str, steps: Sequence[Any]) -> None:
+        """Send the steps of one request; a single one has a request of its own kind."""
+        models, options = self._models.models, self._write_options
+        written = isinstance(steps[0], models.UpsertOperation)
+
+        def send() -> Awaitable[Any]:
+            if len(steps) > 1:
+                return cast("Awaitable[Any]", self._client.batch_update_points(collection, steps, **options))
+            if not written:
+                return cast("Awaitable[Any]", self._client.delete(collection, steps[0].delete, **options))
+            upsert = steps[0].upsert
+            asked = {name: getattr(upsert, name) for name in ("points", "update_filter", "update_mode")}
+            return cast("Awaitable[Any]", self._client.upsert(collection, **asked, **options))
+
+        await self._update("upsert" if written else "delete", send)
+
+    def _requests(self, puts: Sequence[Put], key: str | None, limits: Limits) -> Iterator[list[Any]]:
         """The steps of puts, request by request: as many as fit into one."""
         steps, taken = list[Any](), 0
         for put in puts:
-            for portion, size in _portions(put.points, self.REQUEST_BYTES):
-                if steps and taken + size > self.REQUEST_BYTES:
+            for portion, size in portions(put.points, limits.points, self.REQUEST_BYTES):
+                if steps and (taken + size > self.REQUEST_BYTES or limits.points < NO_LIMIT):
                     yield steps
                     steps, taken = [], 0
                 written = [with_tenant(point, key) for point in portion]
@@ -6744,8 +6862,9 @@ class ServerEngine:
         """Send what changes points; only what the server says to be completed has been done."""
 
         async def update() -> None:
-            answer: Any = await request()
-            for result in cast("list[Any]", answer) if isinstance(answer, list) else [answer]:
+            answer = await request()
+            results = cast("Any", answer if isinstance(answer, list) else [answer])
+            for result in results:
                 if result.status != self._models.models.UpdateStatus.COMPLETED:
                     raise self.errors.unfinished(result.status, operation)
 
@@ -6781,15 +6900,25 @@ class ServerEngine:
 
     def _key_of(self, collection: str) -> str | None:
         try:
-            return self._tenants[collection]
+            return self._opened[collection].tenant
         except KeyError:
             raise not_open(self.name, collection) from None
 
     def _narrowed(self, collection: str, where: Filter, tenant: str | None) -> Any:
         """A filter of one tenant's points; those of all may be asked for of what is not open here too."""
-        return self._models.filter(
-            where if tenant is None else within(where, self._key_of(collection), tenant)
-        )
+        within_tenant = where if tenant is None else within(where, self._key_of(collection), tenant)
+        return self._models.filter(within_tenant, self._limits_of(collection).listed)
+
+    def _limits_of(self, collection: str) -> Limits:
+        return self._opened[collection].limits if collection in self._opened else Limits()
+
+    async def _ask_client(self, method: str, collection: str, *arguments: Any, **options: Any) -> Any:
+        """Call a method of the client that reads from a collection."""
+
+        def ask() -> Awaitable[Any]:
+            return cast("Awaitable[Any]", getattr(self._client, method)(collection, *arguments, **options))
+
+        return await self._send(_REPORTED_AS.get(method, method), ask)
 
     async def mark(self, collection: str, key: str, value: str | None) -> None:
         """See Marks.mark."""
@@ -6812,8 +6941,10 @@ class ServerEngine:
     ) -> list[Record]:
         """See Engine.retrieve."""
         asked = {"with_payload": payload, "with_vectors": vector, **self._read_options}
-        found = await self._send("retrieve", lambda: self._client.retrieve(collection, list(ids), **asked))
-        return client_records(found)
+        found = list[Record]()
+        for some in cut(ids, self._limits_of(collection).ids):
+            found += client_records(await self._ask_client("retrieve", collection, list(some), **asked))
+        return found
 
     async def page(
         self,
@@ -6829,7 +6960,19 @@ class ServerEngine:
         """See Engine.page."""
         narrowed = self._narrowed(collection, where, tenant)
         asked = self._models.page(narrowed, limit, cursor, newest_by, payload=payload) | self._read_options
-        return client_page(await self._send("page", lambda: self._client.scroll(collection, **asked)))
+        most = self._limits_of(collection).page
+        if newest_by is None or limit <= most:
+            asked["limit"] = min(limit, most)
+            return client_page(await self._ask_client("scroll", collection, **asked))
+        asked |= {"limit": most, "order_by": None}  # an order has no further pages: all are read, and ordered
+        found = list[Record]()
+        while True:
+            page = client_page(await self._ask_client("scroll", collection, **asked))
+            found += (each for each in page.records if type(each.payload.get(newest_by)) in (int, float))
+            if page.cursor is None:
+                found.sort(key=lambda record: record.payload[newest_by], reverse=True)
+                return Page(found[:limit], None)
+            asked["offset"] = page.cursor
 
     async def search(
         self,
@@ -6842,27 +6985,53 @@ class ServerEngine:
         payload: bool = True,
     ) -> list[Record]:
         """See Engine.search."""
-        narrowed = self._narrowed(collection, where, tenant)
+        narrowed, limits = self._narrowed(collection, where, tenant), self._limits_of(collection)
         asked = self._models.search(vector, narrowed, limit, payload=payload) | self._read_options
-        found = await self._send("search", lambda: self._client.query_points(collection, **asked))
-        return client_records(found.points)
+        if self._config.exact_search and limits.exact:
+            asked["search_params"] = self._models.models.SearchParams(exact=True)
+        found = list[Record]()
+        while len(found) < limit:
+            wanted = min(limit - len(found), limits.page)
+            asked |= {"limit": wanted, "offset": len(found) or None}
+            points = (await self._ask_client("query_points", collection, **asked)).points
+            found += client_records(points)
+            if len(points) < wanted:
+                break
+        return found
 
     async def count(self, collection: str, where: Filter, *, tenant: str | None = None) -> int:
         """See Engine.count."""
         narrowed = self._narrowed(collection, where, tenant)
-        counted = await self._send("count", lambda: self._client.count(collection, narrowed, exact=True))
-        return cast("int", counted.count)
+        if self._limits_of(collection).exact:
+            return cast("int", (await self._ask_client("count", collection, narrowed, exact=True)).count)
+        return (await self._count_pages(collection, narrowed, None)).total()
+
+    async def _count_pages(self, collection: str, narrowed: Any, key: str | None) -> Counter[Any]:
+        """Count by the value of a key, page by page, where strict mode forbids exact counts."""
+        counts, cursor = Counter[Any](), None
+        while True:
+            asked = {"scroll_filter": narrowed, "limit": min(self.PAGE, self._limits_of(collection).page)}
+            asked |= {"offset": cursor, "with_payload": [key] if key else False, **self._read_options}
+            records, cursor = await self._ask_client("scroll", collection, **asked)
+            counts.update(record.payload.get(key) if key else None for record in records)
+            if cursor is None:
+                return counts
 
     async def count_by(
         self, collection: str, key: str, values: Sequence[str], where: Filter
     ) -> Mapping[str, int]:
-        """See Engine.count_by; in one request."""
-        if not values:
-            return {}
-        narrowed = self._models.filter(where._replace(must=(AnyOf(key, values), *where.must)))
-        asked = {"facet_filter": narrowed, "limit": len(values), "exact": True, **self._read_options}
-        found = await self._send("count", lambda: self._client.facet(collection, key, **asked))
-        return {hit.value: hit.count for hit in found.hits if hit.value in values}
+        """See Engine.count_by; in one request, where strict mode allows that."""
+        limits, counts = self._limits_of(collection), dict[str, int]()
+        for some in cut(values, min(limits.listed, limits.page)):
+            narrowed = self._models.filter(where._replace(must=(AnyOf(key, some), *where.must)))
+            if limits.exact:
+                asked = {"facet_filter": narrowed, "limit": len(some), "exact": True, **self._read_options}
+                hits = (await self._ask_client("facet", collection, key, **asked)).hits
+                counts |= {hit.value: hit.count for hit in hits if hit.value in some}
+            else:
+                found = await self._count_pages(collection, narrowed, key)
+                counts |= {value: found[value] for value in some}
+        return counts
 
     async def status(self, collection: str, where: Filter, seconds: float) -> CollectionStatus:
         """See Engine.status; without retry and breaker."""
@@ -6871,12 +7040,14 @@ class ServerEngine:
 
     async def _status(self, collection: str, where: Filter, deadline: float) -> CollectionStatus:
         place = f"collections/{urlquote(collection, safe='')}"
-        counting = {"filter": self._models.filter(where).model_dump(exclude_none=True), "exact": True}
         try:
             version = self.errors.said((await self._ask("GET", "", deadline))["version"])
             described = await self._ask("GET", place, deadline, absent_ok=True)
             if not described:
                 return CollectionStatus(None, version=version)
+            strict: Any = cast("Any", described)["result"]["config"].get("strict_mode_config") or {}
+            exact = not strict.get("enabled") or strict.get("search_allow_exact") is not False
+            counting = {"filter": self._models.filter(where).model_dump(exclude_none=True), "exact": exact}
             counted = await self._ask("POST", f"{place}/points/count", deadline, json=counting)
             details, matching = dict(described["result"]), int(counted["result"]["count"])
             details["status"] = self.errors.said(details.get("status"))
@@ -6904,7 +7075,9 @@ class ServerEngine:
 
     def is_spread(self, collection: str) -> bool:
         """See SharedEngine.is_spread; with a read consistency several replicas are asked."""
-        return collection in self._spread or self._config.read_consistency is not None
+        opened = self._opened[collection]
+        is_parted = opened.is_spread or opened.limits.page < NO_LIMIT
+        return is_parted or self._config.read_consistency is not None
 
     async def resolve(self, collection: str) -> str:
         """See NativeSnapshots.resolve."""
@@ -6944,7 +7117,9 @@ class ServerEngine:
                     file = files.enter_context(upload.open("rb"))
                     options["files"] = {"snapshot": ("snapshot", file, "application/octet-stream")}
                     self._limits.extend(allowed + os.fstat(file.fileno()).st_size / LeastSpeed.BYTES)
-                answer = await self._raw.request(method, path, timeout=self._timeout(allowed), **options)
+                answer = await self._raw.request(
+                    method, path, timeout=self._clients.timeout(allowed), **options
+                )
             self._check_answer(operation, answer, answer.content)
             return answer.json()
 
@@ -6999,12 +7174,7 @@ class ServerEngine:
         """See Engine.close."""
         self.resilience.close()
         with backend_errors(self, "close"):
-            clients = self._clients_of.get(None if self._blocking else _event_loop())
-            if clients is not None and clients.ending is not None:
-                await clients.ending.aclose()
-            elif clients is not None:
-                await clients.qdrant.close()
-                await clients.plain.close()
+            await self._clients.close()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -8207,12 +8377,6 @@ class UserIterator:
 # ------------------------------------------------------------------------------------------------------------
 
 
-_INDEXES: Mapping[str, IndexKind] = {
-    "kind": "keyword",
-    "updated_at_unix_ms": "integer",
-    "source": "keyword",
-}
-
 LATEST = Equal("kind", "latest")
 HISTORY = Equal("kind", "history")
 LAST_BITS = 1e-12  # by so much an engine may change a float
@@ -8355,6 +8519,11 @@ class PointsBackend(ABC):
     most_ranked = _MOST_MATCHES  # of how many the engine is asked for the order at once
     is_open = False
     native_snapshots = False
+    indexes: Mapping[str, IndexKind] = {
+        "kind": "keyword",
+        "updated_at_unix_ms": "integer",
+        "source": "keyword",
+    }
 
     def __init__(self, engine: Engine, config: QdrantStoreConfig, collection: str | None = None) -> None:
         self.engine = engine
@@ -8417,7 +8586,7 @@ class PointsBackend(ABC):
         }
         accept = functools.partial(_recorded_schema, self.config)
         collection = CollectionSpec(
-            self._collection, fresh.vector_size, _INDEXES, wanted, accept, tenant="user_id"
+            self._collection, fresh.vector_size, self.indexes, wanted, accept, tenant="user_id"
         )
         return accept(await self.engine.open(collection))
 
@@ -8645,8 +8814,16 @@ class PointsBackend(ABC):
         if not (latest and self._retention.maximum):
             return StatesPage(self._states(latest, ()))
         where = Filter((AnyOf("user_id", list(latest)), HISTORY))
-        histories = await self.engine.page(self._collection, where, limit=WHOLE_HISTORY)
-        return StatesPage(self._states(latest, histories.records))
+        return StatesPage(self._states(latest, await self._whole(where)))
+
+    async def _whole(self, where: Filter) -> list[Record]:
+        """All that matches, in one page where the engine allows that."""
+        found, cursor = list[Record](), None
+        while True:
+            page = await self.engine.page(self._collection, where, limit=WHOLE_HISTORY, cursor=cursor)
+            found += page.records
+            if (cursor := page.cursor) is None:
+                return found
 
     def _states(self, latest: Mapping[str, Record], histories: Iterable[Record]) -> list[StateSnapshot]:
         """What history shows of users, and the latest."""
@@ -9151,6 +9328,8 @@ class SharedBackend(PointsBackend):
     """
 
     native_snapshots = True
+    # Strict mode filters by nothing that has no index.
+    indexes: Mapping[str, IndexKind] = {**PointsBackend.indexes, "confidence": "float", "restored": "keyword"}
     batch_size = 500  # a request holds more than a step in the process
     READINGS = 3  # again, of users who move while they are read
 
@@ -9250,7 +9429,7 @@ class SharedBackend(PointsBackend):
             return points
         asked = AnyOf("user_id", user_ids)
         where = Filter((asked,) if self._retention.maximum else (asked, LATEST))
-        for record in (await self.engine.page(self._collection, where, limit=WHOLE_HISTORY)).records:
+        for record in await self._whole(where):
             points.get(payload_field(record, "user_id", str), {})[record.id] = record
         return points
 
@@ -9443,7 +9622,7 @@ class SharedBackend(PointsBackend):
                     f"{target}: no node has all of the collection, and a native snapshot holds what one has; "
                     'take a "portable" one'
                 )
-            points = await self.engine.count(collection, Filter())
+            points = await self.engine.count(self._collection, Filter())
             offered = await self._server.create_snapshot(collection)
             try:
                 await self._server.download_snapshot(collection, offered.name, taking)

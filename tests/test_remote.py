@@ -104,7 +104,14 @@ SCROLL = "POST /collections/{collection}/points/scroll"
 QUERY = "POST /collections/{collection}/points/query"
 COUNT = "POST /collections/{collection}/points/count"
 DELETE = "POST /collections/{collection}/points/delete"
-INDEXES = {"user_id": "keyword", "kind": "keyword", "updated_at_unix_ms": "integer", "source": "keyword"}
+INDEXES = {
+    "user_id": "keyword",
+    "kind": "keyword",
+    "updated_at_unix_ms": "integer",
+    "source": "keyword",
+    "confidence": "float",
+    "restored": "keyword",
+}
 PATIENT = RetryPolicy(attempts=6, base_s=0)
 KEY = "k3y-that-nobody-may-see"
 
@@ -372,7 +379,7 @@ def test_a_store_outlives_its_event_loop(first: str, second: str, server: Qdrant
         anyio.run(counts_on, store, backend=backend)
         anyio.run(ended, server)
         gc.collect()  # what was left open would warn
-        assert cast("Any", store)._operations.place.connection.engine._clients_of == {}
+        assert cast("Any", store)._operations.place.connection.engine._clients.of_loops == {}
 
     anyio.run(store.aclose, backend=second)
     assert len(times_kept(server)) == 3
@@ -464,7 +471,7 @@ async def test_nothing_is_sent_before_the_first_use(connect: Any, server: Qdrant
 
 
 async def test_the_first_use_makes_the_collection(connect: Any, server: QdrantServer) -> None:
-    """The collection has 24 dimensions, Cosine, a tenant index and three more, and records its axes."""
+    """The collection has 24 dimensions, Cosine, a tenant index and five more, and records its axes."""
     store = connect(shard_number=2, replication_factor=1, write_consistency_factor=1)
     assert await store.get_latest("ann") is None
 
@@ -1781,6 +1788,18 @@ def test_a_large_batch_is_several_requests(server: QdrantServer) -> None:
     assert sum(map(len, users)) == len(set().union(*users)) == 200
 
 
+@pytest.mark.parametrize("exact", [True, False])
+async def test_a_search_is_exact_unless_the_graph_is_asked_for(
+    exact: bool, connect: Any, server: QdrantServer
+) -> None:
+    """By default the server compares every vector; with exact_search=False it goes through its graph."""
+    store = connect(**({} if exact else {"exact_search": False}))
+    await store.search_similar({"warmth": 1.0})
+
+    asked = next(request.json for request in server.requests if request.route == QUERY)
+    assert bool((asked.get("params") or {}).get("exact")) == exact
+
+
 async def test_prune_removes_what_is_left_of_the_deleted(
     store: AsyncStateStore, server: QdrantServer, other: QdrantStore
 ) -> None:
@@ -2133,6 +2152,7 @@ ENVIRONMENT = {
     "ATTUNED_STORE_WRITE_CONSISTENCY_FACTOR": ("1", "write_consistency_factor", 1),
     "ATTUNED_STORE_READ_CONSISTENCY": ("quorum", "read_consistency", "quorum"),
     "ATTUNED_STORE_WRITE_ORDERING": ("medium", "write_ordering", "medium"),
+    "ATTUNED_STORE_EXACT_SEARCH": ("no", "exact_search", False),
 }
 
 

@@ -203,6 +203,7 @@ class QdrantOptions(MemoryOptions, total=False):
     write_consistency_factor: int | None
     read_consistency: int | Literal["majority", "quorum", "all"] | None
     write_ordering: Literal["weak", "medium", "strong"] | None
+    exact_search: bool
     retry: RetryPolicy
     breaker: BreakerPolicy
 
@@ -277,7 +278,9 @@ class QdrantStoreConfig(MemoryStoreConfig):
     False or the path of a CA certificate; ``cache_ttl``, the seconds for which a read may be answered from
     memory though other processes write (0: never). A collection is made with ``shard_number``,
     ``replication_factor`` and ``write_consistency_factor``; requests carry ``read_consistency`` and
-    ``write_ordering``; ``retry`` and ``breaker`` say what follows a failure. Raises ValidationError.
+    ``write_ordering``. A search looks at every state, unless ``exact_search`` is False: then the server's
+    graph is asked, which is quicker with millions of users, and misses some. ``retry`` and ``breaker`` say
+    what follows a failure. Raises ValidationError.
     """
 
     path: str | None = attrs.field(default=None, converter=attrs.converters.optional(check_path))
@@ -301,6 +304,7 @@ class QdrantStoreConfig(MemoryStoreConfig):
     write_consistency_factor: int | None = None
     read_consistency: int | Literal["majority", "quorum", "all"] | None = None
     write_ordering: Literal["weak", "medium", "strong"] | None = None
+    exact_search: bool = True
     retry: RetryPolicy = attrs.field(factory=RetryPolicy)
     breaker: BreakerPolicy = attrs.field(factory=BreakerPolicy)
 
@@ -332,6 +336,7 @@ class QdrantStoreConfig(MemoryStoreConfig):
         for field in ("connect_timeout", "request_timeout", "snapshot_timeout"):
             check_positive(field, getattr(self, field))
         check_positive("cache_ttl", self.cache_ttl, zero=True)
+        check_flag("exact_search", self.exact_search)
         check_integer("pool_size", self.pool_size, 1, 65_535)
         for field in ("shard_number", "replication_factor", "write_consistency_factor"):
             if getattr(self, field) is not None:

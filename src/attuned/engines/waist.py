@@ -305,7 +305,7 @@ class SharedEngine(Engine, Marks, NativeSnapshots, Protocol):
     """An engine over a connection to a database that other processes write to as well."""
 
     def is_spread(self, collection: str) -> bool:
-        """Whether one request may read the points of a collection that is open at several moments."""
+        """Whether one reading may meet the points of a collection that is open at several moments."""
         ...
 
 

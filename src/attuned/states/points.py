@@ -38,12 +38,6 @@ from attuned.states.contract import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 
-_INDEXES: Mapping[str, IndexKind] = {
-    "kind": "keyword",
-    "updated_at_unix_ms": "integer",
-    "source": "keyword",
-}
-
 LATEST = Equal("kind", "latest")
 HISTORY = Equal("kind", "history")
 LAST_BITS = 1e-12  # by so much an engine may change a float
@@ -186,6 +180,11 @@ class PointsBackend(ABC):
     most_ranked = _MOST_MATCHES  # of how many the engine is asked for the order at once
     is_open = False
     native_snapshots = False
+    indexes: Mapping[str, IndexKind] = {
+        "kind": "keyword",
+        "updated_at_unix_ms": "integer",
+        "source": "keyword",
+    }
 
     def __init__(self, engine: Engine, config: QdrantStoreConfig, collection: str | None = None) -> None:
         self.engine = engine
@@ -248,7 +247,7 @@ class PointsBackend(ABC):
         }
         accept = functools.partial(_recorded_schema, self.config)
         collection = CollectionSpec(
-            self._collection, fresh.vector_size, _INDEXES, wanted, accept, tenant="user_id"
+            self._collection, fresh.vector_size, self.indexes, wanted, accept, tenant="user_id"
         )
         return accept(await self.engine.open(collection))
 
@@ -476,8 +475,16 @@ class PointsBackend(ABC):
         if not (latest and self._retention.maximum):
             return StatesPage(self._states(latest, ()))
         where = Filter((AnyOf("user_id", list(latest)), HISTORY))
-        histories = await self.engine.page(self._collection, where, limit=WHOLE_HISTORY)
-        return StatesPage(self._states(latest, histories.records))
+        return StatesPage(self._states(latest, await self._whole(where)))
+
+    async def _whole(self, where: Filter) -> list[Record]:
+        """All that matches, in one page where the engine allows that."""
+        found, cursor = list[Record](), None
+        while True:
+            page = await self.engine.page(self._collection, where, limit=WHOLE_HISTORY, cursor=cursor)
+            found += page.records
+            if (cursor := page.cursor) is None:
+                return found
 
     def _states(self, latest: Mapping[str, Record], histories: Iterable[Record]) -> list[StateSnapshot]:
         """What history shows of users, and the latest."""

@@ -22,7 +22,7 @@ from attuned.base.errors import (
 )
 from attuned.base.values import MAX_TIME_MS, Health, SnapshotReport, StateSnapshot
 from attuned.engines.filters import Absent, AnyOf, Equal, Filter
-from attuned.engines.waist import Matching, Point, Put, Record, SharedEngine
+from attuned.engines.waist import IndexKind, Matching, Point, Put, Record, SharedEngine
 from attuned.snapshots.directory import NativeSnapshotWriter, SnapshotOrigin, SnapshotRequest
 from attuned.states.contract import Cursor, HistoryWindow, StatesPage, conflict_error
 from attuned.states.points import (
@@ -30,7 +30,6 @@ from attuned.states.points import (
     LATEST,
     LINEAGE,
     MAX_COUNTED,
-    WHOLE_HISTORY,
     PointsBackend,
     decode_snapshot,
     payload_field,
@@ -71,6 +70,8 @@ class SharedBackend(PointsBackend):
     """
 
     native_snapshots = True
+    # Strict mode filters by nothing that has no index.
+    indexes: Mapping[str, IndexKind] = {**PointsBackend.indexes, "confidence": "float", "restored": "keyword"}
     batch_size = 500  # a request holds more than a step in the process
     READINGS = 3  # again, of users who move while they are read
 
@@ -170,7 +171,7 @@ class SharedBackend(PointsBackend):
             return points
         asked = AnyOf("user_id", user_ids)
         where = Filter((asked,) if self._retention.maximum else (asked, LATEST))
-        for record in (await self.engine.page(self._collection, where, limit=WHOLE_HISTORY)).records:
+        for record in await self._whole(where):
             points.get(payload_field(record, "user_id", str), {})[record.id] = record
         return points
 
@@ -363,7 +364,7 @@ class SharedBackend(PointsBackend):
                     f"{target}: no node has all of the collection, and a native snapshot holds what one has; "
                     'take a "portable" one'
                 )
-            points = await self.engine.count(collection, Filter())
+            points = await self.engine.count(self._collection, Filter())
             offered = await self._server.create_snapshot(collection)
             try:
                 await self._server.download_snapshot(collection, offered.name, taking)
