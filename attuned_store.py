@@ -1417,6 +1417,13 @@ def _check_url(url: object) -> None:
         )
 
 
+def _join_urls(value: str | Iterable[str] | None) -> Any:
+    """The addresses of several nodes as one text, with commas between; what is wrong is found later."""
+    if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
+        return ",".join(value)
+    return value
+
+
 def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ValidationError unless a value is one of some."""
     if value not in choices:
@@ -1479,24 +1486,27 @@ class RetryPolicy:
 
 @attrs.frozen(kw_only=True)
 class BreakerPolicy:
-    """When a store stops asking a server that fails: after ``failures`` in a row, for ``open_s`` seconds.
+    """When a store stops asking a server that fails: after ``failures`` in a row, those of one moment as one.
 
-    Then one request is let through; it closes the breaker or opens it again. Raises ValidationError.
+    After ``first_open_s`` seconds one request is let through; it closes the breaker or opens it again, for
+    twice as long each time, at most for ``open_s`` seconds. Raises ValidationError.
     """
 
     failures: int = 5
     open_s: float = 30.0
+    first_open_s: float = 1.0
 
     def __attrs_post_init__(self) -> None:
         check_integer("failures", self.failures, 1, MAX_INTEGER)
-        check_positive("open_s", self.open_s, zero=True)
+        for field in ("open_s", "first_open_s"):
+            check_positive(field, getattr(self, field), zero=True)
 
 
 class QdrantOptions(MemoryOptions, total=False):
     """The fields of QdrantStoreConfig, as options of the Qdrant stores."""
 
     path: str | os.PathLike[str] | None
-    url: str | None
+    url: str | Sequence[str] | None
     api_key: str | None
     collection_name: str
     engine: Literal["auto", "edge", "local"]
@@ -1586,18 +1596,19 @@ class QdrantStoreConfig(MemoryStoreConfig):
     with less than ``min_free_bytes`` free (local mode: 1 MiB at most), and room for what is to be written, is
     full: nothing is written.
 
-    For a server: ``api_key``; ``connect_timeout`` and ``request_timeout`` in seconds, ``snapshot_timeout``
-    for making or restoring a native snapshot; ``pool_size``, the number of connections kept; ``verify``,
-    False or the path of a CA certificate; ``cache_ttl``, the seconds for which a read may be answered from
-    memory though other processes write (0: never). A collection is made with ``shard_number``,
-    ``replication_factor`` and ``write_consistency_factor``; requests carry ``read_consistency`` and
-    ``write_ordering``. A search looks at every state, unless ``exact_search`` is False: then the server's
-    graph is asked, which is quicker with millions of users, and misses some. ``retry`` and ``breaker`` say
-    what follows a failure. Raises ValidationError.
+    For a server: ``url``, of several nodes of a cluster a list, or a text with commas: where one cannot be
+    reached, the next is asked. ``api_key``; ``connect_timeout`` and ``request_timeout`` in seconds,
+    ``snapshot_timeout`` for making or restoring a native snapshot; ``pool_size``, the number of connections
+    kept; ``verify``, False or the path of a CA certificate; ``cache_ttl``, the seconds for which a read may
+    be answered from memory though other processes write (0: never). A collection is made with
+    ``shard_number``, ``replication_factor`` and ``write_consistency_factor``; requests carry
+    ``read_consistency`` and ``write_ordering``. A search looks at every state, unless ``exact_search`` is
+    False: then the server's graph is asked, which is quicker with millions of users, and misses some.
+    ``retry`` and ``breaker`` say what follows a failure. Raises ValidationError.
     """
 
     path: str | None = attrs.field(default=None, converter=attrs.converters.optional(check_path))
-    url: str | None = None
+    url: str | None = attrs.field(default=None, converter=_join_urls)
     api_key: str | None = attrs.field(default=None, repr=False)
     collection_name: str = DEFAULT_COLLECTION
     engine: Literal["auto", "edge", "local"] = "auto"
@@ -1640,7 +1651,8 @@ class QdrantStoreConfig(MemoryStoreConfig):
 
     def _check_server_fields(self) -> None:
         if self.url is not None:
-            _check_url(self.url)
+            for url in self.url.split(",") if isinstance(self.url, str) else (self.url,):
+                _check_url(url)
         key = self.api_key
         if key is not None and not (isinstance(key, str) and HEADER_TEXT.fullmatch(key)):
             raise ValidationError(
@@ -3143,6 +3155,7 @@ class SnapshotFile:
         self.kind: SnapshotKind = "portable"
         self.contents: ArchiveContents | None = None  # known once it was read to its end
         self.sha256 = ""
+        self.unchecked = ""  # what could not be verified
         self._began = time.perf_counter()
         with self._errors(), self._opened() as file:
             self.bytes = os.fstat(file.fileno()).st_size
@@ -3224,7 +3237,11 @@ class SnapshotFile:
         """Read all of it; raises SnapshotError where something is wrong."""
         if self.kind == "native":
             with self._errors(), self._opened() as file:
-                self.sha256 = _check_native(file, checksum_file(self.path))
+                self.sha256, is_known = _check_native(file, checksum_file(self.path))
+            if not is_known:
+                self.unchecked = (
+                    f"its contents were not checked: there is no {printable(checksum_file(self.path).name)}"
+                )
             return
         for done in self.verifying(axes):
             progress(done, None)
@@ -3249,6 +3266,7 @@ class SnapshotFile:
             users=contents and contents.users,
             points=contents and contents.states,
             duration_ms=(time.perf_counter() - self._began) * 1000,
+            message=self.unchecked,
         )
 
 
@@ -3271,8 +3289,11 @@ def describe_snapshot(path: Path) -> SnapshotReport | None:
         )
 
 
-def _check_native(file: IO[bytes], checksum: Path) -> str:
-    """Walk through the tar that a native snapshot is, and compare its SHA-256 with the one kept beside it."""
+def _check_native(file: IO[bytes], checksum: Path) -> tuple[str, bool]:
+    """Walk through the tar that a native snapshot is, and compare its SHA-256 with the one kept beside it.
+
+    Returns it, and whether there was another one to compare it with.
+    """
     sha256 = hashlib.file_digest(cast("Any", file), "sha256").hexdigest()
     total = file.tell()
     file.seek(0)
@@ -3280,11 +3301,13 @@ def _check_native(file: IO[bytes], checksum: Path) -> str:
         if not 0 <= size < total:
             raise SnapshotError("is cut short, or damaged")
         file.seek(size + -size % TAR_BLOCK, os.SEEK_CUR)
-    with contextlib.suppress(FileNotFoundError):
+    try:
         kept = checksum.read_text(encoding="utf-8", errors="replace").split(maxsplit=1)
-        if kept[:1] != [sha256]:
-            raise SnapshotError(f"is damaged: its SHA-256 is not that of {printable(checksum.name)}")
-    return sha256
+    except FileNotFoundError:
+        return sha256, False
+    if kept[:1] != [sha256]:
+        raise SnapshotError(f"is damaged: its SHA-256 is not that of {printable(checksum.name)}")
+    return sha256, True
 
 
 def _member_size(file: IO[bytes]) -> int | None:
@@ -3609,27 +3632,34 @@ class CircuitBreaker:
         self._clock = clock
         self._lock = threading.RLock()
         self._failures = 0
+        self._failed_at = -math.inf  # when the last of these was known
+        self._pauses = 0  # in a row
         self._opened_at: float | None = None
         self._probing = False
+
+    def _pause_s(self) -> float:
+        """How long it lets nothing through: at first for a moment, then longer and longer."""
+        first, longest = self._policy.first_open_s, self._policy.open_s
+        return min(longest, first * 2.0 ** min(self._pauses - 1, 64))
 
     @property
     def state(self) -> Literal["closed", "open", "half-open"]:
         """What the next request meets."""
         if self._opened_at is None:
             return "closed"
-        return "open" if self._clock() < self._opened_at + self._policy.open_s else "half-open"
+        return "open" if self._clock() < self._opened_at + self._pause_s() else "half-open"
 
     def is_open_in(self, seconds: float) -> bool:
         """Whether it lets nothing through now, and will not after so many seconds."""
         opened_at = self._opened_at
-        return opened_at is not None and self._clock() + seconds < opened_at + self._policy.open_s
+        return opened_at is not None and self._clock() + seconds < opened_at + self._pause_s()
 
     def enter(self, backend: str, operation: str) -> bool:
         """Let a request through, or raise CircuitOpenError; returns whether it is a probe."""
         with self._lock:
             state = self.state
             if state == "open" or (state == "half-open" and self._probing):
-                left = max(0.0, cast("float", self._opened_at) + self._policy.open_s - self._clock())
+                left = max(0.0, cast("float", self._opened_at) + self._pause_s() - self._clock())
                 raise CircuitOpenError(
                     f"{backend}: not asked to {operation}: it failed {self._failures} times in a row; "
                     f"try again in {left:.1f} s",
@@ -3641,21 +3671,24 @@ class CircuitBreaker:
             self._probing = self._probing or probe
             return probe
 
-    def leave(self, *, failed: bool, probe: bool | None = None) -> None:
-        """Say how a request that was let through ended, by default the probe where there is one.
+    def leave(self, *, failed: bool, probe: bool | None = None, began: float = math.inf) -> None:
+        """Say how a request that was let through, at some time, ended: by default the probe if there is one.
 
-        While the breaker is open only a probe counts: the others were sent before.
+        While the breaker is open only a probe counts: the others were sent before. So are those that had
+        begun when the last failure was known: many requests that fail at one moment are one failure.
         """
         with self._lock:
             if self._opened_at is not None and not (self._probing if probe is None else probe):
                 return
             self._probing = False
             if not failed:
-                self._failures, self._opened_at = 0, None
+                self._failures, self._pauses, self._opened_at = 0, 0, None
                 return
-            self._failures += 1
+            if began < self._failed_at:
+                return
+            self._failures, self._failed_at = self._failures + 1, self._clock()
             if self._failures >= self._policy.failures:
-                self._opened_at = self._clock()
+                self._pauses, self._opened_at = self._pauses + 1, self._clock()
 
     def give_up(self, *, probe: bool = True) -> None:
         """Say that a request was let through and cancelled: nothing was learnt."""
@@ -3671,22 +3704,59 @@ class Resilience:
         config: QdrantStoreConfig,
         sleep: Callable[[float], Awaitable[object]],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        nodes: int = 1,
     ) -> None:
-        self.breaker = CircuitBreaker(config.breaker, clock)
+        self.breakers = [CircuitBreaker(config.breaker, clock) for _ in range(nodes)]
+        self.breaker = self.breakers[0]
+        self._first = 0  # the node that is asked first
+        self._node: ContextVar[int] = ContextVar("node", default=0)
         self._reporter = REPORTING.reporter(wanted=config.telemetry)
         self._metrics = None if self._reporter is None else self._reporter.metrics
         if self._metrics is not None:
             with self._metrics.lock:
-                self._metrics.breakers.add(self.breaker)
+                self._metrics.breakers.update(self.breakers)
         self._policy = config.retry
         self._sleep = sleep
         self._clock = clock
+
+    @property
+    def node(self) -> int:
+        """The number of the node that the request of this thread or task goes to."""
+        return self._node.get()
+
+    @property
+    def state(self) -> Literal["closed", "open", "half-open"]:
+        """What the next request meets: the best of all nodes."""
+        states = {breaker.state for breaker in self.breakers}
+        return "closed" if "closed" in states else "half-open" if "half-open" in states else "open"
+
+    def nodes(self) -> list[int]:
+        """The numbers of all nodes, in the order in which they are asked."""
+        return [(self._first + step) % len(self.breakers) for step in range(len(self.breakers))]
+
+    def choose(self, node: int) -> None:
+        """Let the requests of this thread or task go to a node."""
+        self._node.set(node)
+
+    def _enter(self, operation: str) -> tuple[CircuitBreaker, bool]:
+        """Choose a node whose breaker lets a request through; whether it is a probe."""
+        refusals: list[CircuitOpenError] = []
+        for node in self.nodes():
+            try:
+                probe = self.breakers[node].enter("server", operation)
+            except CircuitOpenError as error:
+                refusals.append(error)
+            else:
+                self._node.set(node)
+                return self.breakers[node], probe
+        raise min(refusals, key=lambda refusal: refusal.retry_after_s)
 
     def close(self) -> None:
         """Let the breaker count no longer in the state of all breakers."""
         if self._metrics is not None:
             with self._metrics.lock:
-                self._metrics.breakers.discard(self.breaker)
+                self._metrics.breakers.difference_update(self.breakers)
 
     async def send(
         self,
@@ -3704,27 +3774,34 @@ class Resilience:
         begun, unsure = self._clock(), False
         for attempt in itertools.count():
             try:
-                probe = self.breaker.enter("server", operation)
+                breaker, probe = self._enter(operation)
             except CircuitOpenError as error:
                 error.ambiguous = unsure
                 raise
+            tried = self._clock()
             try:
                 with report_request(self._reporter, "server", operation, attempt + 1):
                     answer = await (request() if within is None else within(self._left(begun), request))
             except BackendError as error:
                 error.ambiguous = unsure = writes and (unsure or error.ambiguous)
                 refused = error.status is not None and error.status < HTTPStatus.INTERNAL_SERVER_ERROR
-                self.breaker.leave(failed=error.retryable and not refused, probe=probe)
+                failed = error.retryable and not refused
+                breaker.leave(failed=failed, probe=probe, began=tried)
                 wait = self._wait(error, attempt)
+                if failed and len(self.breakers) > 1:
+                    if self.node == self._first:  # else another request has moved on already
+                        self._first = (self._first + 1) % len(self.breakers)
+                    wait = wait and (0.0 if attempt + 1 < len(self.breakers) else wait)
                 if wait is None or self._clock() + wait > begun + self._policy.deadline_s:
                     raise
-                if self.breaker.is_open_in(wait):  # the next attempt would be refused: this failure says more
+                # Where the next attempt would be refused, this failure says more.
+                if all(each.is_open_in(wait) for each in self.breakers):
                     raise
             except BaseException:
-                self.breaker.give_up(probe=probe)
+                breaker.give_up(probe=probe)
                 raise
             else:
-                self.breaker.leave(failed=False, probe=probe)
+                breaker.leave(failed=False, probe=probe)
                 return answer
             await self._sleep(wait)
         raise AssertionError("unreachable")  # pragma: no cover - count() does not end
@@ -3821,6 +3898,37 @@ class Worker:
             limiter = CapacityLimiter(1)
             self._limiters.set(limiter)
         return limiter
+
+
+class Once:
+    """What many need and one of them does, while the others wait for how it ends."""
+
+    def __init__(self, waits: Waits) -> None:
+        self._waits = waits
+        self._busy = threading.Lock()
+        self._ended = 0  # how often it has been done, or tried
+        self._failure: StoreError | None = None
+
+    async def do(self, work: Callable[[], Awaitable[object]]) -> None:
+        """Do it, or wait for who is at it; what fails there is raised here too."""
+        ended, wait = self._ended, 0.001
+        if self._busy.acquire(blocking=False):
+            self._failure = None
+            try:
+                await work()
+            except StoreError as error:
+                self._failure = error
+                raise
+            finally:
+                self._ended += 1
+                self._busy.release()
+            return
+        while self._ended == ended:
+            await self._waits.sleep(wait)
+            wait = min(0.05, 2 * wait)
+        if (failure := self._failure) is not None:
+            make, arguments = failure.__reduce__()  # one of its own for each who waits
+            raise make(*arguments) from failure.__cause__
 
 
 class Waits(Protocol):
@@ -4295,6 +4403,12 @@ _SAID_CHARACTERS = 200  # of what a server says, in an error message
 _MAX_WAIT_S = 10**9  # that a server may ask for; more is as good as for ever
 _LEAST_SECRET = 4  # characters; a shorter one would be found in any text
 _HINTS = {401: "; is api_key right?", 403: "; may this api_key do that?"}
+FULL_DISK = "the disk of the server is full"
+_MEANINGS = {  # of what a server says, whatever the status
+    r"no space left|disk usage is at|out of disk": f"; {FULL_DISK}: make room there, reading goes on",
+    r"\block(ed)?\b": "; it is locked, which is no matter of the key: unlock it",
+    r"enough active replicas|of \d+ read operations failed": "; a node of the cluster seems to be missing",
+}
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -4370,7 +4484,8 @@ class ServerErrors:
             said = str(json.loads(content)["status"]["error"])
         except (ValueError, LookupError, TypeError, RecursionError):
             said = content.decode(errors="replace")
-        message = f"{asked}: HTTP {status}: {self.said(said)}{_HINTS.get(status, '')}"
+        means = (text for words, text in _MEANINGS.items() if re.search(words, said, re.IGNORECASE))
+        message = f"{asked}: HTTP {status}: {self.said(said)}{next(means, _HINTS.get(status, ''))}"
         if status in _REDIRECTS:
             target = self.said(_without_secrets(headers.get("location", "")))
             pointed = f"it redirects to {target}" if target else "it redirects without saying where to"
@@ -4378,7 +4493,9 @@ class ServerErrors:
         if status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.GATEWAY_TIMEOUT):
             return BackendTimeoutError(message, retryable=True, ambiguous=True, **where)
         if status == HTTPStatus.TOO_MANY_REQUESTS:
-            return RateLimitedError(message, retry_after_s=0.0, **where)
+            limited = RateLimitedError(message, retry_after_s=0.0, **where)
+            limited.retryable = False  # Qdrant says how long to wait, unless waiting never helps
+            return limited
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             retryable = status in (
                 HTTPStatus.INTERNAL_SERVER_ERROR,
@@ -4968,6 +5085,10 @@ class NativeSnapshots(Protocol):
 class SharedEngine(Engine, Marks, NativeSnapshots, Protocol):
     """An engine over a connection to a database that other processes write to as well."""
 
+    async def once(self, work: Callable[[], Awaitable[object]]) -> None:
+        """Do something that many need: one does, the others wait for how it ends."""
+        ...
+
     def is_spread(self, collection: str) -> bool:
         """Whether one reading may meet the points of a collection that is open at several moments."""
         ...
@@ -5191,6 +5312,9 @@ def import_qdrant_client() -> Any:
     return qdrant_client
 
 
+_NOTHING = Filter((Or(()),))
+
+
 class ClientModels:
     """Filters and requests in the models of qdrant-client, and records out of them."""
 
@@ -5203,6 +5327,8 @@ class ClientModels:
 
     def filter(self, where: Filter, listed: int | None = None) -> Any:
         """A filter, which may be empty; no condition of which lists more values than ``listed``."""
+        if any(condition in where.must for condition in where.must_not):
+            where = _NOTHING  # a server takes both on one index for the first alone
         must, must_not = ([self._condition(each, listed) for each in conditions] for conditions in where)
         return self.models.Filter(must=must, must_not=must_not)
 
@@ -5218,6 +5344,8 @@ class ClientModels:
                 asked = {"match": models.MatchAny(any=list(values))}
             case Range(key):
                 asked = {"range": models.Range(**condition.bounds())}
+            case Text(_, text) if not words(text):  # which a server finds everywhere
+                return models.HasIdCondition(has_id=[])
             case Text(key, text):
                 asked = {"match": models.MatchText(text=text)}
             case Absent(key):
@@ -5738,7 +5866,8 @@ def portions(points: Sequence[Point], most: int, most_bytes: int) -> Iterator[tu
     Those of a tenant stay together, unless they alone are more than that.
     """
     portion, taken = list[Point](), 0
-    for _, group in itertools.groupby(sorted(points, key=_tenant_of), _tenant_of):
+    last = {point.id: point for point in points}.values()  # of one id twice
+    for _, group in itertools.groupby(sorted(last, key=_tenant_of), _tenant_of):
         sized = [(point, _request_bytes(point)) for point in group]
         whole = len(sized) <= most and sum(size for _, size in sized) <= most_bytes
         for piece in [sized] if whole else [[each] for each in sized]:
@@ -6652,6 +6781,13 @@ class _OpenCollection(NamedTuple):
     limits: Limits
 
 
+def _replicas(cluster: Any) -> list[tuple[int, int, str]]:
+    """The replicas of a collection by shard, peer and state, as the node that was asked sees them."""
+    here = [{"peer_id": cluster.get("peer_id"), **each} for each in cluster.get("local_shards", ())]
+    found = [*here, *cluster.get("remote_shards", ())]
+    return sorted((each["shard_id"], each["peer_id"], str(each["state"])) for each in found)
+
+
 class ServerEngine:
     """A Qdrant server or cluster over REST: qdrant-client, blocking or asynchronous, behind one form."""
 
@@ -6672,19 +6808,22 @@ class ServerEngine:
         self._blocking = waits.blocking
         self._read_options = {"consistency": config.read_consistency}
         self._write_options = {"ordering": config.write_ordering, "wait": True}
+        urls = self._url.split(",")
         self.errors = ServerErrors(self._url, config.api_key)
-        self._clients = ServerClients(config, [self._url], blocking=waits.blocking)
+        self._clients = ServerClients(config, urls, blocking=waits.blocking)
         self._limits = self._clients.limits
         self.reporter = REPORTING.reporter(wanted=config.telemetry)
-        self.resilience = Resilience(config, waits.sleep)
+        self.resilience = Resilience(config, waits.sleep, nodes=len(urls))
+        self._full_disk = ""  # what the last write met
+        self._once = Once(waits)
 
     @property
     def _client(self) -> Any:
-        return self._clients.at(0).qdrant
+        return self._clients.at(self.resilience.node).qdrant
 
     @property
     def _raw(self) -> Any:
-        return self._clients.at(0).plain
+        return self._clients.at(self.resilience.node).plain
 
     async def _send(
         self,
@@ -6737,7 +6876,7 @@ class ServerEngine:
                 f"{self._url}: collection {collection.name!r} has {found[0]} dimensions, {found[1]}; "
                 f"{wanted} and Cosine are needed"
             )
-        await self._create_indexes(collection, set(info.payload_schema))
+        await self._create_indexes(collection, info.payload_schema)
         is_spread = (info.config.params.shard_number or 1) > 1
         limits = Limits.of(info.config)
         self._opened[collection.name] = _OpenCollection(collection.tenant, is_spread, limits)
@@ -6787,18 +6926,28 @@ class ServerEngine:
             if error.status != HTTPStatus.CONFLICT:  # another one was faster
                 raise
 
-    async def _create_indexes(self, collection: CollectionSpec, there: set[str]) -> None:
+    async def _create_indexes(self, collection: CollectionSpec, there: Mapping[str, Any]) -> None:
+        """Make the indexes that are missing; one of another kind would fail what relies on it."""
         models, name = self._models.models, collection.name
         schemas = {key: models.PayloadSchemaType(kind) for key, kind in collection.indexes.items()}
         if collection.tenant is not None:
             schemas[collection.tenant] = models.KeywordIndexParams(type="keyword", is_tenant=True)
+        kinds = {**collection.indexes, **({collection.tenant: "keyword"} if collection.tenant else {})}
+        for key, kind in kinds.items():
+            if key in there and there[key].data_type != kind:
+                raise SchemaMismatchError(
+                    f"{self._url}: collection {name!r} has an index of {there[key].data_type} on {key!r}, "
+                    f"{kind} is needed: delete that index, the right one is made then"
+                )
         for key in [key for key in schemas if key not in there]:
             index = {"field_name": key, "field_schema": schemas[key]}
-            await self._update(
-                "index",
-                functools.partial(self._client.create_payload_index, name, **index, wait=True),
-                writes=False,
-            )
+            make = functools.partial(self._client.create_payload_index, name, **index, wait=True)
+            try:
+                await self._update("index", make, writes=False)
+            except BackendRejectedError as error:
+                if error.status != HTTPStatus.FORBIDDEN:
+                    raise
+                LOGGER.info("collection %s lacks an index of %s, and may not get it: %s", name, key, error)
 
     async def apply(
         self, collection: str, puts: Sequence[Put] = (), deletes: Sequence[str] | Matching = ()
@@ -6868,7 +7017,16 @@ class ServerEngine:
                 if result.status != self._models.models.UpdateStatus.COMPLETED:
                     raise self.errors.unfinished(result.status, operation)
 
-        await self._send(operation, update, writes=writes)
+        try:
+            await self._send(operation, update, writes=writes)
+        except BackendError as error:
+            self._full_disk = str(error) if FULL_DISK in str(error) else self._full_disk
+            raise
+        self._full_disk = ""
+
+    def signs(self) -> list[str]:
+        """What is known of trouble that no look at the server tells: that its disk was full just now."""
+        return [self._full_disk] if self._full_disk else []
 
     def _upsert(self, put: Put, points: Sequence[Point]) -> Any:
         models = self._models.models
@@ -6887,7 +7045,7 @@ class ServerEngine:
         if put.newest_by is None:
             return guard
         ids = defaultdict[float, list[str]](list)
-        for point in {point.id: point for point in points}.values():
+        for point in points:
             ids[point.payload[put.newest_by]].append(point.id)
         for number, chosen in ids.items():
             older = models.FieldCondition(key=put.newest_by, range=models.Range(lte=number))
@@ -6987,16 +7145,22 @@ class ServerEngine:
         """See Engine.search."""
         narrowed, limits = self._narrowed(collection, where, tenant), self._limits_of(collection)
         asked = self._models.search(vector, narrowed, limit, payload=payload) | self._read_options
+        models = self._models.models
         if self._config.exact_search and limits.exact:
-            asked["search_params"] = self._models.models.SearchParams(exact=True)
+            asked["search_params"] = models.SearchParams(exact=True)
         found = list[Record]()
         while len(found) < limit:
             wanted = min(limit - len(found), limits.page)
-            asked |= {"limit": wanted, "offset": len(found) or None}
+            asked["limit"] = wanted
             points = (await self._ask_client("query_points", collection, **asked)).points
             found += client_records(points)
             if len(points) < wanted:
                 break
+            # Further ones are those without these: an offset would miss some, as equal scores have no order.
+            ids = [point.id for point in points]
+            narrowed.must_not += [
+                models.HasIdCondition(has_id=list(some)) for some in cut(ids, limits.listed)
+            ]
         return found
 
     async def count(self, collection: str, where: Filter, *, tenant: str | None = None) -> int:
@@ -7034,9 +7198,18 @@ class ServerEngine:
         return counts
 
     async def status(self, collection: str, where: Filter, seconds: float) -> CollectionStatus:
-        """See Engine.status; without retry and breaker."""
+        """See Engine.status; without retry and breaker, but of the next node where one cannot be reached."""
+        deadline, nodes = time.monotonic() + seconds, self.resilience.nodes()
         with report_request(self.reporter, "server", "health"):
-            return await self._status(collection, where, time.monotonic() + seconds)
+            for left, node in zip(range(len(nodes), 0, -1), nodes, strict=True):
+                self.resilience.choose(node)
+                now = time.monotonic()
+                try:
+                    return await self._status(collection, where, now + (deadline - now) / left)
+                except (BackendUnavailableError, BackendTimeoutError):
+                    if left == 1:
+                        raise
+        raise AssertionError("unreachable")  # pragma: no cover - there is a node
 
     async def _status(self, collection: str, where: Filter, deadline: float) -> CollectionStatus:
         place = f"collections/{urlquote(collection, safe='')}"
@@ -7049,8 +7222,10 @@ class ServerEngine:
             exact = not strict.get("enabled") or strict.get("search_allow_exact") is not False
             counting = {"filter": self._models.filter(where).model_dump(exclude_none=True), "exact": exact}
             counted = await self._ask("POST", f"{place}/points/count", deadline, json=counting)
+            shards = await self._ask("GET", f"{place}/cluster", deadline, absent_ok=True)
             details, matching = dict(described["result"]), int(counted["result"]["count"])
             details["status"] = self.errors.said(details.get("status"))
+            details["replicas"] = _replicas(shards.get("result") or {})
             return CollectionStatus(int(details.get("points_count", 0)), matching, version, details)
         except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise self.errors.failure(error, "health") from self.errors.cause(error)
@@ -7072,6 +7247,10 @@ class ServerEngine:
         if not isinstance(found, dict):
             raise TypeError("it is not a JSON object")
         return cast("dict[str, Any]", found)
+
+    async def once(self, work: Callable[[], Awaitable[object]]) -> None:
+        """See SharedEngine.once."""
+        await self._once.do(work)
 
     def is_spread(self, collection: str) -> bool:
         """See SharedEngine.is_spread; with a read consistency several replicas are asked."""
@@ -8232,15 +8411,23 @@ class Operations:
                 progress(writer.add(page.states, page.unsettled), None)
             return await self.waits.call(writer.finish)
 
-    async def restore_snapshot(self, path: Any, mode: str, progress: Progress | None) -> SnapshotReport:
+    async def restore_snapshot(
+        self, path: Any, mode: str, progress: Progress | None, *, unchecked: bool
+    ) -> SnapshotReport:
         """See StateStore.restore_snapshot."""
         self.check_open()
+        check_flag("unchecked", unchecked)
         progress = check_progress(progress)
         saved = SnapshotFile(path)
         saved.check_mode(mode, native=self.backend.native_snapshots)
         await self.open()
         if saved.kind == "native":
             await self.waits.call(saved.verify)
+            if saved.unchecked and not unchecked:
+                raise SnapshotError(
+                    f"{saved.path}: {saved.unchecked}, and a damaged one may end the server; unchecked=True "
+                    "(or --unchecked) restores it all the same"
+                )
             backend = cast("NativeBackend", self.backend)
             await self.place.drive(backend.restore_native(saved.path, saved.sha256))
         elif mode == "replace":
@@ -8460,7 +8647,7 @@ def _where(search: SearchRequest) -> Filter:
     return Filter(tuple(must), excluded)
 
 
-def _recorded_schema(config: QdrantStoreConfig, found: Mapping[str, Any]) -> Schema:
+def recorded_schema(config: QdrantStoreConfig, found: Mapping[str, Any]) -> Schema:
     """The schema of a collection, if it is ours and what the configuration asks for."""
     place = f"{config.path or config.url}: collection {config.collection_name!r}"
     version, axes, vector_size = (found.get(key) for key in ("format_version", "axes", "vector_size"))
@@ -8584,7 +8771,7 @@ class PointsBackend(ABC):
             "axes": list(fresh.axes),
             "vector_size": fresh.vector_size,
         }
-        accept = functools.partial(_recorded_schema, self.config)
+        accept = functools.partial(recorded_schema, self.config)
         collection = CollectionSpec(
             self._collection, fresh.vector_size, self.indexes, wanted, accept, tenant="user_id"
         )
@@ -9310,6 +9497,10 @@ def _is_marked(collection: Mapping[str, Any]) -> bool:
         return False
 
 
+# What a server rejects where a collection is not, or is not limited, as when it was opened.
+_OTHER_COLLECTION = re.compile(r"dimension|vector|index|limit", re.IGNORECASE)
+
+
 class _Pruning(NamedTuple):
     """Where a pruning stands."""
 
@@ -9331,11 +9522,14 @@ class SharedBackend(PointsBackend):
     # Strict mode filters by nothing that has no index.
     indexes: Mapping[str, IndexKind] = {**PointsBackend.indexes, "confidence": "float", "restored": "keyword"}
     batch_size = 500  # a request holds more than a step in the process
+    LOOK_AGAIN_S = 30.0
     READINGS = 3  # again, of users who move while they are read
 
     def __init__(self, engine: SharedEngine, config: QdrantStoreConfig) -> None:
         super().__init__(engine, config)
         self._server = engine
+        self._known: Schema | None = None  # what it was opened with, as long as it is the same collection
+        self._look_again_at = math.inf
         self._since_trim: dict[str, int] = {}
         self._latest: dict[str, tuple[float, StateSnapshot]] = {}
 
@@ -9348,16 +9542,43 @@ class SharedBackend(PointsBackend):
         except CollectionNotFoundError as error:
             if error.collection != self._collection:
                 raise
+        except BackendRejectedError as error:
+            if _OTHER_COLLECTION.search(str(error)):
+                self.is_open = False
+                with contextlib.suppress(BackendError):  # the first one says more
+                    await self.open()
+            raise
         if self.schema is schema:  # else another thread or task has opened it again already
             self.is_open = False
         await self.open()
         return await operation(self)
 
     async def open(self) -> None:
-        """Connect and open the collection, unless that has been done."""
+        """Connect and open the collection, unless that has been done: one does, the others wait.
+
+        Every so often it is looked at again, as others may have made it anew, with other axes.
+        """
+        if self.is_open and time.monotonic() > self._look_again_at:
+            self.is_open = False
+        while not self.is_open:
+            await self._server.once(self._open)
+
+    async def _open(self) -> None:
         if not self.is_open:
-            self.schema = await self._open_schema()
+            found = await self._open_schema()
+            self._check_same(found)
+            self.schema = self._known = found
+            self._look_again_at = time.monotonic() + self.LOOK_AGAIN_S
             self.is_open = True
+
+    def _check_same(self, found: Schema) -> None:
+        """Raise SchemaMismatchError where a collection is not that which was opened."""
+        known = self._known
+        if known is not None and (found.axes, found.vector_size) != (known.axes, known.vector_size):
+            raise SchemaMismatchError(
+                f"{self.config.url}: collection {self._collection!r} was made anew by others, with axes "
+                f"{', '.join(found.axes)}: open the store again"
+            )
 
     # Reads
 
@@ -9439,9 +9660,24 @@ class SharedBackend(PointsBackend):
         if status.points is None:
             message = f"collection {self._collection!r} will be made by the first operation"
             return Health("healthy", self.engine.name, 0.0, 0, 0, message=message, version=status.version)
-        collection = status.details
+        collection: Any = status.details
+        config: Any = collection.get("config") or {}
+        self._check_same(recorded_schema(self.config, config.get("metadata") or {}))
         color = str(collection.get("status"))
         signs = [f"the collection is {color}"] if color != "green" else []
+        optimizer = collection.get("optimizer_status", "ok")
+        if optimizer != "ok":
+            signs.append(f"the server cannot optimise: {optimizer}")
+        replicas: list[tuple[int, int, str]] = collection.get("replicas", [])
+        away = [
+            f"shard {shard} on peer {peer} is {state}" for shard, peer, state in replicas if state != "Active"
+        ]
+        if away:
+            signs.append(f"{len(away)} of {plural(len(replicas), 'replica')} not active: {', '.join(away)}")
+        served = {shard for shard, _, state in replicas if state == "Active"}
+        if lost := sorted({shard for shard, _, _ in replicas} - served):
+            color = "red"
+            signs.append(f"no replica is active of shard {', '.join(map(str, lost))}")
         if _is_marked(collection):
             signs.append("a restore of a snapshot is going on or was interrupted: restore it again")
         return Health(
@@ -9452,7 +9688,7 @@ class SharedBackend(PointsBackend):
             status.points,
             message="; ".join(signs),
             version=status.version,
-            collection_status=color,
+            collection_status=str(collection.get("status")),
             indexed_vectors=count
             if isinstance(count := collection.get("indexed_vectors_count"), int)
             else None,
@@ -9623,7 +9859,12 @@ class SharedBackend(PointsBackend):
                     'take a "portable" one'
                 )
             points = await self.engine.count(self._collection, Filter())
-            offered = await self._server.create_snapshot(collection)
+            try:
+                offered = await self._server.create_snapshot(collection)
+            except BackendRejectedError as error:
+                if order.any_kind and error.status == HTTPStatus.FORBIDDEN:
+                    return None  # whoever may only read may take a portable one
+                raise
             try:
                 await self._server.download_snapshot(collection, offered.name, taking)
                 origin = SnapshotOrigin(target, self.engine.name, collection)
@@ -9643,15 +9884,18 @@ class SharedBackend(PointsBackend):
 
     async def restore_native(self, path: Path, sha256: str) -> None:
         """Let the server replace the collection by what a snapshot of its own holds."""
-        self.is_open = False
+        self.is_open, self._known = False, None
         self.forget_everything()
         await self._server.upload_snapshot(await self._server.resolve(self._collection), path, sha256)
         await self.open()
+        if await self._server.mark_of(self._collection, "restoring") is not None:
+            await self._server.mark(self._collection, "restoring", None)  # of one before, that was cut off
 
     async def stage(self, token: str) -> PointsBackend:
         """See PointsBackend.stage; the collection is changed in place, and marked until the end."""
+        marked = await self._server.mark_of(self._collection, "restoring")
         await self._server.mark(self._collection, "restoring", token)
-        return RestoringBackend(self, token)
+        return RestoringBackend(self, token, has_begun=marked is not None)
 
     async def adopt(self, staged: PointsBackend) -> None:
         """Remove what was not written by the restoring, then the mark, which stays where something lacks."""
@@ -9676,9 +9920,11 @@ class SharedBackend(PointsBackend):
             f"collection {self._collection!r}: {message}; let nobody write, and restore again"
         )
 
-    async def discard(self, staged: PointsBackend) -> None:  # noqa: ARG002 - the mark stays: it is not complete
-        """See PointsBackend.discard."""
+    async def discard(self, staged: PointsBackend) -> None:
+        """See PointsBackend.discard; the mark stays where the collection is not what it was."""
         self.forget_everything()
+        if not cast("RestoringBackend", staged).has_begun:
+            await self._server.mark(self._collection, "restoring", None)
 
     def forget_everything(self) -> None:
         """Empty the cache."""
@@ -9692,11 +9938,12 @@ class RestoringBackend(SharedBackend):
     when it is done again, and the others can be told from them.
     """
 
-    def __init__(self, backend: SharedBackend, token: str) -> None:
+    def __init__(self, backend: SharedBackend, token: str, *, has_begun: bool) -> None:
         super().__init__(backend._server, backend.config)
         self.schema, self.is_open = backend.schema, True
         self.token = token
         self.users_written = 0  # written so far
+        self.has_begun = has_begun  # to change the collection
         self._last = ""  # who may go on in the next batch
 
     async def begin(self, operation: Callable[[PointsBackend], Coroutine[Any, Any, T]]) -> T:
@@ -9705,6 +9952,7 @@ class RestoringBackend(SharedBackend):
 
     async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
         """Put the snapshots, each user's together and in order: the last is the latest."""
+        self.has_begun = True
         last = {snapshot.user_id: snapshot for snapshot in snapshots}
         points = [self._latest_point(snapshot, restored=self.token) for snapshot in last.values()]
         if self._retention.maximum:
@@ -9994,9 +10242,10 @@ class ServerPlace:
 
     def signs(self, latency_ms: float) -> list[str]:
         """See Place.signs."""
-        state = self.connection.engine.resilience.breaker.state
+        state = self.connection.engine.resilience.state
         slow = [f"it took {latency_ms:.0f} ms to answer"] if latency_ms > self.SLOW_MS else []
-        return [*([f"the circuit breaker is {state}"] if state != "closed" else []), *slow]
+        trouble = self.connection.engine.signs()
+        return [*trouble, *([f"the circuit breaker is {state}"] if state != "closed" else []), *slow]
 
 
 def blocking_twin(place: DirectoryPlace) -> DirectoryPlace:
@@ -10524,6 +10773,7 @@ class StateStore(StoreBase):
         path: str | os.PathLike[str],
         *,
         mode: RestoreMode = "replace",
+        unchecked: bool = False,
         progress: Progress | None = None,
     ) -> SnapshotReport:
         """Bring back what a snapshot file holds.
@@ -10534,9 +10784,10 @@ class StateStore(StoreBase):
         adds only users who are absent. Either of these that was interrupted is completed by "merge".
         ``progress(done, total)`` is called with the number of states written; before that with the number
         verified, where the file is read twice. Raises SnapshotError for a file that is damaged or of other
-        axes, and changes nothing then.
+        axes, and changes nothing then; also for a native one without the .sha256 beside it, whose contents
+        nobody can check, unless ``unchecked``.
         """
-        return run(self._operations.restore_snapshot(path, mode, progress))
+        return run(self._operations.restore_snapshot(path, mode, progress, unchecked=unchecked))
 
     def health(self) -> Health:
         """How the store is, and how much it holds; never raises: what is wrong is in the ``message``."""
@@ -10712,10 +10963,11 @@ class AsyncStateStore(StoreBase):
         path: str | os.PathLike[str],
         *,
         mode: RestoreMode = "replace",
+        unchecked: bool = False,
         progress: Progress | None = None,
     ) -> SnapshotReport:
         """See StateStore.restore_snapshot; cancelled, a replacement changes nothing, but on a server."""
-        return await self._operations.restore_snapshot(path, mode, progress)
+        return await self._operations.restore_snapshot(path, mode, progress, unchecked=unchecked)
 
     async def health(self) -> Health:
         """See StateStore.health."""
@@ -10993,7 +11245,8 @@ def verify_snapshot(path: str | os.PathLike[str], *, progress: Progress | None =
     """Check a snapshot file, without a store.
 
     A portable one is read through: its digests, counts and every state. Of a native one, which only a server
-    can read, the SHA-256 that was kept beside it, and its frame. ``progress(done, None)`` is called with the
+    can read, the SHA-256 that was kept beside it, and its frame; where none is, the ``message`` of the report
+    says so. ``progress(done, None)`` is called with the
     number of states read. Raises SnapshotError, which says what is wrong.
     """
     progress = check_progress(progress)
@@ -11032,15 +11285,16 @@ def restore(
     target: StateStore | str | os.PathLike[str],
     *,
     mode: RestoreMode = "replace",
+    unchecked: bool = False,
     progress: Progress | None = None,
 ) -> SnapshotReport:
     """Bring back what a snapshot file holds into a store, which is made where there is none.
 
     ``target`` is a store, or a path or url as open_store takes it; a new store gets the axes of the file,
-    which is verified before. ``mode`` and ``progress`` are as in restore_snapshot. Raises SnapshotError,
-    ValidationError.
+    which is verified before. ``mode``, ``unchecked`` and ``progress`` are as in restore_snapshot. Raises
+    SnapshotError, ValidationError.
     """
-    return run(_restore(SYNCHRONOUS, path, target, mode, progress))
+    return run(_restore(SYNCHRONOUS, path, target, mode, progress, unchecked=unchecked))
 
 
 async def arestore(
@@ -11048,10 +11302,11 @@ async def arestore(
     target: AsyncStateStore | str | os.PathLike[str],
     *,
     mode: RestoreMode = "replace",
+    unchecked: bool = False,
     progress: Progress | None = None,
 ) -> SnapshotReport:
     """As restore, into an asynchronous store."""
-    return await _restore(ASYNCHRONOUS, path, target, mode, progress)
+    return await _restore(ASYNCHRONOUS, path, target, mode, progress, unchecked=unchecked)
 
 
 async def _restore(
@@ -11060,6 +11315,8 @@ async def _restore(
     target: Kind | str | os.PathLike[str],
     mode: RestoreMode,
     progress: Progress | None,
+    *,
+    unchecked: bool,
 ) -> SnapshotReport:
     waits = form.make_waits()
     heard = check_progress(progress)
@@ -11078,7 +11335,8 @@ async def _restore(
                     f"{saved.path}: the configured axes (ATTUNED_STORE_AXES) lack {', '.join(unknown[:10])}"
                 )
     try:
-        return await (await ends.open(target, **options)).restore_snapshot(path, mode, progress)
+        store = await ends.open(target, **options)
+        return await store.restore_snapshot(path, mode, progress, unchecked=unchecked)
     finally:
         await ends.close()
 

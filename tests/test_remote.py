@@ -71,6 +71,7 @@ from attuned_store import (
     BackendTimeoutError,
     BackendUnavailableError,
     BreakerPolicy,
+    CircuitOpenError,
     ConflictError,
     Put,
     QdrantStore,
@@ -103,6 +104,7 @@ RETRIEVE = "POST /collections/{collection}/points"
 SCROLL = "POST /collections/{collection}/points/scroll"
 QUERY = "POST /collections/{collection}/points/query"
 COUNT = "POST /collections/{collection}/points/count"
+CLUSTER = "GET /collections/{collection}/cluster"
 DELETE = "POST /collections/{collection}/points/delete"
 INDEXES = {
     "user_id": "keyword",
@@ -231,7 +233,7 @@ REQUESTS: dict[str, tuple[Any, dict[str, int]]] = {
     "count": (lambda store: store.count(), {COUNT: 1}),
     "delete": (lambda store: store.delete("ann"), {RETRIEVE: 1, DELETE: 1}),
     "delete, unknown": (lambda store: store.delete("nobody"), {RETRIEVE: 1, DELETE: 1}),
-    "health": (lambda store: store.health(), {INFO: 1, DESCRIBE: 1, COUNT: 1}),
+    "health": (lambda store: store.health(), {INFO: 1, DESCRIBE: 1, CLUSTER: 1, COUNT: 1}),
 }
 
 
@@ -1786,6 +1788,146 @@ def test_a_large_batch_is_several_requests(server: QdrantServer) -> None:
     assert max(len(request.body) for request in written) <= 16 << 20
     users = [{point["payload"]["user_id"] for point in request.json["points"]} for request in written]
     assert sum(map(len, users)) == len(set().union(*users)) == 200
+
+
+# ------------------------------------------------------------------------------
+# Several nodes, and what a node may be
+# ------------------------------------------------------------------------------
+
+
+def test_a_store_goes_on_with_the_next_node(server: QdrantServer) -> None:
+    """Of several urls another one is asked at once where one cannot be reached, also for health."""
+    with QdrantServer() as second:
+        urls = [server.url, second.url]
+        for url in (urls, tuple(urls), ",".join(urls)):
+            with QdrantStore(url=url, verify=False, retry=RetryPolicy(base_s=0)) as store:
+                assert store.config.url == ",".join(urls)
+                store.upsert_latest(state())  # a cluster would have it on both
+                with plain(second) as there:
+                    there.upsert_latest(state("bob"))
+                server.down()
+                assert list(store.users()) == ["bob"]
+                health = store.health()
+                assert (health.status, health.users) == ("healthy", 1)
+                second.down()
+                assert store.health().status == "unhealthy"
+                server.up()
+                assert list(store.users()) == ["ann"]
+                second.up()
+            second.wipe()
+
+
+def test_urls_are_checked_one_by_one() -> None:
+    """A url among several that cannot be one is refused."""
+    for url in (["http://a:6333", "ftp://b"], "http://a:6333,", ["http://a:6333", 5], []):
+        with pytest.raises(ValidationError, match="url"):
+            QdrantStoreConfig(url=cast("Any", url))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QDRANT_URL", "http://a:6333,https://b:6333")
+        assert QdrantStoreConfig.from_env().url == "http://a:6333,https://b:6333"
+
+
+def test_health_tells_of_replicas(server: QdrantServer) -> None:
+    """A replica that is not active degrades health; a shard without one is worse."""
+    with plain(server) as store:
+        store.count()
+        server.shard_state = "Dead"
+        server.other_shards = [(0, 7)]
+        health = store.health()
+        assert (health.status, health.collection_status) == ("degraded", "green")
+        assert "1 of 2 replicas not active: shard 0 on peer 1 is Dead" in health.message
+        server.other_shards = [(1, 7)]
+        health = store.health()
+        assert health.status == "unhealthy"
+        assert "no replica is active of shard 0" in health.message
+
+
+def test_of_many_who_open_one_does(server: QdrantServer) -> None:
+    """Eight threads of one store that come first make the collection once, and all get their answers."""
+    server.on(delay(0.05), route=CREATE)
+    with plain(server, breaker=BreakerPolicy(failures=1)) as store, ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda _: store.count(), range(8))) == [0] * 8
+    assert [server.counts[route] for route in (INFO, CREATE)] == [1, 1]
+
+    server.down()
+    with plain(server, retry=RetryPolicy(attempts=1)) as store, ThreadPoolExecutor(8) as pool:
+        errors = [future.exception() for future in [pool.submit(store.count) for _ in range(8)]]
+    assert all(isinstance(error, BackendUnavailableError | CircuitOpenError) for error in errors)
+
+
+def test_a_collection_that_others_made_anew_is_found_out(
+    server: QdrantServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of other axes it is SchemaMismatchError, of another size at once, of the same one after a while."""
+    for axes, after in ((("warmth", "tact"), 0.0), (tuple(f"axis_{n}" for n in range(24)), 0.01)):
+        server.wipe()
+        monkeypatch.setattr(attuned_store.SharedBackend, "LOOK_AGAIN_S", after or 30.0)
+        with plain(server) as store:
+            store.upsert_latest(state())
+            ask(server, "DELETE", C)
+            with plain(server, axes=axes) as another:
+                another.count()
+            time.sleep(2 * after)
+            with pytest.raises(SchemaMismatchError, match="made anew by others"):
+                store.upsert_latest(state())
+            assert store.health().status == "unhealthy"
+            assert points(server) == []
+
+
+def test_an_index_of_another_kind_is_an_error(server: QdrantServer) -> None:
+    """One that reading relies on is not taken for the right one."""
+    make_collection(server)
+    body = {"field_name": "updated_at_unix_ms", "field_schema": "keyword"}
+    ask(server, "PUT", f"{C}/index", body)
+    with plain(server) as store, pytest.raises(SchemaMismatchError, match="index of keyword on 'updated"):
+        store.count()
+
+
+def test_who_may_only_read_can_read(server: QdrantServer, tmp_path: Path) -> None:
+    """A key that may make neither indexes nor snapshots opens, and takes a portable snapshot."""
+    make_collection(server)
+    make_indexes(server, ("user_id", "kind", "updated_at_unix_ms", "source"))
+    server.on(reply(403), route=INDEX)
+    server.on(reply(403), route="POST /collections/{collection}/snapshots")
+    with plain(server) as store:
+        assert store.count() == 0
+        assert store.create_snapshot(tmp_path).kind == "portable"
+        with pytest.raises(BackendRejectedError):
+            store.create_snapshot(tmp_path, kind="native")
+
+
+SAID = {
+    "a full disk": (500, "No space left on device: WAL buffer size exceeds available disk space", "disk of"),
+    "a lock": (403, "Forbidden: Collection is locked for write", "no matter of the key"),
+    "a missing node": (500, "2 of 3 read operations failed: unreachable", "node of the cluster seems to be"),
+    "a wrong key": (403, "Forbidden: Global access is required", "may this api_key do that"),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_a_server_says_is_explained(name: str, server: QdrantServer) -> None:
+    """A full disk, a lock, a missing node and a key that may not are told from each other."""
+    status, said, meant = SAID[name]
+    with plain(server, breaker=BreakerPolicy(failures=100)) as store:
+        store.count()
+        with server.on(reply(status, {"status": {"error": said}}), route=UPSERT):
+            with pytest.raises(BackendError, match=meant):
+                store.upsert_latest(state())
+            assert ("disk of the server is full" in store.health().message) == (name == "a full disk")
+        store.upsert_latest(state())
+        assert store.health().status == "healthy"
+
+
+def test_an_idle_connection_is_not_used_again(server: QdrantServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the server closes it, which may be just as a request comes."""
+    assert attuned_store.ServerClients.KEEP_ALIVE_S < 5
+    monkeypatch.setattr(attuned_store.ServerClients, "KEEP_ALIVE_S", 0.1)
+    with plain(server) as store:
+        store.count()
+        before = server.accepted
+        time.sleep(0.2)
+        store.count()
+        assert server.accepted == before + 1
 
 
 @pytest.mark.parametrize("exact", [True, False])

@@ -65,7 +65,8 @@ def verify_snapshot(path: str | os.PathLike[str], *, progress: Progress | None =
     """Check a snapshot file, without a store.
 
     A portable one is read through: its digests, counts and every state. Of a native one, which only a server
-    can read, the SHA-256 that was kept beside it, and its frame. ``progress(done, None)`` is called with the
+    can read, the SHA-256 that was kept beside it, and its frame; where none is, the ``message`` of the report
+    says so. ``progress(done, None)`` is called with the
     number of states read. Raises SnapshotError, which says what is wrong.
     """
     progress = check_progress(progress)
@@ -104,15 +105,16 @@ def restore(
     target: StateStore | str | os.PathLike[str],
     *,
     mode: RestoreMode = "replace",
+    unchecked: bool = False,
     progress: Progress | None = None,
 ) -> SnapshotReport:
     """Bring back what a snapshot file holds into a store, which is made where there is none.
 
     ``target`` is a store, or a path or url as open_store takes it; a new store gets the axes of the file,
-    which is verified before. ``mode`` and ``progress`` are as in restore_snapshot. Raises SnapshotError,
-    ValidationError.
+    which is verified before. ``mode``, ``unchecked`` and ``progress`` are as in restore_snapshot. Raises
+    SnapshotError, ValidationError.
     """
-    return run(_restore(SYNCHRONOUS, path, target, mode, progress))
+    return run(_restore(SYNCHRONOUS, path, target, mode, progress, unchecked=unchecked))
 
 
 async def arestore(
@@ -120,10 +122,11 @@ async def arestore(
     target: AsyncStateStore | str | os.PathLike[str],
     *,
     mode: RestoreMode = "replace",
+    unchecked: bool = False,
     progress: Progress | None = None,
 ) -> SnapshotReport:
     """As restore, into an asynchronous store."""
-    return await _restore(ASYNCHRONOUS, path, target, mode, progress)
+    return await _restore(ASYNCHRONOUS, path, target, mode, progress, unchecked=unchecked)
 
 
 async def _restore(
@@ -132,6 +135,8 @@ async def _restore(
     target: Kind | str | os.PathLike[str],
     mode: RestoreMode,
     progress: Progress | None,
+    *,
+    unchecked: bool,
 ) -> SnapshotReport:
     waits = form.make_waits()
     heard = check_progress(progress)
@@ -150,7 +155,8 @@ async def _restore(
                     f"{saved.path}: the configured axes (ATTUNED_STORE_AXES) lack {', '.join(unknown[:10])}"
                 )
     try:
-        return await (await ends.open(target, **options)).restore_snapshot(path, mode, progress)
+        store = await ends.open(target, **options)
+        return await store.restore_snapshot(path, mode, progress, unchecked=unchecked)
     finally:
         await ends.close()
 

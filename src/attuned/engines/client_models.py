@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from attuned.base.errors import MissingDependencyError
-from attuned.engines.filters import Absent, AnyOf, Condition, Equal, Filter, Or, Range, Text
+from attuned.engines.filters import Absent, AnyOf, Condition, Equal, Filter, Or, Range, Text, words
 from attuned.engines.waist import Page, Record
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ def import_qdrant_client() -> Any:
     return qdrant_client
 
 
+_NOTHING = Filter((Or(()),))
+
+
 class ClientModels:
     """Filters and requests in the models of qdrant-client, and records out of them."""
 
@@ -35,6 +38,8 @@ class ClientModels:
 
     def filter(self, where: Filter, listed: int | None = None) -> Any:
         """A filter, which may be empty; no condition of which lists more values than ``listed``."""
+        if any(condition in where.must for condition in where.must_not):
+            where = _NOTHING  # a server takes both on one index for the first alone
         must, must_not = ([self._condition(each, listed) for each in conditions] for conditions in where)
         return self.models.Filter(must=must, must_not=must_not)
 
@@ -50,6 +55,8 @@ class ClientModels:
                 asked = {"match": models.MatchAny(any=list(values))}
             case Range(key):
                 asked = {"range": models.Range(**condition.bounds())}
+            case Text(_, text) if not words(text):  # which a server finds everywhere
+                return models.HasIdCondition(has_id=[])
             case Text(key, text):
                 asked = {"match": models.MatchText(text=text)}
             case Absent(key):

@@ -54,7 +54,8 @@ def portions(points: Sequence[Point], most: int, most_bytes: int) -> Iterator[tu
     Those of a tenant stay together, unless they alone are more than that.
     """
     portion, taken = list[Point](), 0
-    for _, group in itertools.groupby(sorted(points, key=_tenant_of), _tenant_of):
+    last = {point.id: point for point in points}.values()  # of one id twice
+    for _, group in itertools.groupby(sorted(last, key=_tenant_of), _tenant_of):
         sized = [(point, _request_bytes(point)) for point in group]
         whole = len(sized) <= most and sum(size for _, size in sized) <= most_bytes
         for piece in [sized] if whole else [[each] for each in sized]:

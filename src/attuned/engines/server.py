@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from urllib.parse import quote as urlquote
 
 from attuned.base.errors import (
+    LOGGER,
     BackendError,
     BackendRejectedError,
     BackendTimeoutError,
+    BackendUnavailableError,
     SchemaMismatchError,
     SnapshotError,
     StoreError,
@@ -34,7 +36,8 @@ from attuned.connections.http import (
     snapshots_path,
 )
 from attuned.connections.resilience import Resilience
-from attuned.connections.server_errors import ServerErrors
+from attuned.connections.runtime import Once
+from attuned.connections.server_errors import FULL_DISK, ServerErrors
 from attuned.engines.client_models import ClientModels, client_page, client_records, import_qdrant_client
 from attuned.engines.filters import AnyOf, Filter
 from attuned.engines.limits import NO_LIMIT, Limits, cut, portions
@@ -74,6 +77,13 @@ class _OpenCollection(NamedTuple):
     limits: Limits
 
 
+def _replicas(cluster: Any) -> list[tuple[int, int, str]]:
+    """The replicas of a collection by shard, peer and state, as the node that was asked sees them."""
+    here = [{"peer_id": cluster.get("peer_id"), **each} for each in cluster.get("local_shards", ())]
+    found = [*here, *cluster.get("remote_shards", ())]
+    return sorted((each["shard_id"], each["peer_id"], str(each["state"])) for each in found)
+
+
 class ServerEngine:
     """A Qdrant server or cluster over REST: qdrant-client, blocking or asynchronous, behind one form."""
 
@@ -94,19 +104,22 @@ class ServerEngine:
         self._blocking = waits.blocking
         self._read_options = {"consistency": config.read_consistency}
         self._write_options = {"ordering": config.write_ordering, "wait": True}
+        urls = self._url.split(",")
         self.errors = ServerErrors(self._url, config.api_key)
-        self._clients = ServerClients(config, [self._url], blocking=waits.blocking)
+        self._clients = ServerClients(config, urls, blocking=waits.blocking)
         self._limits = self._clients.limits
         self.reporter = REPORTING.reporter(wanted=config.telemetry)
-        self.resilience = Resilience(config, waits.sleep)
+        self.resilience = Resilience(config, waits.sleep, nodes=len(urls))
+        self._full_disk = ""  # what the last write met
+        self._once = Once(waits)
 
     @property
     def _client(self) -> Any:
-        return self._clients.at(0).qdrant
+        return self._clients.at(self.resilience.node).qdrant
 
     @property
     def _raw(self) -> Any:
-        return self._clients.at(0).plain
+        return self._clients.at(self.resilience.node).plain
 
     async def _send(
         self,
@@ -159,7 +172,7 @@ class ServerEngine:
                 f"{self._url}: collection {collection.name!r} has {found[0]} dimensions, {found[1]}; "
                 f"{wanted} and Cosine are needed"
             )
-        await self._create_indexes(collection, set(info.payload_schema))
+        await self._create_indexes(collection, info.payload_schema)
         is_spread = (info.config.params.shard_number or 1) > 1
         limits = Limits.of(info.config)
         self._opened[collection.name] = _OpenCollection(collection.tenant, is_spread, limits)
@@ -209,18 +222,28 @@ class ServerEngine:
             if error.status != HTTPStatus.CONFLICT:  # another one was faster
                 raise
 
-    async def _create_indexes(self, collection: CollectionSpec, there: set[str]) -> None:
+    async def _create_indexes(self, collection: CollectionSpec, there: Mapping[str, Any]) -> None:
+        """Make the indexes that are missing; one of another kind would fail what relies on it."""
         models, name = self._models.models, collection.name
         schemas = {key: models.PayloadSchemaType(kind) for key, kind in collection.indexes.items()}
         if collection.tenant is not None:
             schemas[collection.tenant] = models.KeywordIndexParams(type="keyword", is_tenant=True)
+        kinds = {**collection.indexes, **({collection.tenant: "keyword"} if collection.tenant else {})}
+        for key, kind in kinds.items():
+            if key in there and there[key].data_type != kind:
+                raise SchemaMismatchError(
+                    f"{self._url}: collection {name!r} has an index of {there[key].data_type} on {key!r}, "
+                    f"{kind} is needed: delete that index, the right one is made then"
+                )
         for key in [key for key in schemas if key not in there]:
             index = {"field_name": key, "field_schema": schemas[key]}
-            await self._update(
-                "index",
-                functools.partial(self._client.create_payload_index, name, **index, wait=True),
-                writes=False,
-            )
+            make = functools.partial(self._client.create_payload_index, name, **index, wait=True)
+            try:
+                await self._update("index", make, writes=False)
+            except BackendRejectedError as error:
+                if error.status != HTTPStatus.FORBIDDEN:
+                    raise
+                LOGGER.info("collection %s lacks an index of %s, and may not get it: %s", name, key, error)
 
     async def apply(
         self, collection: str, puts: Sequence[Put] = (), deletes: Sequence[str] | Matching = ()
@@ -290,7 +313,16 @@ class ServerEngine:
                 if result.status != self._models.models.UpdateStatus.COMPLETED:
                     raise self.errors.unfinished(result.status, operation)
 
-        await self._send(operation, update, writes=writes)
+        try:
+            await self._send(operation, update, writes=writes)
+        except BackendError as error:
+            self._full_disk = str(error) if FULL_DISK in str(error) else self._full_disk
+            raise
+        self._full_disk = ""
+
+    def signs(self) -> list[str]:
+        """What is known of trouble that no look at the server tells: that its disk was full just now."""
+        return [self._full_disk] if self._full_disk else []
 
     def _upsert(self, put: Put, points: Sequence[Point]) -> Any:
         models = self._models.models
@@ -309,7 +341,7 @@ class ServerEngine:
         if put.newest_by is None:
             return guard
         ids = defaultdict[float, list[str]](list)
-        for point in {point.id: point for point in points}.values():
+        for point in points:
             ids[point.payload[put.newest_by]].append(point.id)
         for number, chosen in ids.items():
             older = models.FieldCondition(key=put.newest_by, range=models.Range(lte=number))
@@ -409,16 +441,22 @@ class ServerEngine:
         """See Engine.search."""
         narrowed, limits = self._narrowed(collection, where, tenant), self._limits_of(collection)
         asked = self._models.search(vector, narrowed, limit, payload=payload) | self._read_options
+        models = self._models.models
         if self._config.exact_search and limits.exact:
-            asked["search_params"] = self._models.models.SearchParams(exact=True)
+            asked["search_params"] = models.SearchParams(exact=True)
         found = list[Record]()
         while len(found) < limit:
             wanted = min(limit - len(found), limits.page)
-            asked |= {"limit": wanted, "offset": len(found) or None}
+            asked["limit"] = wanted
             points = (await self._ask_client("query_points", collection, **asked)).points
             found += client_records(points)
             if len(points) < wanted:
                 break
+            # Further ones are those without these: an offset would miss some, as equal scores have no order.
+            ids = [point.id for point in points]
+            narrowed.must_not += [
+                models.HasIdCondition(has_id=list(some)) for some in cut(ids, limits.listed)
+            ]
         return found
 
     async def count(self, collection: str, where: Filter, *, tenant: str | None = None) -> int:
@@ -456,9 +494,18 @@ class ServerEngine:
         return counts
 
     async def status(self, collection: str, where: Filter, seconds: float) -> CollectionStatus:
-        """See Engine.status; without retry and breaker."""
+        """See Engine.status; without retry and breaker, but of the next node where one cannot be reached."""
+        deadline, nodes = time.monotonic() + seconds, self.resilience.nodes()
         with report_request(self.reporter, "server", "health"):
-            return await self._status(collection, where, time.monotonic() + seconds)
+            for left, node in zip(range(len(nodes), 0, -1), nodes, strict=True):
+                self.resilience.choose(node)
+                now = time.monotonic()
+                try:
+                    return await self._status(collection, where, now + (deadline - now) / left)
+                except (BackendUnavailableError, BackendTimeoutError):
+                    if left == 1:
+                        raise
+        raise AssertionError("unreachable")  # pragma: no cover - there is a node
 
     async def _status(self, collection: str, where: Filter, deadline: float) -> CollectionStatus:
         place = f"collections/{urlquote(collection, safe='')}"
@@ -471,8 +518,10 @@ class ServerEngine:
             exact = not strict.get("enabled") or strict.get("search_allow_exact") is not False
             counting = {"filter": self._models.filter(where).model_dump(exclude_none=True), "exact": exact}
             counted = await self._ask("POST", f"{place}/points/count", deadline, json=counting)
+            shards = await self._ask("GET", f"{place}/cluster", deadline, absent_ok=True)
             details, matching = dict(described["result"]), int(counted["result"]["count"])
             details["status"] = self.errors.said(details.get("status"))
+            details["replicas"] = _replicas(shards.get("result") or {})
             return CollectionStatus(int(details.get("points_count", 0)), matching, version, details)
         except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise self.errors.failure(error, "health") from self.errors.cause(error)
@@ -494,6 +543,10 @@ class ServerEngine:
         if not isinstance(found, dict):
             raise TypeError("it is not a JSON object")
         return cast("dict[str, Any]", found)
+
+    async def once(self, work: Callable[[], Awaitable[object]]) -> None:
+        """See SharedEngine.once."""
+        await self._once.do(work)
 
     def is_spread(self, collection: str) -> bool:
         """See SharedEngine.is_spread; with a read consistency several replicas are asked."""

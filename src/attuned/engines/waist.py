@@ -304,6 +304,10 @@ class NativeSnapshots(Protocol):
 class SharedEngine(Engine, Marks, NativeSnapshots, Protocol):
     """An engine over a connection to a database that other processes write to as well."""
 
+    async def once(self, work: Callable[[], Awaitable[object]]) -> None:
+        """Do something that many need: one does, the others wait for how it ends."""
+        ...
+
     def is_spread(self, collection: str) -> bool:
         """Whether one reading may meet the points of a collection that is open at several moments."""
         ...

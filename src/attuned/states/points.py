@@ -121,7 +121,7 @@ def _where(search: SearchRequest) -> Filter:
     return Filter(tuple(must), excluded)
 
 
-def _recorded_schema(config: QdrantStoreConfig, found: Mapping[str, Any]) -> Schema:
+def recorded_schema(config: QdrantStoreConfig, found: Mapping[str, Any]) -> Schema:
     """The schema of a collection, if it is ours and what the configuration asks for."""
     place = f"{config.path or config.url}: collection {config.collection_name!r}"
     version, axes, vector_size = (found.get(key) for key in ("format_version", "axes", "vector_size"))
@@ -245,7 +245,7 @@ class PointsBackend(ABC):
             "axes": list(fresh.axes),
             "vector_size": fresh.vector_size,
         }
-        accept = functools.partial(_recorded_schema, self.config)
+        accept = functools.partial(recorded_schema, self.config)
         collection = CollectionSpec(
             self._collection, fresh.vector_size, self.indexes, wanted, accept, tenant="user_id"
         )
