@@ -64,7 +64,7 @@ import zlib
 from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextvars import ContextVar
 from datetime import UTC, date, datetime, timedelta
@@ -1497,6 +1497,13 @@ def _check_url(url: object) -> None:
         )
 
 
+def _join_urls(value: str | Iterable[str] | None) -> Any:
+    """The addresses of several nodes as one text, with commas between; what is wrong is found later."""
+    if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
+        return ",".join(value)
+    return value
+
+
 def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ValidationError unless a value is one of some."""
     if value not in choices:
@@ -1559,24 +1566,27 @@ class RetryPolicy:
 
 @attrs.frozen(kw_only=True)
 class BreakerPolicy:
-    """When a store stops asking a server that fails: after ``failures`` in a row, for ``open_s`` seconds.
+    """When a store stops asking a server that fails: after ``failures`` in a row, those of one moment as one.
 
-    Then one request is let through; it closes the breaker or opens it again. Raises ValidationError.
+    After ``first_open_s`` seconds one request is let through; it closes the breaker or opens it again, for
+    twice as long each time, at most for ``open_s`` seconds. Raises ValidationError.
     """
 
     failures: int = 5
     open_s: float = 30.0
+    first_open_s: float = 1.0
 
     def __attrs_post_init__(self) -> None:
         check_integer("failures", self.failures, 1, MAX_INTEGER)
-        check_positive("open_s", self.open_s, zero=True)
+        for field in ("open_s", "first_open_s"):
+            check_positive(field, getattr(self, field), zero=True)
 
 
 class QdrantOptions(MemoryOptions, total=False):
     """The fields of QdrantStoreConfig, as options of the Qdrant stores."""
 
     path: str | os.PathLike[str] | None
-    url: str | None
+    url: str | Sequence[str] | None
     api_key: str | None
     collection_name: str
     engine: Literal["auto", "edge", "local"]
@@ -1596,6 +1606,7 @@ class QdrantOptions(MemoryOptions, total=False):
     write_consistency_factor: int | None
     read_consistency: int | Literal["majority", "quorum", "all"] | None
     write_ordering: Literal["weak", "medium", "strong"] | None
+    exact_search: bool
     retry: RetryPolicy
     breaker: BreakerPolicy
 
@@ -1665,16 +1676,19 @@ class QdrantStoreConfig(MemoryStoreConfig):
     with less than ``min_free_bytes`` free (local mode: 1 MiB at most), and room for what is to be written, is
     full: nothing is written.
 
-    For a server: ``api_key``; ``connect_timeout`` and ``request_timeout`` in seconds, ``snapshot_timeout``
-    for making or restoring a native snapshot; ``pool_size``, the number of connections kept; ``verify``,
-    False or the path of a CA certificate; ``cache_ttl``, the seconds for which a read may be answered from
-    memory though other processes write (0: never). A collection is made with ``shard_number``,
-    ``replication_factor`` and ``write_consistency_factor``; requests carry ``read_consistency`` and
-    ``write_ordering``; ``retry`` and ``breaker`` say what follows a failure. Raises ValidationError.
+    For a server: ``url``, of several nodes of a cluster a list, or a text with commas: where one cannot be
+    reached, the next is asked. ``api_key``; ``connect_timeout`` and ``request_timeout`` in seconds,
+    ``snapshot_timeout`` for making or restoring a native snapshot; ``pool_size``, the number of connections
+    kept; ``verify``, False or the path of a CA certificate; ``cache_ttl``, the seconds for which a read may
+    be answered from memory though other processes write (0: never). A collection is made with
+    ``shard_number``, ``replication_factor`` and ``write_consistency_factor``; requests carry
+    ``read_consistency`` and ``write_ordering``. A search looks at every state, unless ``exact_search`` is
+    False: then the server's graph is asked, which is quicker with millions of users, and misses some.
+    ``retry`` and ``breaker`` say what follows a failure. Raises ValidationError.
     """
 
     path: str | None = attrs.field(default=None, converter=attrs.converters.optional(check_path))
-    url: str | None = None
+    url: str | None = attrs.field(default=None, converter=_join_urls)
     api_key: str | None = attrs.field(default=None, repr=False)
     collection_name: str = DEFAULT_COLLECTION
     engine: Literal["auto", "edge", "local"] = "auto"
@@ -1694,6 +1708,7 @@ class QdrantStoreConfig(MemoryStoreConfig):
     write_consistency_factor: int | None = None
     read_consistency: int | Literal["majority", "quorum", "all"] | None = None
     write_ordering: Literal["weak", "medium", "strong"] | None = None
+    exact_search: bool = True
     retry: RetryPolicy = attrs.field(factory=RetryPolicy)
     breaker: BreakerPolicy = attrs.field(factory=BreakerPolicy)
 
@@ -1716,7 +1731,8 @@ class QdrantStoreConfig(MemoryStoreConfig):
 
     def _check_server_fields(self) -> None:
         if self.url is not None:
-            _check_url(self.url)
+            for url in self.url.split(",") if isinstance(self.url, str) else (self.url,):
+                _check_url(url)
         key = self.api_key
         if key is not None and not (isinstance(key, str) and HEADER_TEXT.fullmatch(key)):
             raise ValidationError(
@@ -1725,6 +1741,7 @@ class QdrantStoreConfig(MemoryStoreConfig):
         for field in ("connect_timeout", "request_timeout", "snapshot_timeout"):
             check_positive(field, getattr(self, field))
         check_positive("cache_ttl", self.cache_ttl, zero=True)
+        check_flag("exact_search", self.exact_search)
         check_integer("pool_size", self.pool_size, 1, 65_535)
         for field in ("shard_number", "replication_factor", "write_consistency_factor"):
             if getattr(self, field) is not None:
@@ -3290,6 +3307,7 @@ class SnapshotFile:
         self.kind: SnapshotKind = "portable"
         self.contents: ArchiveContents | None = None  # known once it was read to its end
         self.sha256 = ""
+        self.unchecked = ""  # what could not be verified
         self._began = time.perf_counter()
         with self._errors(), self._opened() as file:
             self.bytes = os.fstat(file.fileno()).st_size
@@ -3371,7 +3389,11 @@ class SnapshotFile:
         """Read all of it; raises SnapshotError where something is wrong."""
         if self.kind == "native":
             with self._errors(), self._opened() as file:
-                self.sha256 = _check_native(file, checksum_file(self.path))
+                self.sha256, is_known = _check_native(file, checksum_file(self.path))
+            if not is_known:
+                self.unchecked = (
+                    f"its contents were not checked: there is no {printable(checksum_file(self.path).name)}"
+                )
             return
         for done in self.verifying(axes):
             progress(done, None)
@@ -3396,6 +3418,7 @@ class SnapshotFile:
             users=contents and contents.users,
             points=contents and contents.states,
             duration_ms=(time.perf_counter() - self._began) * 1000,
+            message=self.unchecked,
         )
 
 
@@ -3418,8 +3441,11 @@ def describe_snapshot(path: Path) -> SnapshotReport | None:
         )
 
 
-def _check_native(file: IO[bytes], checksum: Path) -> str:
-    """Walk through the tar that a native snapshot is, and compare its SHA-256 with the one kept beside it."""
+def _check_native(file: IO[bytes], checksum: Path) -> tuple[str, bool]:
+    """Walk through the tar that a native snapshot is, and compare its SHA-256 with the one kept beside it.
+
+    Returns it, and whether there was another one to compare it with.
+    """
     sha256 = hashlib.file_digest(cast("Any", file), "sha256").hexdigest()
     total = file.tell()
     file.seek(0)
@@ -3427,11 +3453,13 @@ def _check_native(file: IO[bytes], checksum: Path) -> str:
         if not 0 <= size < total:
             raise SnapshotError("is cut short, or damaged")
         file.seek(size + -size % TAR_BLOCK, os.SEEK_CUR)
-    with contextlib.suppress(FileNotFoundError):
+    try:
         kept = checksum.read_text(encoding="utf-8", errors="replace").split(maxsplit=1)
-        if kept[:1] != [sha256]:
-            raise SnapshotError(f"is damaged: its SHA-256 is not that of {printable(checksum.name)}")
-    return sha256
+    except FileNotFoundError:
+        return sha256, False
+    if kept[:1] != [sha256]:
+        raise SnapshotError(f"is damaged: its SHA-256 is not that of {printable(checksum.name)}")
+    return sha256, True
 
 
 def _member_size(file: IO[bytes]) -> int | None:
@@ -3756,27 +3784,34 @@ class CircuitBreaker:
         self._clock = clock
         self._lock = threading.RLock()
         self._failures = 0
+        self._failed_at = -math.inf  # when the last of these was known
+        self._pauses = 0  # in a row
         self._opened_at: float | None = None
         self._probing = False
+
+    def _pause_s(self) -> float:
+        """How long it lets nothing through: at first for a moment, then longer and longer."""
+        first, longest = self._policy.first_open_s, self._policy.open_s
+        return min(longest, first * 2.0 ** min(self._pauses - 1, 64))
 
     @property
     def state(self) -> Literal["closed", "open", "half-open"]:
         """What the next request meets."""
         if self._opened_at is None:
             return "closed"
-        return "open" if self._clock() < self._opened_at + self._policy.open_s else "half-open"
+        return "open" if self._clock() < self._opened_at + self._pause_s() else "half-open"
 
     def is_open_in(self, seconds: float) -> bool:
         """Whether it lets nothing through now, and will not after so many seconds."""
         opened_at = self._opened_at
-        return opened_at is not None and self._clock() + seconds < opened_at + self._policy.open_s
+        return opened_at is not None and self._clock() + seconds < opened_at + self._pause_s()
 
     def enter(self, backend: str, operation: str) -> bool:
         """Let a request through, or raise CircuitOpenError; returns whether it is a probe."""
         with self._lock:
             state = self.state
             if state == "open" or (state == "half-open" and self._probing):
-                left = max(0.0, cast("float", self._opened_at) + self._policy.open_s - self._clock())
+                left = max(0.0, cast("float", self._opened_at) + self._pause_s() - self._clock())
                 raise CircuitOpenError(
                     f"{backend}: not asked to {operation}: it failed {self._failures} times in a row; "
                     f"try again in {left:.1f} s",
@@ -3788,21 +3823,24 @@ class CircuitBreaker:
             self._probing = self._probing or probe
             return probe
 
-    def leave(self, *, failed: bool, probe: bool | None = None) -> None:
-        """Say how a request that was let through ended, by default the probe where there is one.
+    def leave(self, *, failed: bool, probe: bool | None = None, began: float = math.inf) -> None:
+        """Say how a request that was let through, at some time, ended: by default the probe if there is one.
 
-        While the breaker is open only a probe counts: the others were sent before.
+        While the breaker is open only a probe counts: the others were sent before. So are those that had
+        begun when the last failure was known: many requests that fail at one moment are one failure.
         """
         with self._lock:
             if self._opened_at is not None and not (self._probing if probe is None else probe):
                 return
             self._probing = False
             if not failed:
-                self._failures, self._opened_at = 0, None
+                self._failures, self._pauses, self._opened_at = 0, 0, None
                 return
-            self._failures += 1
+            if began < self._failed_at:
+                return
+            self._failures, self._failed_at = self._failures + 1, self._clock()
             if self._failures >= self._policy.failures:
-                self._opened_at = self._clock()
+                self._pauses, self._opened_at = self._pauses + 1, self._clock()
 
     def give_up(self, *, probe: bool = True) -> None:
         """Say that a request was let through and cancelled: nothing was learnt."""
@@ -3818,22 +3856,59 @@ class Resilience:
         config: QdrantStoreConfig,
         sleep: Callable[[float], Awaitable[object]],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        nodes: int = 1,
     ) -> None:
-        self.breaker = CircuitBreaker(config.breaker, clock)
+        self.breakers = [CircuitBreaker(config.breaker, clock) for _ in range(nodes)]
+        self.breaker = self.breakers[0]
+        self._first = 0  # the node that is asked first
+        self._node: ContextVar[int] = ContextVar("node", default=0)
         self._reporter = REPORTING.reporter(wanted=config.telemetry)
         self._metrics = None if self._reporter is None else self._reporter.metrics
         if self._metrics is not None:
             with self._metrics.lock:
-                self._metrics.breakers.add(self.breaker)
+                self._metrics.breakers.update(self.breakers)
         self._policy = config.retry
         self._sleep = sleep
         self._clock = clock
+
+    @property
+    def node(self) -> int:
+        """The number of the node that the request of this thread or task goes to."""
+        return self._node.get()
+
+    @property
+    def state(self) -> Literal["closed", "open", "half-open"]:
+        """What the next request meets: the best of all nodes."""
+        states = {breaker.state for breaker in self.breakers}
+        return "closed" if "closed" in states else "half-open" if "half-open" in states else "open"
+
+    def nodes(self) -> list[int]:
+        """The numbers of all nodes, in the order in which they are asked."""
+        return [(self._first + step) % len(self.breakers) for step in range(len(self.breakers))]
+
+    def choose(self, node: int) -> None:
+        """Let the requests of this thread or task go to a node."""
+        self._node.set(node)
+
+    def _enter(self, operation: str) -> tuple[CircuitBreaker, bool]:
+        """Choose a node whose breaker lets a request through; whether it is a probe."""
+        refusals: list[CircuitOpenError] = []
+        for node in self.nodes():
+            try:
+                probe = self.breakers[node].enter("server", operation)
+            except CircuitOpenError as error:
+                refusals.append(error)
+            else:
+                self._node.set(node)
+                return self.breakers[node], probe
+        raise min(refusals, key=lambda refusal: refusal.retry_after_s)
 
     def close(self) -> None:
         """Let the breaker count no longer in the state of all breakers."""
         if self._metrics is not None:
             with self._metrics.lock:
-                self._metrics.breakers.discard(self.breaker)
+                self._metrics.breakers.difference_update(self.breakers)
 
     async def send(
         self,
@@ -3851,27 +3926,34 @@ class Resilience:
         begun, unsure = self._clock(), False
         for attempt in itertools.count():
             try:
-                probe = self.breaker.enter("server", operation)
+                breaker, probe = self._enter(operation)
             except CircuitOpenError as error:
                 error.ambiguous = unsure
                 raise
+            tried = self._clock()
             try:
                 with report_request(self._reporter, "server", operation, attempt + 1):
                     answer = await (request() if within is None else within(self._left(begun), request))
             except BackendError as error:
                 error.ambiguous = unsure = writes and (unsure or error.ambiguous)
                 refused = error.status is not None and error.status < HTTPStatus.INTERNAL_SERVER_ERROR
-                self.breaker.leave(failed=error.retryable and not refused, probe=probe)
+                failed = error.retryable and not refused
+                breaker.leave(failed=failed, probe=probe, began=tried)
                 wait = self._wait(error, attempt)
+                if failed and len(self.breakers) > 1:
+                    if self.node == self._first:  # else another request has moved on already
+                        self._first = (self._first + 1) % len(self.breakers)
+                    wait = wait and (0.0 if attempt + 1 < len(self.breakers) else wait)
                 if wait is None or self._clock() + wait > begun + self._policy.deadline_s:
                     raise
-                if self.breaker.is_open_in(wait):  # the next attempt would be refused: this failure says more
+                # Where the next attempt would be refused, this failure says more.
+                if all(each.is_open_in(wait) for each in self.breakers):
                     raise
             except BaseException:
-                self.breaker.give_up(probe=probe)
+                breaker.give_up(probe=probe)
                 raise
             else:
-                self.breaker.leave(failed=False, probe=probe)
+                breaker.leave(failed=False, probe=probe)
                 return answer
             await self._sleep(wait)
         raise AssertionError("unreachable")  # pragma: no cover - count() does not end
@@ -3968,6 +4050,37 @@ class Worker:
             limiter = CapacityLimiter(1)
             self._limiters.set(limiter)
         return limiter
+
+
+class Once:
+    """What many need and one of them does, while the others wait for how it ends."""
+
+    def __init__(self, waits: Waits) -> None:
+        self._waits = waits
+        self._busy = threading.Lock()
+        self._ended = 0  # how often it has been done, or tried
+        self._failure: StoreError | None = None
+
+    async def do(self, work: Callable[[], Awaitable[object]]) -> None:
+        """Do it, or wait for who is at it; what fails there is raised here too."""
+        ended, wait = self._ended, 0.001
+        if self._busy.acquire(blocking=False):
+            self._failure = None
+            try:
+                await work()
+            except StoreError as error:
+                self._failure = error
+                raise
+            finally:
+                self._ended += 1
+                self._busy.release()
+            return
+        while self._ended == ended:
+            await self._waits.sleep(wait)
+            wait = min(0.05, 2 * wait)
+        if (failure := self._failure) is not None:
+            make, arguments = failure.__reduce__()  # one of its own for each who waits
+            raise make(*arguments) from failure.__cause__
 
 
 class Waits(Protocol):
@@ -4449,6 +4562,12 @@ _SAID_CHARACTERS = 200  # of what a server says, in an error message
 _MAX_WAIT_S = 10**9  # that a server may ask for; more is as good as for ever
 _LEAST_SECRET = 4  # characters; a shorter one would be found in any text
 _HINTS = {401: "; is api_key right?", 403: "; may this api_key do that?"}
+FULL_DISK = "the disk of the server is full"
+_MEANINGS = {  # of what a server says, whatever the status
+    r"no space left|disk usage is at|out of disk": f"; {FULL_DISK}: make room there, reading goes on",
+    r"\block(ed)?\b": "; it is locked, which is no matter of the key: unlock it",
+    r"enough active replicas|of \d+ read operations failed": "; a node of the cluster seems to be missing",
+}
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -4511,6 +4630,12 @@ class ServerErrors:
             return BackendUnavailableError(message, retryable=True, ambiguous=arrived, **where)
         return BackendError(f"{asked}: not an answer of Qdrant: {said}", ambiguous=arrived, **where)
 
+    def unfinished(self, status: object, operation: str) -> BackendTimeoutError:
+        """What it means that a server has taken a write in, and has not done it in time."""
+        asked, where = self._origin(operation)
+        message = f"{asked}: not done in time: the server says {self.said(status)}"
+        return BackendTimeoutError(message, retryable=True, ambiguous=True, **where)
+
     def answer(self, status: int, content: bytes, headers: Mapping[str, str], operation: str) -> BackendError:
         """What an answer with another status than asked for means."""
         asked, where = self._origin(operation, status)
@@ -4518,7 +4643,8 @@ class ServerErrors:
             said = str(json.loads(content)["status"]["error"])
         except (ValueError, LookupError, TypeError, RecursionError):
             said = content.decode(errors="replace")
-        message = f"{asked}: HTTP {status}: {self.said(said)}{_HINTS.get(status, '')}"
+        means = (text for words, text in _MEANINGS.items() if re.search(words, said, re.IGNORECASE))
+        message = f"{asked}: HTTP {status}: {self.said(said)}{next(means, _HINTS.get(status, ''))}"
         if status in _REDIRECTS:
             target = self.said(_without_secrets(headers.get("location", "")))
             pointed = f"it redirects to {target}" if target else "it redirects without saying where to"
@@ -4526,7 +4652,9 @@ class ServerErrors:
         if status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.GATEWAY_TIMEOUT):
             return BackendTimeoutError(message, retryable=True, ambiguous=True, **where)
         if status == HTTPStatus.TOO_MANY_REQUESTS:
-            return RateLimitedError(message, retry_after_s=0.0, **where)
+            limited = RateLimitedError(message, retry_after_s=0.0, **where)
+            limited.retryable = False  # Qdrant says how long to wait, unless waiting never helps
+            return limited
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             retryable = status in (
                 HTTPStatus.INTERNAL_SERVER_ERROR,
@@ -4888,23 +5016,28 @@ class Put(NamedTuple):
     """Points to be written where a guard allows it, which is judged for each point by itself.
 
     ``mode``: "insert" leaves points that exist alone, "update" those that do not; of those that exist, only
-    ones that match ``over`` are replaced. One that does not exist is inserted whatever ``over`` says.
+    ones that match ``over`` are replaced, and only ones whose number under the key ``newest_by`` is not above
+    that of the new point. One that does not exist is inserted whatever these two say.
     """
 
     points: Sequence[Point]
     mode: Literal["upsert", "insert", "update"] = "upsert"
     over: Filter | None = None
+    newest_by: str | None = None
 
     @property
     def guarded(self) -> bool:
         """Whether there is anything to be judged."""
-        return self.mode != "upsert" or self.over is not None
+        return self.mode != "upsert" or self.over is not None or self.newest_by is not None
 
-    def allows(self, there: Mapping[str, Any] | None) -> bool:
+    def allows(self, point: Point, there: Mapping[str, Any] | None) -> bool:
         """Whether a point may be written where there is one with such a payload, or none."""
         if there is None:
             return self.mode != "update"
-        return self.mode != "insert" and (self.over is None or matches(self.over, there))
+        key, guards = self.newest_by, [] if self.over is None else [self.over]
+        if key is not None:
+            guards.append(Filter((Range(key, lte=point.payload[key]),)))
+        return self.mode != "insert" and all(matches(guard, there) for guard in guards)
 
 
 class Matching(NamedTuple):
@@ -5038,8 +5171,9 @@ class Engine(Protocol):
         """Write points, one put after another, then delete others, by their ids or all that match.
 
         The points of one put are judged against what there was before it; of one id twice in a put the last
-        wins. In this process all is seen at one moment. On a server it is one request, but others may come
-        between its points: what must hold is said by guards.
+        wins. In this process all is seen at one moment. On a server it is as few requests as it takes, and
+        others may come between: what must hold is said by guards. The points of a tenant in one put, as long
+        as they fit into a request, are one operation there, which is done or not done.
         """
         ...
 
@@ -5110,8 +5244,12 @@ class NativeSnapshots(Protocol):
 class SharedEngine(Engine, Marks, NativeSnapshots, Protocol):
     """An engine over a connection to a database that other processes write to as well."""
 
+    async def once(self, work: Callable[[], Awaitable[object]]) -> None:
+        """Do something that many need: one does, the others wait for how it ends."""
+        ...
+
     def is_spread(self, collection: str) -> bool:
-        """Whether one request may read the points of a collection that is open at several moments."""
+        """Whether one reading may meet the points of a collection that is open at several moments."""
         ...
 
 
@@ -5200,7 +5338,7 @@ class EngineInProcess(Engine):
         for put in puts:
             points = [with_tenant(point, key) for point in put.points]
             if put.guarded:
-                points = [point for point in points if put.allows(there.get(point.id))]
+                points = [point for point in points if put.allows(point, there.get(point.id))]
             if asked:
                 there.update((point.id, point.payload) for point in points)
             written.update((point.id, point) for point in points)
@@ -5333,6 +5471,9 @@ def import_qdrant_client() -> Any:
     return qdrant_client
 
 
+_NOTHING = Filter((Or(()),))
+
+
 class ClientModels:
     """Filters and requests in the models of qdrant-client, and records out of them."""
 
@@ -5343,20 +5484,27 @@ class ClientModels:
         """The parameters of a new collection's vectors."""
         return self.models.VectorParams(size=size, distance=self.models.Distance.COSINE)
 
-    def filter(self, where: Filter) -> Any:
-        """A filter, which may be empty."""
-        must, must_not = (list(map(self._condition, conditions)) for conditions in where)
+    def filter(self, where: Filter, listed: int | None = None) -> Any:
+        """A filter, which may be empty; no condition of which lists more values than ``listed``."""
+        if any(condition in where.must for condition in where.must_not):
+            where = _NOTHING  # a server takes both on one index for the first alone
+        must, must_not = ([self._condition(each, listed) for each in conditions] for conditions in where)
         return self.models.Filter(must=must, must_not=must_not)
 
-    def _condition(self, condition: Condition) -> Any:
+    def _condition(self, condition: Condition, listed: int | None) -> Any:
         models = self.models
         match condition:
+            case AnyOf(key, values) if listed is not None and len(values) > listed:
+                pieces = (values[start : start + listed] for start in range(0, len(values), listed))
+                return models.Filter(should=[self._condition(AnyOf(key, each), None) for each in pieces])
             case Equal(key, value):
                 asked = {"match": models.MatchValue(value=value)}
             case AnyOf(key, values):
                 asked = {"match": models.MatchAny(any=list(values))}
             case Range(key):
                 asked = {"range": models.Range(**condition.bounds())}
+            case Text(_, text) if not words(text):  # which a server finds everywhere
+                return models.HasIdCondition(has_id=[])
             case Text(key, text):
                 asked = {"match": models.MatchText(text=text)}
             case Absent(key):
@@ -5364,7 +5512,7 @@ class ClientModels:
             case Or(()):  # an empty "should" would match everything
                 return models.HasIdCondition(has_id=[])
             case Or(filters):
-                return models.Filter(should=list(map(self.filter, filters)))
+                return models.Filter(should=[self.filter(each, listed) for each in filters])
         return models.FieldCondition(key=key, **asked)
 
     def page(
@@ -5838,6 +5986,78 @@ class EdgeEngine(EngineOnDisk):
             case Or(filters):
                 return api.Filter(should=[*map(self._filter, filters)])
         return api.FieldCondition(key=key, **asked)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.engines.limits
+# What one request to a Qdrant server may hold: in bytes, and by the limits of strict mode.
+# ------------------------------------------------------------------------------------------------------------
+
+
+NO_LIMIT = 2**31 - 1
+
+
+class Limits(NamedTuple):
+    """What strict mode allows requests to one collection; without it only the bytes of a request count."""
+
+    page: int = NO_LIMIT  # points in an answer
+    points: int = NO_LIMIT  # in one operation that writes or deletes
+    listed: int = NO_LIMIT  # values in one condition
+    ids: int = NO_LIMIT  # points retrieved by their ids
+    exact: bool = True
+
+    @classmethod
+    def of(cls, config: Any) -> Limits:
+        """Those in the configuration of a collection, as the client gives it."""
+        strict = config.strict_mode_config
+        if strict is None or not strict.enabled:
+            return cls()
+
+        def least(*limits: int | None) -> int:
+            return min((max(1, limit) for limit in limits if limit is not None), default=NO_LIMIT)
+
+        return cls(
+            page=least(strict.max_query_limit),
+            points=least(strict.upsert_max_batchsize, strict.write_rate_limit),
+            listed=least(strict.condition_max_size),
+            ids=least(strict.read_rate_limit),
+            exact=strict.search_allow_exact is not False,
+        )
+
+
+def cut(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Cut values into pieces of a size."""
+    return (values[start : start + size] for start in range(0, len(values), size))
+
+
+def portions(points: Sequence[Point], most: int, most_bytes: int) -> Iterator[tuple[list[Point], int]]:
+    """Cut points into what one operation may hold, with its size in bytes.
+
+    Those of a tenant stay together, unless they alone are more than that.
+    """
+    portion, taken = list[Point](), 0
+    last = {point.id: point for point in points}.values()  # of one id twice
+    for _, group in itertools.groupby(sorted(last, key=_tenant_of), _tenant_of):
+        sized = [(point, _request_bytes(point)) for point in group]
+        whole = len(sized) <= most and sum(size for _, size in sized) <= most_bytes
+        for piece in [sized] if whole else [[each] for each in sized]:
+            size = sum(size for _, size in piece)
+            if portion and (taken + size > most_bytes or len(portion) + len(piece) > most):
+                yield portion, taken
+                portion, taken = [], 0
+            portion += [point for point, _ in piece]
+            taken += size
+    if portion:
+        yield portion, taken
+
+
+def _tenant_of(point: Point) -> str:
+    return point.tenant or ""
+
+
+def _request_bytes(point: Point) -> int:
+    """About how many bytes a point takes in a request, rather too many."""
+    return 100 + 24 * len(point.vector) + payload_bytes(point.payload)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -6593,16 +6813,22 @@ def _direction(vector: Sequence[float]) -> list[float]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# attuned.engines.server
-# The engine of a Qdrant server or cluster.
+# attuned.engines.server_clients
+# The clients of a server: one pair for all threads, or one for each event loop.
 # ------------------------------------------------------------------------------------------------------------
 
 
-class _Clients(NamedTuple):
-    """qdrant-client and, for what that does not offer, plain httpx; closing ``ending`` closes both."""
+class Clients(NamedTuple):
+    """qdrant-client of one address and, for what that does not offer, plain httpx."""
 
     qdrant: Any
     plain: Any
+
+
+class _OfLoop(NamedTuple):
+    """The clients of an event loop, one pair for each address; closing ``ending`` closes them."""
+
+    clients: Sequence[Clients]
     ending: AsyncGenerator[None, None] | None = None
 
 
@@ -6613,7 +6839,7 @@ def _event_loop() -> object:
 
 
 async def _until_the_end(
-    loop: object, clients: _Clients, of: weakref.ref[ServerEngine]
+    loop: object, clients: Sequence[Clients], of: weakref.ref[ServerClients]
 ) -> AsyncGenerator[None, None]:
     """Close clients with their event loop, which at its end closes the generators that are left over.
 
@@ -6625,11 +6851,12 @@ async def _until_the_end(
     try:
         yield
     finally:
-        if engine := of():
-            engine._clients_of.pop(loop, None)
+        if there := of():
+            there.of_loops.pop(loop, None)
         with anyio.CancelScope(shield=True):
-            await clients.qdrant.close()
-            await clients.plain.aclose()
+            for each in clients:
+                await each.qdrant.close()
+                await each.plain.aclose()
 
 
 # Relied on in qdrant-client and httpx beyond their public interfaces; tests/test_canaries.py watches it
@@ -6652,112 +6879,172 @@ def tune_client(client: Any, timeout: Any, transport: Any, limits: BlockingLimit
 # ------------------------------------------------------------------------------
 
 
-class ServerEngine:
-    """A Qdrant server or cluster over REST: qdrant-client, blocking or asynchronous, behind one form.
+class ServerClients:
+    """The clients of a server or of the nodes of a cluster, made when an event loop first needs them.
 
-    One blocking client serves all threads. A connection of an asynchronous one belongs to the event loop that
-    it was made in: every loop gets clients of its own, which are closed with the store, or with the loop.
+    A connection of an asynchronous client belongs to the event loop that it was made in: every loop gets
+    clients of its own, which are closed with the store, or with the loop.
     """
 
-    name = "server"
-    indexed = True
-    compact = False
-    rounds_floats = True
+    KEEP_ALIVE_S = 3.0  # of an idle connection: a server closes it after 5, perhaps just as a request comes
 
-    def __init__(self, config: QdrantStoreConfig, waits: Waits) -> None:
-        self._models = ClientModels(import_qdrant_client().models)
+    def __init__(self, config: QdrantStoreConfig, urls: Sequence[str], *, blocking: bool) -> None:
         import ssl
 
         import httpx
 
-        self.runs: ExecutionMode = "in place" if waits.blocking else "on loop"
-        self._waits = waits
-        self._config = config
-        self._tenants: dict[str, str | None] = {}  # the keys that hold them, by collection
-        self._spread: set[str] = set()  # the collections that are
-        self._url = cast("str", config.url)
-        self._blocking = waits.blocking
+        self._config, self._urls, self._blocking = config, urls, blocking
         headers = {} if config.api_key is None else {"api-key": config.api_key}  # as api_key= it would warn
-        limits = httpx.Limits(max_connections=config.pool_size, max_keepalive_connections=config.pool_size)
         verify = config.verify
         trusted = (
             ssl.create_default_context(cafile=verify)
             if isinstance(verify, str)
             else httpx.create_ssl_context(verify)
         )
-        self._read_options = {"consistency": config.read_consistency}
-        self._write_options = {"ordering": config.write_ordering, "wait": True}
+        limits = self._pool_limits(config.pool_size)
         self._shared: dict[str, Any] = {"headers": headers, "limits": limits, "verify": trusted}
-        self._limits = BlockingLimits() if waits.blocking else SuspendingLimits()
-        self.errors = ServerErrors(self._url, config.api_key)
-        clients = self._make_clients()  # the first take 0.1 s, for which no event loop is to be held up
+        self.limits = BlockingLimits() if blocking else SuspendingLimits()
+        clients = self._make()  # the first take 0.1 s, for which no event loop is to be held up
         self._prepared = [clients]
-        self._clients_of: dict[object, _Clients] = {None: clients} if self._blocking else {}
-        self.reporter = REPORTING.reporter(wanted=config.telemetry)
-        self.resilience = Resilience(config, waits.sleep)
+        self.of_loops: dict[object, _OfLoop] = {None: _OfLoop(clients)} if blocking else {}
 
-    def _make_clients(self) -> _Clients:
+    def timeout(self, seconds: float) -> Any:
+        """The timeouts of a request that may take so long."""
+        import httpx
+
+        return httpx.Timeout(seconds, connect=self._config.connect_timeout)
+
+    def _make(self) -> list[Clients]:
         import httpx
 
         try:
-            return self._clients_for(import_qdrant_client(), httpx)
+            return [self._make_for(url, import_qdrant_client(), httpx) for url in self._urls]
         except (ImportError, ValueError, httpx.InvalidURL) as error:
             if isinstance(error, StoreError):
                 raise
             raise environment_error(error) from error
 
-    def _clients_for(self, package: Any, httpx: Any) -> _Clients:
+    def _make_for(self, url: str, package: Any, httpx: Any) -> Clients:
         config, blocking = self._config, self._blocking
         kind = package.QdrantClient if blocking else package.AsyncQdrantClient
-        timeout = self._timeout(config.request_timeout)
-        limits = self._limits if isinstance(self._limits, BlockingLimits) else None
+        timeout = self.timeout(config.request_timeout)
+        limits = self.limits if isinstance(self.limits, BlockingLimits) else None
         pools = ConnectionPools(self._make_pool, config.pool_size, limits)
-        client = kind(url=self._url, check_compatibility=False, cookies=cookie_jar(), **self._shared)
+        client = kind(url=url, check_compatibility=False, cookies=cookie_jar(), **self._shared)
         base_url = tune_client(client, timeout, pools, limits)
         plain = (httpx.Client if blocking else httpx.AsyncClient)(
             base_url=base_url, timeout=timeout, cookies=cookie_jar(), **self._shared
         )
         if limits is None:
-            return _Clients(client, plain)
+            return Clients(client, plain)
         limit_client(plain, limits)
-        return _Clients(BlockingClient(client), BlockingClient(plain))
+        return Clients(BlockingClient(client), BlockingClient(plain))
+
+    def _pool_limits(self, connections: int) -> Any:
+        import httpx
+
+        return httpx.Limits(
+            max_connections=connections,
+            max_keepalive_connections=connections,
+            keepalive_expiry=self.KEEP_ALIVE_S,
+        )
 
     def _make_pool(self, connections: int) -> Any:
         import httpx
 
-        size = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-        options: dict[str, Any] = {"verify": self._shared["verify"], "limits": size}
-        if isinstance(self._limits, BlockingLimits):
-            return limit_transport(httpx.HTTPTransport(**options), self._limits)
+        options: dict[str, Any] = {"verify": self._shared["verify"], "limits": self._pool_limits(connections)}
+        if isinstance(self.limits, BlockingLimits):
+            return limit_transport(httpx.HTTPTransport(**options), self.limits)
         return httpx.AsyncHTTPTransport(**options)
 
-    def _clients(self) -> _Clients:
-        """The clients of this event loop, made when it first needs them."""
+    def at(self, number: int) -> Clients:
+        """The clients of an address, for this event loop."""
         loop = None if self._blocking else _event_loop()
-        return self._clients_of.get(loop) or self._adopt(loop)
+        return (self.of_loops.get(loop) or self._adopt(loop)).clients[number]
 
-    def _adopt(self, loop: object) -> _Clients:
+    def _adopt(self, loop: object) -> _OfLoop:
         try:
             clients = self._prepared.pop()
         except IndexError:
-            clients = self._make_clients()
+            clients = self._make()
         ending = _until_the_end(loop, clients, weakref.ref(self))
         run(cast("Any", anext(ending)))
-        clients = self._clients_of[loop] = clients._replace(ending=ending)
-        return clients
+        adopted = self.of_loops[loop] = _OfLoop(clients, ending)
+        return adopted
+
+    async def close(self) -> None:
+        """Close the clients of this event loop, or of all threads."""
+        found = self.of_loops.get(None if self._blocking else _event_loop())
+        if found is None:
+            return
+        if found.ending is not None:
+            await found.ending.aclose()
+            return
+        for each in found.clients:
+            await each.qdrant.close()
+            await each.plain.close()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.engines.server
+# The engine of a Qdrant server or cluster.
+# ------------------------------------------------------------------------------------------------------------
+
+
+_REPORTED_AS = {"scroll": "page", "query_points": "search", "facet": "count"}  # as they are reported
+
+
+class _OpenCollection(NamedTuple):
+    """What is known of a collection that is open."""
+
+    tenant: str | None  # the key that holds it
+    is_spread: bool  # over several shards
+    limits: Limits
+
+
+def _replicas(cluster: Any) -> list[tuple[int, int, str]]:
+    """The replicas of a collection by shard, peer and state, as the node that was asked sees them."""
+    here = [{"peer_id": cluster.get("peer_id"), **each} for each in cluster.get("local_shards", ())]
+    found = [*here, *cluster.get("remote_shards", ())]
+    return sorted((each["shard_id"], each["peer_id"], str(each["state"])) for each in found)
+
+
+class ServerEngine:
+    """A Qdrant server or cluster over REST: qdrant-client, blocking or asynchronous, behind one form."""
+
+    name = "server"
+    indexed = True
+    compact = False
+    rounds_floats = True
+    PAGE = 10_000  # points on a page that are only counted
+    REQUEST_BYTES = 16 << 20  # of a request; a server refuses those above 32 MiB
+
+    def __init__(self, config: QdrantStoreConfig, waits: Waits) -> None:
+        self._models = ClientModels(import_qdrant_client().models)
+        self.runs: ExecutionMode = "in place" if waits.blocking else "on loop"
+        self._waits = waits
+        self._config = config
+        self._opened: dict[str, _OpenCollection] = {}
+        self._url = cast("str", config.url)
+        self._blocking = waits.blocking
+        self._read_options = {"consistency": config.read_consistency}
+        self._write_options = {"ordering": config.write_ordering, "wait": True}
+        urls = self._url.split(",")
+        self.errors = ServerErrors(self._url, config.api_key)
+        self._clients = ServerClients(config, urls, blocking=waits.blocking)
+        self._limits = self._clients.limits
+        self.reporter = REPORTING.reporter(wanted=config.telemetry)
+        self.resilience = Resilience(config, waits.sleep, nodes=len(urls))
+        self._full_disk = ""  # what the last write met
+        self._once = Once(waits)
 
     @property
     def _client(self) -> Any:
-        return self._clients().qdrant
+        return self._clients.at(self.resilience.node).qdrant
 
     @property
     def _raw(self) -> Any:
-        return self._clients().plain
-
-    def _timeout(self, seconds: float) -> Any:
-        import httpx
-
-        return httpx.Timeout(seconds, connect=self._config.connect_timeout)
+        return self._clients.at(self.resilience.node).plain
 
     async def _send(
         self,
@@ -6810,12 +7097,10 @@ class ServerEngine:
                 f"{self._url}: collection {collection.name!r} has {found[0]} dimensions, {found[1]}; "
                 f"{wanted} and Cosine are needed"
             )
-        await self._create_indexes(collection, set(info.payload_schema))
-        self._tenants[collection.name] = collection.tenant
-        if (info.config.params.shard_number or 1) > 1:
-            self._spread.add(collection.name)
-        else:
-            self._spread.discard(collection.name)
+        await self._create_indexes(collection, info.payload_schema)
+        is_spread = (info.config.params.shard_number or 1) > 1
+        limits = Limits.of(info.config)
+        self._opened[collection.name] = _OpenCollection(collection.tenant, is_spread, limits)
         return metadata
 
     async def collections(self) -> Mapping[str, Mapping[str, Any]]:
@@ -6826,7 +7111,7 @@ class ServerEngine:
 
     async def drop(self, collection: str) -> None:
         """See Engine.drop."""
-        self._tenants.pop(collection, None)
+        self._opened.pop(collection, None)
         await self._send("drop", lambda: self._client.delete_collection(collection), writes=True)
 
     async def _check_version(self) -> None:
@@ -6862,69 +7147,157 @@ class ServerEngine:
             if error.status != HTTPStatus.CONFLICT:  # another one was faster
                 raise
 
-    async def _create_indexes(self, collection: CollectionSpec, there: set[str]) -> None:
+    async def _create_indexes(self, collection: CollectionSpec, there: Mapping[str, Any]) -> None:
+        """Make the indexes that are missing; one of another kind would fail what relies on it."""
         models, name = self._models.models, collection.name
         schemas = {key: models.PayloadSchemaType(kind) for key, kind in collection.indexes.items()}
         if collection.tenant is not None:
             schemas[collection.tenant] = models.KeywordIndexParams(type="keyword", is_tenant=True)
+        kinds = {**collection.indexes, **({collection.tenant: "keyword"} if collection.tenant else {})}
+        for key, kind in kinds.items():
+            if key in there and there[key].data_type != kind:
+                raise SchemaMismatchError(
+                    f"{self._url}: collection {name!r} has an index of {there[key].data_type} on {key!r}, "
+                    f"{kind} is needed: delete that index, the right one is made then"
+                )
         for key in [key for key in schemas if key not in there]:
             index = {"field_name": key, "field_schema": schemas[key]}
-            await self._send(
-                "index", functools.partial(self._client.create_payload_index, name, **index, wait=True)
-            )
+            make = functools.partial(self._client.create_payload_index, name, **index, wait=True)
+            try:
+                await self._update("index", make, writes=False)
+            except BackendRejectedError as error:
+                if error.status != HTTPStatus.FORBIDDEN:
+                    raise
+                LOGGER.info("collection %s lacks an index of %s, and may not get it: %s", name, key, error)
 
     async def apply(
         self, collection: str, puts: Sequence[Put] = (), deletes: Sequence[str] | Matching = ()
     ) -> None:
         """See Engine.apply; several steps are one request too, in which they come one after another."""
-        key, models, options = self._key_of(collection), self._models.models, self._write_options
-        upserts = [self._upsert(put, key) for put in puts if put.points]
-        selector = None
+        key, models = self._key_of(collection), self._models.models
+        limits = self._limits_of(collection)
+        requests = list(self._requests(puts, key, limits))
         if isinstance(deletes, Matching):
             narrowed = within(deletes.where, key, deletes.tenant)
-            selector = models.FilterSelector(filter=self._models.filter(narrowed))
-        elif deletes:
-            selector = models.PointIdsList(points=list(deletes))
-        if len(upserts) == 1 and selector is None:
-            asked = {name: getattr(upserts[0], name) for name in ("points", "update_filter", "update_mode")}
-            await self._send(
-                "upsert", lambda: self._client.upsert(collection, **asked, **options), writes=True
-            )
-        elif upserts:
-            steps = [models.UpsertOperation(upsert=each) for each in upserts]
-            steps += [] if selector is None else [models.DeleteOperation(delete=selector)]
-            await self._send(
-                "upsert",
-                lambda: self._client.batch_update_points(collection, steps, **options),
-                writes=True,
-            )
-        elif selector is not None:
-            await self._send(
-                "delete", lambda: self._client.delete(collection, selector, **options), writes=True
-            )
+            selectors: list[Any] = [
+                models.FilterSelector(filter=self._models.filter(narrowed, limits.listed))
+            ]
+        else:
+            selectors = [models.PointIdsList(points=list(ids)) for ids in cut(deletes, limits.points)]
+        steps = [models.DeleteOperation(delete=selector) for selector in selectors]
+        if requests and limits.points == NO_LIMIT:
+            requests[-1] += steps
+        else:
+            requests += [[step] for step in steps]
+        for number, steps in enumerate(requests):
+            try:
+                await self._send_steps(collection, steps)
+            except BackendError as error:
+                error.ambiguous = error.ambiguous or number > 0  # some of it has been written
+                raise
 
-    def _upsert(self, put: Put, key: str | None) -> Any:
-        models, points = self._models.models, [with_tenant(point, key) for point in put.points]
+    async def _send_steps(self, collection: str, steps: Sequence[Any]) -> None:
+        """Send the steps of one request; a single one has a request of its own kind."""
+        models, options = self._models.models, self._write_options
+        written = isinstance(steps[0], models.UpsertOperation)
+
+        def send() -> Awaitable[Any]:
+            if len(steps) > 1:
+                return cast("Awaitable[Any]", self._client.batch_update_points(collection, steps, **options))
+            if not written:
+                return cast("Awaitable[Any]", self._client.delete(collection, steps[0].delete, **options))
+            upsert = steps[0].upsert
+            asked = {name: getattr(upsert, name) for name in ("points", "update_filter", "update_mode")}
+            return cast("Awaitable[Any]", self._client.upsert(collection, **asked, **options))
+
+        await self._update("upsert" if written else "delete", send)
+
+    def _requests(self, puts: Sequence[Put], key: str | None, limits: Limits) -> Iterator[list[Any]]:
+        """The steps of puts, request by request: as many as fit into one."""
+        steps, taken = list[Any](), 0
+        for put in puts:
+            for portion, size in portions(put.points, limits.points, self.REQUEST_BYTES):
+                if steps and (taken + size > self.REQUEST_BYTES or limits.points < NO_LIMIT):
+                    yield steps
+                    steps, taken = [], 0
+                written = [with_tenant(point, key) for point in portion]
+                steps.append(self._models.models.UpsertOperation(upsert=self._upsert(put, written)))
+                taken += size
+        if steps:
+            yield steps
+
+    async def _update(
+        self, operation: str, request: Callable[[], Awaitable[Any]], *, writes: bool = True
+    ) -> None:
+        """Send what changes points; only what the server says to be completed has been done."""
+
+        async def update() -> None:
+            answer = await request()
+            results = cast("Any", answer if isinstance(answer, list) else [answer])
+            for result in results:
+                if result.status != self._models.models.UpdateStatus.COMPLETED:
+                    raise self.errors.unfinished(result.status, operation)
+
+        try:
+            await self._send(operation, update, writes=writes)
+        except BackendError as error:
+            self._full_disk = str(error) if FULL_DISK in str(error) else self._full_disk
+            raise
+        self._full_disk = ""
+
+    def signs(self) -> list[str]:
+        """What is known of trouble that no look at the server tells: that its disk was full just now."""
+        return [self._full_disk] if self._full_disk else []
+
+    def _upsert(self, put: Put, points: Sequence[Point]) -> Any:
+        models = self._models.models
         return models.PointsList(
             points=[
                 models.PointStruct(id=point.id, vector=list(point.vector), payload=point.payload)
                 for point in points
             ],
-            update_filter=None if put.over is None else self._models.filter(put.over),
+            update_filter=self._guard(put, points) if put.over or put.newest_by else None,
             update_mode=None if put.mode == "upsert" else models.UpdateMode(f"{put.mode}_only"),
         )
 
+    def _guard(self, put: Put, points: Sequence[Point]) -> Any:
+        """The filter that says which points may be replaced; where that differs, for each by its id."""
+        models, guard = self._models.models, self._models.filter(put.over or Filter())
+        if put.newest_by is None:
+            return guard
+        ids = defaultdict[float, list[str]](list)
+        for point in points:
+            ids[point.payload[put.newest_by]].append(point.id)
+        for number, chosen in ids.items():
+            older = models.FieldCondition(key=put.newest_by, range=models.Range(lte=number))
+            if len(ids) == 1:
+                guard.must.append(older)
+            else:
+                branch = models.Filter(must=[models.HasIdCondition(has_id=chosen), older])
+                guard.should = [*(guard.should or ()), branch]
+        return guard
+
     def _key_of(self, collection: str) -> str | None:
         try:
-            return self._tenants[collection]
+            return self._opened[collection].tenant
         except KeyError:
             raise not_open(self.name, collection) from None
 
     def _narrowed(self, collection: str, where: Filter, tenant: str | None) -> Any:
         """A filter of one tenant's points; those of all may be asked for of what is not open here too."""
-        return self._models.filter(
-            where if tenant is None else within(where, self._key_of(collection), tenant)
-        )
+        within_tenant = where if tenant is None else within(where, self._key_of(collection), tenant)
+        return self._models.filter(within_tenant, self._limits_of(collection).listed)
+
+    def _limits_of(self, collection: str) -> Limits:
+        return self._opened[collection].limits if collection in self._opened else Limits()
+
+    async def _ask_client(self, method: str, collection: str, *arguments: Any, **options: Any) -> Any:
+        """Call a method of the client that reads from a collection."""
+
+        def ask() -> Awaitable[Any]:
+            return cast("Awaitable[Any]", getattr(self._client, method)(collection, *arguments, **options))
+
+        return await self._send(_REPORTED_AS.get(method, method), ask)
 
     async def mark(self, collection: str, key: str, value: str | None) -> None:
         """See Marks.mark."""
@@ -6947,8 +7320,10 @@ class ServerEngine:
     ) -> list[Record]:
         """See Engine.retrieve."""
         asked = {"with_payload": payload, "with_vectors": vector, **self._read_options}
-        found = await self._send("retrieve", lambda: self._client.retrieve(collection, list(ids), **asked))
-        return client_records(found)
+        found = list[Record]()
+        for some in cut(ids, self._limits_of(collection).ids):
+            found += client_records(await self._ask_client("retrieve", collection, list(some), **asked))
+        return found
 
     async def page(
         self,
@@ -6964,7 +7339,19 @@ class ServerEngine:
         """See Engine.page."""
         narrowed = self._narrowed(collection, where, tenant)
         asked = self._models.page(narrowed, limit, cursor, newest_by, payload=payload) | self._read_options
-        return client_page(await self._send("page", lambda: self._client.scroll(collection, **asked)))
+        most = self._limits_of(collection).page
+        if newest_by is None or limit <= most:
+            asked["limit"] = min(limit, most)
+            return client_page(await self._ask_client("scroll", collection, **asked))
+        asked |= {"limit": most, "order_by": None}  # an order has no further pages: all are read, and ordered
+        found = list[Record]()
+        while True:
+            page = client_page(await self._ask_client("scroll", collection, **asked))
+            found += (each for each in page.records if type(each.payload.get(newest_by)) in (int, float))
+            if page.cursor is None:
+                found.sort(key=lambda record: record.payload[newest_by], reverse=True)
+                return Page(found[:limit], None)
+            asked["offset"] = page.cursor
 
     async def search(
         self,
@@ -6977,44 +7364,89 @@ class ServerEngine:
         payload: bool = True,
     ) -> list[Record]:
         """See Engine.search."""
-        narrowed = self._narrowed(collection, where, tenant)
+        narrowed, limits = self._narrowed(collection, where, tenant), self._limits_of(collection)
         asked = self._models.search(vector, narrowed, limit, payload=payload) | self._read_options
-        found = await self._send("search", lambda: self._client.query_points(collection, **asked))
-        return client_records(found.points)
+        models = self._models.models
+        if self._config.exact_search and limits.exact:
+            asked["search_params"] = models.SearchParams(exact=True)
+        found = list[Record]()
+        while len(found) < limit:
+            wanted = min(limit - len(found), limits.page)
+            asked["limit"] = wanted
+            points = (await self._ask_client("query_points", collection, **asked)).points
+            found += client_records(points)
+            if len(points) < wanted:
+                break
+            # Further ones are those without these: an offset would miss some, as equal scores have no order.
+            ids = [point.id for point in points]
+            narrowed.must_not += [
+                models.HasIdCondition(has_id=list(some)) for some in cut(ids, limits.listed)
+            ]
+        return found
 
     async def count(self, collection: str, where: Filter, *, tenant: str | None = None) -> int:
         """See Engine.count."""
         narrowed = self._narrowed(collection, where, tenant)
-        counted = await self._send("count", lambda: self._client.count(collection, narrowed, exact=True))
-        return cast("int", counted.count)
+        if self._limits_of(collection).exact:
+            return cast("int", (await self._ask_client("count", collection, narrowed, exact=True)).count)
+        return (await self._count_pages(collection, narrowed, None)).total()
+
+    async def _count_pages(self, collection: str, narrowed: Any, key: str | None) -> Counter[Any]:
+        """Count by the value of a key, page by page, where strict mode forbids exact counts."""
+        counts, cursor = Counter[Any](), None
+        while True:
+            asked = {"scroll_filter": narrowed, "limit": min(self.PAGE, self._limits_of(collection).page)}
+            asked |= {"offset": cursor, "with_payload": [key] if key else False, **self._read_options}
+            records, cursor = await self._ask_client("scroll", collection, **asked)
+            counts.update(record.payload.get(key) if key else None for record in records)
+            if cursor is None:
+                return counts
 
     async def count_by(
         self, collection: str, key: str, values: Sequence[str], where: Filter
     ) -> Mapping[str, int]:
-        """See Engine.count_by; in one request."""
-        if not values:
-            return {}
-        narrowed = self._models.filter(where._replace(must=(AnyOf(key, values), *where.must)))
-        asked = {"facet_filter": narrowed, "limit": len(values), "exact": True, **self._read_options}
-        found = await self._send("count", lambda: self._client.facet(collection, key, **asked))
-        return {hit.value: hit.count for hit in found.hits if hit.value in values}
+        """See Engine.count_by; in one request, where strict mode allows that."""
+        limits, counts = self._limits_of(collection), dict[str, int]()
+        for some in cut(values, min(limits.listed, limits.page)):
+            narrowed = self._models.filter(where._replace(must=(AnyOf(key, some), *where.must)))
+            if limits.exact:
+                asked = {"facet_filter": narrowed, "limit": len(some), "exact": True, **self._read_options}
+                hits = (await self._ask_client("facet", collection, key, **asked)).hits
+                counts |= {hit.value: hit.count for hit in hits if hit.value in some}
+            else:
+                found = await self._count_pages(collection, narrowed, key)
+                counts |= {value: found[value] for value in some}
+        return counts
 
     async def status(self, collection: str, where: Filter, seconds: float) -> CollectionStatus:
-        """See Engine.status; without retry and breaker."""
+        """See Engine.status; without retry and breaker, but of the next node where one cannot be reached."""
+        deadline, nodes = time.monotonic() + seconds, self.resilience.nodes()
         with report_request(self.reporter, "server", "health"):
-            return await self._status(collection, where, time.monotonic() + seconds)
+            for left, node in zip(range(len(nodes), 0, -1), nodes, strict=True):
+                self.resilience.choose(node)
+                now = time.monotonic()
+                try:
+                    return await self._status(collection, where, now + (deadline - now) / left)
+                except (BackendUnavailableError, BackendTimeoutError):
+                    if left == 1:
+                        raise
+        raise AssertionError("unreachable")  # pragma: no cover - there is a node
 
     async def _status(self, collection: str, where: Filter, deadline: float) -> CollectionStatus:
         place = f"collections/{urlquote(collection, safe='')}"
-        counting = {"filter": self._models.filter(where).model_dump(exclude_none=True), "exact": True}
         try:
             version = self.errors.said((await self._ask("GET", "", deadline))["version"])
             described = await self._ask("GET", place, deadline, absent_ok=True)
             if not described:
                 return CollectionStatus(None, version=version)
+            strict: Any = cast("Any", described)["result"]["config"].get("strict_mode_config") or {}
+            exact = not strict.get("enabled") or strict.get("search_allow_exact") is not False
+            counting = {"filter": self._models.filter(where).model_dump(exclude_none=True), "exact": exact}
             counted = await self._ask("POST", f"{place}/points/count", deadline, json=counting)
+            shards = await self._ask("GET", f"{place}/cluster", deadline, absent_ok=True)
             details, matching = dict(described["result"]), int(counted["result"]["count"])
             details["status"] = self.errors.said(details.get("status"))
+            details["replicas"] = _replicas(shards.get("result") or {})
             return CollectionStatus(int(details.get("points_count", 0)), matching, version, details)
         except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise self.errors.failure(error, "health") from self.errors.cause(error)
@@ -7037,9 +7469,15 @@ class ServerEngine:
             raise TypeError("it is not a JSON object")
         return cast("dict[str, Any]", found)
 
+    async def once(self, work: Callable[[], Awaitable[object]]) -> None:
+        """See SharedEngine.once."""
+        await self._once.do(work)
+
     def is_spread(self, collection: str) -> bool:
         """See SharedEngine.is_spread; with a read consistency several replicas are asked."""
-        return collection in self._spread or self._config.read_consistency is not None
+        opened = self._opened[collection]
+        is_parted = opened.is_spread or opened.limits.page < NO_LIMIT
+        return is_parted or self._config.read_consistency is not None
 
     async def resolve(self, collection: str) -> str:
         """See NativeSnapshots.resolve."""
@@ -7079,7 +7517,9 @@ class ServerEngine:
                     file = files.enter_context(upload.open("rb"))
                     options["files"] = {"snapshot": ("snapshot", file, "application/octet-stream")}
                     self._limits.extend(allowed + os.fstat(file.fileno()).st_size / LeastSpeed.BYTES)
-                answer = await self._raw.request(method, path, timeout=self._timeout(allowed), **options)
+                answer = await self._raw.request(
+                    method, path, timeout=self._clients.timeout(allowed), **options
+                )
             self._check_answer(operation, answer, answer.content)
             return answer.json()
 
@@ -7134,12 +7574,7 @@ class ServerEngine:
         """See Engine.close."""
         self.resilience.close()
         with backend_errors(self, "close"):
-            clients = self._clients_of.get(None if self._blocking else _event_loop())
-            if clients is not None and clients.ending is not None:
-                await clients.ending.aclose()
-            elif clients is not None:
-                await clients.qdrant.close()
-                await clients.plain.close()
+            await self._clients.close()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -8261,15 +8696,23 @@ class Operations:
                 progress(writer.add(page.states, page.unsettled), None)
             return await self.waits.call(writer.finish)
 
-    async def restore_snapshot(self, path: Any, mode: str, progress: Progress | None) -> SnapshotReport:
+    async def restore_snapshot(
+        self, path: Any, mode: str, progress: Progress | None, *, unchecked: bool
+    ) -> SnapshotReport:
         """See StateStore.restore_snapshot."""
         self.check_open()
+        check_flag("unchecked", unchecked)
         progress = check_progress(progress)
         saved = SnapshotFile(path)
         saved.check_mode(mode, native=self.backend.native_snapshots)
         await self.open()
         if saved.kind == "native":
             await self.waits.call(saved.verify)
+            if saved.unchecked and not unchecked:
+                raise SnapshotError(
+                    f"{saved.path}: {saved.unchecked}, and a damaged one may end the server; unchecked=True "
+                    "(or --unchecked) restores it all the same"
+                )
             backend = cast("NativeBackend", self.backend)
             await self.place.drive(backend.restore_native(saved.path, saved.sha256))
         elif mode == "replace":
@@ -8406,12 +8849,6 @@ class PagedIterator(Generic[T, U]):
 # ------------------------------------------------------------------------------------------------------------
 
 
-_INDEXES: Mapping[str, IndexKind] = {
-    "kind": "keyword",
-    "updated_at_unix_ms": "integer",
-    "source": "keyword",
-}
-
 LATEST = Equal("kind", "latest")
 HISTORY = Equal("kind", "history")
 LAST_BITS = 1e-12  # by so much an engine may change a float
@@ -8495,7 +8932,7 @@ def _where(search: SearchRequest) -> Filter:
     return Filter(tuple(must), excluded)
 
 
-def _recorded_schema(config: QdrantStoreConfig, found: Mapping[str, Any]) -> Schema:
+def recorded_schema(config: QdrantStoreConfig, found: Mapping[str, Any]) -> Schema:
     """The schema of a collection, if it is ours and what the configuration asks for."""
     place = f"{config.path or config.url}: collection {config.collection_name!r}"
     version, axes, vector_size = (found.get(key) for key in ("format_version", "axes", "vector_size"))
@@ -8554,6 +8991,11 @@ class PointsBackend(ABC):
     most_ranked = _MOST_MATCHES  # of how many the engine is asked for the order at once
     is_open = False
     native_snapshots = False
+    indexes: Mapping[str, IndexKind] = {
+        "kind": "keyword",
+        "updated_at_unix_ms": "integer",
+        "source": "keyword",
+    }
 
     def __init__(self, engine: Engine, config: QdrantStoreConfig, collection: str | None = None) -> None:
         self.engine = engine
@@ -8618,9 +9060,9 @@ class PointsBackend(ABC):
             "axes": list(fresh.axes),
             "vector_size": fresh.vector_size,
         }
-        accept = functools.partial(_recorded_schema, self.config)
+        accept = functools.partial(recorded_schema, self.config)
         collection = CollectionSpec(
-            self._collection, fresh.vector_size, _INDEXES, wanted, accept, tenant="user_id"
+            self._collection, fresh.vector_size, self.indexes, wanted, accept, tenant="user_id"
         )
         return accept(await self.engine.open(collection))
 
@@ -8793,6 +9235,10 @@ class PointsBackend(ABC):
     async def prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
         """See Backend.prune_page."""
         latest, cursor = await self._latest_times_page(cursor)
+        return await self._prune(latest), cursor
+
+    async def _prune(self, latest: Mapping[str, int]) -> int:
+        """Remove what the histories of some users hide."""
         hidden, removed = dict[str, list[int]](), 0
         for user_id in await self._overfull(latest):
             held, times = await self._times_of(user_id), await self._timeline(user_id, latest[user_id])
@@ -8802,7 +9248,7 @@ class PointsBackend(ABC):
                 hidden[user_id] = old
         if hidden:
             await self._remove(hidden)
-        return removed, cursor
+        return removed
 
     async def _overfull(self, latest: Mapping[str, int]) -> set[str]:
         """The users whose history holds entries that it does not show."""
@@ -8844,8 +9290,16 @@ class PointsBackend(ABC):
         if not (latest and self._retention.maximum):
             return StatesPage(self._states(latest, ()))
         where = Filter((AnyOf("user_id", list(latest)), HISTORY))
-        histories = await self.engine.page(self._collection, where, limit=WHOLE_HISTORY)
-        return StatesPage(self._states(latest, histories.records))
+        return StatesPage(self._states(latest, await self._whole(where)))
+
+    async def _whole(self, where: Filter) -> list[Record]:
+        """All that matches, in one page where the engine allows that."""
+        found, cursor = list[Record](), None
+        while True:
+            page = await self.engine.page(self._collection, where, limit=WHOLE_HISTORY, cursor=cursor)
+            found += page.records
+            if (cursor := page.cursor) is None:
+                return found
 
     def _states(self, latest: Mapping[str, Record], histories: Iterable[Record]) -> list[StateSnapshot]:
         """What history shows of users, and the latest."""
@@ -9364,6 +9818,18 @@ def _is_marked(collection: Mapping[str, Any]) -> bool:
         return False
 
 
+# What a server rejects where a collection is not, or is not limited, as when it was opened.
+_OTHER_COLLECTION = re.compile(r"dimension|vector|index|limit", re.IGNORECASE)
+
+
+class _Pruning(NamedTuple):
+    """Where a pruning stands."""
+
+    following: Cursor  # where the next page of users begins, or of all entries
+    entries: int  # of the users so far
+    astray: bool  # whether entries are looked for whose users are gone
+
+
 class SharedBackend(PointsBackend):
     """A collection on a server, which other processes write to as well; opened by the first operation.
 
@@ -9374,12 +9840,17 @@ class SharedBackend(PointsBackend):
     """
 
     native_snapshots = True
+    # Strict mode filters by nothing that has no index.
+    indexes: Mapping[str, IndexKind] = {**PointsBackend.indexes, "confidence": "float", "restored": "keyword"}
     batch_size = 500  # a request holds more than a step in the process
+    LOOK_AGAIN_S = 30.0
     READINGS = 3  # again, of users who move while they are read
 
     def __init__(self, engine: SharedEngine, config: QdrantStoreConfig) -> None:
         super().__init__(engine, config)
         self._server = engine
+        self._known: Schema | None = None  # what it was opened with, as long as it is the same collection
+        self._look_again_at = math.inf
         self._since_trim: dict[str, int] = {}
         self._latest: dict[str, tuple[float, StateSnapshot]] = {}
 
@@ -9392,16 +9863,43 @@ class SharedBackend(PointsBackend):
         except CollectionNotFoundError as error:
             if error.collection != self._collection:
                 raise
+        except BackendRejectedError as error:
+            if _OTHER_COLLECTION.search(str(error)):
+                self.is_open = False
+                with contextlib.suppress(BackendError):  # the first one says more
+                    await self.open()
+            raise
         if self.schema is schema:  # else another thread or task has opened it again already
             self.is_open = False
         await self.open()
         return await operation(self)
 
     async def open(self) -> None:
-        """Connect and open the collection, unless that has been done."""
+        """Connect and open the collection, unless that has been done: one does, the others wait.
+
+        Every so often it is looked at again, as others may have made it anew, with other axes.
+        """
+        if self.is_open and time.monotonic() > self._look_again_at:
+            self.is_open = False
+        while not self.is_open:
+            await self._server.once(self._open)
+
+    async def _open(self) -> None:
         if not self.is_open:
-            self.schema = await self._open_schema()
+            found = await self._open_schema()
+            self._check_same(found)
+            self.schema = self._known = found
+            self._look_again_at = time.monotonic() + self.LOOK_AGAIN_S
             self.is_open = True
+
+    def _check_same(self, found: Schema) -> None:
+        """Raise SchemaMismatchError where a collection is not that which was opened."""
+        known = self._known
+        if known is not None and (found.axes, found.vector_size) != (known.axes, known.vector_size):
+            raise SchemaMismatchError(
+                f"{self.config.url}: collection {self._collection!r} was made anew by others, with axes "
+                f"{', '.join(found.axes)}: open the store again"
+            )
 
     # Reads
 
@@ -9473,7 +9971,7 @@ class SharedBackend(PointsBackend):
             return points
         asked = AnyOf("user_id", user_ids)
         where = Filter((asked,) if self._retention.maximum else (asked, LATEST))
-        for record in (await self.engine.page(self._collection, where, limit=WHOLE_HISTORY)).records:
+        for record in await self._whole(where):
             points.get(payload_field(record, "user_id", str), {})[record.id] = record
         return points
 
@@ -9483,9 +9981,24 @@ class SharedBackend(PointsBackend):
         if status.points is None:
             message = f"collection {self._collection!r} will be made by the first operation"
             return Health("healthy", self.engine.name, 0.0, 0, 0, message=message, version=status.version)
-        collection = status.details
+        collection: Any = status.details
+        config: Any = collection.get("config") or {}
+        self._check_same(recorded_schema(self.config, config.get("metadata") or {}))
         color = str(collection.get("status"))
         signs = [f"the collection is {color}"] if color != "green" else []
+        optimizer = collection.get("optimizer_status", "ok")
+        if optimizer != "ok":
+            signs.append(f"the server cannot optimise: {optimizer}")
+        replicas: list[tuple[int, int, str]] = collection.get("replicas", [])
+        away = [
+            f"shard {shard} on peer {peer} is {state}" for shard, peer, state in replicas if state != "Active"
+        ]
+        if away:
+            signs.append(f"{len(away)} of {plural(len(replicas), 'replica')} not active: {', '.join(away)}")
+        served = {shard for shard, _, state in replicas if state == "Active"}
+        if lost := sorted({shard for shard, _, _ in replicas} - served):
+            color = "red"
+            signs.append(f"no replica is active of shard {', '.join(map(str, lost))}")
         if _is_marked(collection):
             signs.append("a restore of a snapshot is going on or was interrupted: restore it again")
         return Health(
@@ -9496,7 +10009,7 @@ class SharedBackend(PointsBackend):
             status.points,
             message="; ".join(signs),
             version=status.version,
-            collection_status=color,
+            collection_status=str(collection.get("status")),
             indexed_vectors=count
             if isinstance(count := collection.get("indexed_vectors_count"), int)
             else None,
@@ -9505,34 +10018,24 @@ class SharedBackend(PointsBackend):
     # Writes
 
     async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
-        """See Backend.write."""
+        """See Backend.write.
+
+        The latest point unless there is a newer one, and the entries of history, whose ids hold their times.
+        """
         newest: dict[str, StateSnapshot] = {}
         for snapshot in snapshots:
             known = newest.get(snapshot.user_id)
             if known is None or snapshot.updated_at_unix_ms >= known.updated_at_unix_ms:
                 newest[snapshot.user_id] = snapshot
         entries = {(entry.user_id, entry.updated_at_unix_ms): entry for entry in snapshots}
-        history = [self._point(entry, time_ms) for (_, time_ms), entry in entries.items()]
-        await self.engine.apply(self._collection, self._puts(newest.values(), history))
+        points = [self._latest_point(snapshot) for snapshot in newest.values()]
+        if self._retention.maximum:
+            points += [self._point(entry, time_ms) for (_, time_ms), entry in entries.items()]
+        await self.engine.apply(self._collection, [Put(points, newest_by="updated_at_unix_ms")])
         entries_of = Counter(user_id for user_id, _ in entries)
         for user_id in newest:
             self._latest.pop(user_id, None)
             await self._trim_in_turn(user_id, entries_of[user_id])
-
-    def _puts(self, newest: Iterable[StateSnapshot], history: list[Point]) -> list[Put]:
-        """Each latest point unless there is a newer one, and the history."""
-        puts = [
-            Put(
-                [self._latest_point(entry)],
-                over=Filter((Range("updated_at_unix_ms", lte=entry.updated_at_unix_ms),)),
-            )
-            for entry in newest
-        ]
-        if self._retention.maximum == 0:
-            return puts
-        if len(puts) == len(history) == 1:
-            return [puts[0]._replace(points=[*puts[0].points, *history])]  # one condition serves both
-        return [Put(history), *puts]
 
     def _latest_point(self, snapshot: StateSnapshot, **extra: Any) -> Point:
         return self._point(snapshot, "latest", revision=secrets.token_hex(8), **extra)
@@ -9632,6 +10135,36 @@ class SharedBackend(PointsBackend):
         ids = [make_point_id(user_id, time_ms) for user_id, old in times.items() for time_ms in old]
         await self.engine.apply(self._collection, deletes=ids)
 
+    async def prune_page(self, cursor: _Pruning | None) -> tuple[int, Cursor]:
+        """See Backend.prune_page; what is left of users who are gone comes at the end.
+
+        A writer that knew nothing of a deletion, and died, has left that. Where there is none, the entries of
+        those who are there are as many as there are at all.
+        """
+        following, entries, astray = cursor or _Pruning(None, 0, astray=False)
+        if astray:
+            return await self._prune_astray(following)
+        latest, following = await self._latest_times_page(following)
+        removed = await self._prune(latest)
+        entries += sum((await self._count_by_user(list(latest))).values())
+        if following is not None:
+            return removed, _Pruning(following, entries, astray=False)
+        if await self.engine.count(self._collection, Filter((HISTORY,))) <= entries:
+            return removed, None
+        return removed, _Pruning(None, 0, astray=True)
+
+    async def _prune_astray(self, following: Cursor) -> tuple[int, Cursor]:
+        """Remove the entries on a page of history whose users have no latest point."""
+        page = await self.engine.page(
+            self._collection, Filter((HISTORY,)), limit=self.batch_size, cursor=following
+        )
+        owners = {str(record.id): payload_field(record, "user_id", str) for record in page.records}
+        there = await self.find(list(dict.fromkeys(owners.values())))
+        astray = [point_id for point_id, user_id in owners.items() if user_id not in there]
+        if astray:
+            await self.engine.apply(self._collection, deletes=astray)
+        return len(astray), None if page.cursor is None else _Pruning(page.cursor, 0, astray=True)
+
     async def create_native(self, order: SnapshotRequest, target: str) -> SnapshotReport | None:
         """Take a snapshot of the server's own making; None where a portable one will do and is needed.
 
@@ -9646,8 +10179,13 @@ class SharedBackend(PointsBackend):
                     f"{target}: no node has all of the collection, and a native snapshot holds what one has; "
                     'take a "portable" one'
                 )
-            points = await self.engine.count(collection, Filter())
-            offered = await self._server.create_snapshot(collection)
+            points = await self.engine.count(self._collection, Filter())
+            try:
+                offered = await self._server.create_snapshot(collection)
+            except BackendRejectedError as error:
+                if order.any_kind and error.status == HTTPStatus.FORBIDDEN:
+                    return None  # whoever may only read may take a portable one
+                raise
             try:
                 await self._server.download_snapshot(collection, offered.name, taking)
                 origin = SnapshotOrigin(target, self.engine.name, collection)
@@ -9667,15 +10205,18 @@ class SharedBackend(PointsBackend):
 
     async def restore_native(self, path: Path, sha256: str) -> None:
         """Let the server replace the collection by what a snapshot of its own holds."""
-        self.is_open = False
+        self.is_open, self._known = False, None
         self.forget_everything()
         await self._server.upload_snapshot(await self._server.resolve(self._collection), path, sha256)
         await self.open()
+        if await self._server.mark_of(self._collection, "restoring") is not None:
+            await self._server.mark(self._collection, "restoring", None)  # of one before, that was cut off
 
     async def stage(self, token: str) -> PointsBackend:
         """See PointsBackend.stage; the collection is changed in place, and marked until the end."""
+        marked = await self._server.mark_of(self._collection, "restoring")
         await self._server.mark(self._collection, "restoring", token)
-        return RestoringBackend(self, token)
+        return RestoringBackend(self, token, has_begun=marked is not None)
 
     async def adopt(self, staged: PointsBackend) -> None:
         """Remove what was not written by the restoring, then the mark, which stays where something lacks."""
@@ -9700,9 +10241,11 @@ class SharedBackend(PointsBackend):
             f"collection {self._collection!r}: {message}; let nobody write, and restore again"
         )
 
-    async def discard(self, staged: PointsBackend) -> None:  # noqa: ARG002 - the mark stays: it is not complete
-        """See PointsBackend.discard."""
+    async def discard(self, staged: PointsBackend) -> None:
+        """See PointsBackend.discard; the mark stays where the collection is not what it was."""
         self.forget_everything()
+        if not cast("RestoringBackend", staged).has_begun:
+            await self._server.mark(self._collection, "restoring", None)
 
     async def add_axes(self, names: Sequence[str]) -> None:  # noqa: ARG002
         """See Backend.add_axes: never."""
@@ -9723,11 +10266,12 @@ class RestoringBackend(SharedBackend):
     when it is done again, and the others can be told from them.
     """
 
-    def __init__(self, backend: SharedBackend, token: str) -> None:
+    def __init__(self, backend: SharedBackend, token: str, *, has_begun: bool) -> None:
         super().__init__(backend._server, backend.config)
         self.schema, self.is_open = backend.schema, True
         self.token = token
         self.users_written = 0  # written so far
+        self.has_begun = has_begun  # to change the collection
         self._last = ""  # who may go on in the next batch
 
     async def begin(self, operation: Callable[[PointsBackend], Coroutine[Any, Any, T]]) -> T:
@@ -9736,6 +10280,7 @@ class RestoringBackend(SharedBackend):
 
     async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
         """Put the snapshots, each user's together and in order: the last is the latest."""
+        self.has_begun = True
         last = {snapshot.user_id: snapshot for snapshot in snapshots}
         points = [self._latest_point(snapshot, restored=self.token) for snapshot in last.values()]
         if self._retention.maximum:
@@ -10025,9 +10570,10 @@ class ServerPlace:
 
     def signs(self, latency_ms: float) -> list[str]:
         """See Place.signs."""
-        state = self.connection.engine.resilience.breaker.state
+        state = self.connection.engine.resilience.state
         slow = [f"it took {latency_ms:.0f} ms to answer"] if latency_ms > self.SLOW_MS else []
-        return [*([f"the circuit breaker is {state}"] if state != "closed" else []), *slow]
+        trouble = self.connection.engine.signs()
+        return [*trouble, *([f"the circuit breaker is {state}"] if state != "closed" else []), *slow]
 
 
 def blocking_twin(place: DirectoryPlace) -> DirectoryPlace:
@@ -11741,6 +12287,7 @@ class StateStore(StoreBase):
         path: str | os.PathLike[str],
         *,
         mode: RestoreMode = "replace",
+        unchecked: bool = False,
         progress: Progress | None = None,
     ) -> SnapshotReport:
         """Bring back what a snapshot file holds.
@@ -11751,9 +12298,10 @@ class StateStore(StoreBase):
         adds only users who are absent. Either of these that was interrupted is completed by "merge".
         ``progress(done, total)`` is called with the number of states written; before that with the number
         verified, where the file is read twice. Raises SnapshotError for a file that is damaged or of other
-        axes, and changes nothing then.
+        axes, and changes nothing then; also for a native one without the .sha256 beside it, whose contents
+        nobody can check, unless ``unchecked``.
         """
-        return run(self._operations.restore_snapshot(path, mode, progress))
+        return run(self._operations.restore_snapshot(path, mode, progress, unchecked=unchecked))
 
     def health(self) -> Health:
         """How the store is, and how much it holds; never raises: what is wrong is in the ``message``."""
@@ -11975,10 +12523,11 @@ class AsyncStateStore(StoreBase):
         path: str | os.PathLike[str],
         *,
         mode: RestoreMode = "replace",
+        unchecked: bool = False,
         progress: Progress | None = None,
     ) -> SnapshotReport:
         """See StateStore.restore_snapshot; cancelled, a replacement changes nothing, but on a server."""
-        return await self._operations.restore_snapshot(path, mode, progress)
+        return await self._operations.restore_snapshot(path, mode, progress, unchecked=unchecked)
 
     async def health(self) -> Health:
         """See StateStore.health."""
@@ -12264,7 +12813,8 @@ def verify_snapshot(path: str | os.PathLike[str], *, progress: Progress | None =
     """Check a snapshot file, without a store.
 
     A portable one is read through: its digests, counts and every state. Of a native one, which only a server
-    can read, the SHA-256 that was kept beside it, and its frame. ``progress(done, None)`` is called with the
+    can read, the SHA-256 that was kept beside it, and its frame; where none is, the ``message`` of the report
+    says so. ``progress(done, None)`` is called with the
     number of states read. Raises SnapshotError, which says what is wrong.
     """
     progress = check_progress(progress)
@@ -12303,16 +12853,19 @@ def restore(
     target: StateStore | str | os.PathLike[str],
     *,
     mode: RestoreMode = "replace",
+    unchecked: bool = False,
     progress: Progress | None = None,
     options: QdrantOptions | None = None,
 ) -> SnapshotReport:
     """Bring back what a snapshot file holds into a store, which is made where there is none.
 
     ``target`` is a store, or a path or url, opened with the ``options`` of open_store; a new store gets
-    the axes of the file, which is verified before. ``mode`` and ``progress`` are as in
+    the axes of the file, which is verified before. ``mode``, ``unchecked`` and ``progress`` are as in
     restore_snapshot. Raises SnapshotError, ValidationError.
     """
-    return run(_restore(SYNCHRONOUS, path, target, options, mode=mode, progress=progress))
+    return run(
+        _restore(SYNCHRONOUS, path, target, options, mode=mode, unchecked=unchecked, progress=progress)
+    )
 
 
 async def arestore(
@@ -12320,11 +12873,14 @@ async def arestore(
     target: AsyncStateStore | str | os.PathLike[str],
     *,
     mode: RestoreMode = "replace",
+    unchecked: bool = False,
     progress: Progress | None = None,
     options: QdrantOptions | None = None,
 ) -> SnapshotReport:
     """As restore, into an asynchronous store."""
-    return await _restore(ASYNCHRONOUS, path, target, options, mode=mode, progress=progress)
+    return await _restore(
+        ASYNCHRONOUS, path, target, options, mode=mode, unchecked=unchecked, progress=progress
+    )
 
 
 async def _restore(
@@ -12334,6 +12890,7 @@ async def _restore(
     given: Mapping[str, Any] | None,
     *,
     mode: RestoreMode,
+    unchecked: bool,
     progress: Progress | None,
 ) -> SnapshotReport:
     waits, options = form.make_waits(), dict(given or {})
@@ -12352,7 +12909,8 @@ async def _restore(
                     f"{saved.path}: the configured axes (ATTUNED_STORE_AXES) lack {', '.join(unknown[:10])}"
                 )
     try:
-        return await (await ends.open(target, **options)).restore_snapshot(path, mode, progress)
+        store = await ends.open(target, **options)
+        return await store.restore_snapshot(path, mode, progress, unchecked=unchecked)
     finally:
         await ends.close()
 

@@ -16,7 +16,7 @@ vectors and scores are 32 bit floats. Error texts follow the server's source.
 
 What is not: no persistence, one node, one shard whatever shard_number says (so a request is always atomic),
 exact search, every write is visible at once (wait=false only changes the answer), consistency and ordering
-are checked and ignored; no strict mode, JWT, full or shard snapshots, inference, gRPC, TLS or Range. Fields
+are checked and ignored; no JWT, full or shard snapshots, inference, gRPC, TLS or Range. Fields
 unknown to qdrant-client are refused, where a server ignores many. A snapshot file is a tar, but of JSON: no
 real server reads it.
 
@@ -39,6 +39,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import random
 import re
 import socket
@@ -156,9 +157,9 @@ class Response:
 class ApiError(Exception):
     """Answered as the server's {"status": {"error": ...}}."""
 
-    def __init__(self, status: int, text: str) -> None:
+    def __init__(self, status: int, text: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(text)
-        self.status, self.text = status, text
+        self.status, self.text, self.headers = status, text, headers or {}
 
 
 def json_response(result: Any, started: float, status: int = 200) -> Response:
@@ -378,6 +379,19 @@ def tear(act: Callable[[], object]) -> Action:
     return action
 
 
+def postpone(status: str = "wait_timeout", *, apply: bool = False) -> Action:
+    """Answer a write that it has been taken in, no more, as a server does whose queue is long."""
+
+    async def act(exchange: Exchange) -> Response:
+        if apply:
+            await exchange.proceed()
+        done = {"operation_id": 0, "status": status}
+        batch = exchange.request.route.endswith("/batch")
+        return json_response([done for _ in exchange.request.json["operations"]] if batch else done, 0.0)
+
+    return act
+
+
 def go_down(*, apply: bool = False) -> Action:
     """Stop listening and end every connection, this one too, until server.up()."""
 
@@ -537,6 +551,7 @@ class _Collection(LocalCollection):
         self.payload = _Payloads()
         self.indexes: dict[str, models.PayloadFieldSchema] = {}
         self.operations = itertools.count()
+        self.strict = _StrictMode(self)
         self._order: list[tuple[tuple[str, int], int]] = []  # all ids as the server orders them, positions
 
     # Indexes
@@ -693,6 +708,90 @@ class _Collection(LocalCollection):
                 self.vectors[""][self.ids[normalize_point_id(point.id)]] = point.vector
 
 
+class _StrictMode:
+    """What the strict mode of a collection refuses, in the server's words; nothing where it is off."""
+
+    def __init__(self, collection: _Collection) -> None:
+        self.collection = collection
+        self._tokens: dict[str, tuple[float, float]] = {}  # left, and when that was
+
+    @property
+    def config(self) -> models.StrictModeConfig:
+        config = self.collection.config.strict_mode_config
+        return config if config is not None and config.enabled else models.StrictModeConfig()
+
+    def check_read(
+        self, where: models.Filter | None, *, limit: int | None = None, exact: bool = False
+    ) -> None:
+        config = self.config
+        self._check_limit("limit", limit, config.max_query_limit)
+        self._check_filter(where, allowed=config.unindexed_filtering_retrieve)
+        if exact and config.search_allow_exact is False:
+            raise ApiError(400, "Bad request: Exact search disabled!. Help: Set exact=false.")
+        self.consume("read", 1 + len(list(_conditions(where))))
+
+    def check_write(self, operation: Any) -> None:
+        config, cost = self.config, 1
+        if isinstance(operation, models.UpsertOperation) and isinstance(operation.upsert, models.PointsList):
+            cost = len(operation.upsert.points)
+            self._check_limit("upsert limit", cost, config.upsert_max_batchsize)
+        elif isinstance(operation, models.DeleteOperation):
+            if isinstance(operation.delete, models.FilterSelector):
+                self._check_filter(operation.delete.filter, allowed=config.unindexed_filtering_update)
+                cost = max(1, self.collection.count(operation.delete.filter).count)
+            else:
+                cost = len(operation.delete.points)
+        self.consume("write", cost)
+
+    def _check_limit(self, name: str, value: int | None, limit: int | None) -> None:
+        if value is not None and limit is not None and value > limit:
+            help_ = f'Reduce the "{name}" parameter to or below {limit}.'
+            raise ApiError(400, f'Bad request: Limit exceeded {value} > {limit} for "{name}". Help: {help_}')
+
+    def _check_filter(self, where: models.Filter | None, *, allowed: bool | None) -> None:
+        for condition in _conditions(where):
+            key = getattr(condition, "key", None) or getattr(
+                getattr(condition, "is_empty", None), "key", None
+            )
+            if allowed is False and key is not None and key not in self.collection.indexes:
+                text = f'Index required but not found for "{key}" of one of the following types: [keyword]'
+                help_ = "Create an index for this key or use a different filter."
+                raise ApiError(400, f"Bad request: {text}. Help: {help_}")
+            match = getattr(condition, "match", None)
+            size = len(getattr(match, "any", None) or getattr(condition, "has_id", None) or ())
+            if self.config.condition_max_size is not None and size > self.config.condition_max_size:
+                text = f"Condition size limit reached ({size} > {self.config.condition_max_size})"
+                raise ApiError(400, f"Bad request: {text}. Help: Reduce the size of your condition.")
+
+    def consume(self, kind: str, cost: int) -> None:
+        """A bucket of as many tokens as may be used in a minute."""
+        capacity = getattr(self.config, f"{kind}_rate_limit")
+        if capacity is None:
+            return
+        text = f"Rate limiting exceeded: {kind.capitalize()} rate limit exceeded"
+        if cost > capacity:
+            split = "request larger than rate limiter capacity, please try to split your request"
+            raise ApiError(429, f"{text}, {split}")
+        now = time.monotonic()
+        left, then = self._tokens.get(kind, (capacity, now))
+        left = min(capacity, left + (now - then) * capacity / 60)
+        if left < cost:
+            self._tokens[kind] = left, now
+            raise ApiError(429, text, {"Retry-After": str(math.ceil((cost - left) * 60 / capacity))})
+        self._tokens[kind] = left - cost, now
+
+
+def _conditions(where: models.Filter | None) -> Iterator[Any]:
+    """The conditions of a filter, those of filters within it included."""
+    for field in ("must", "must_not", "should"):
+        found = (where and getattr(where, field)) or ()
+        for condition in found if isinstance(found, list) else [found]:
+            if isinstance(condition, models.Filter):
+                yield from _conditions(condition)
+            elif condition != ():
+                yield condition
+
+
 def set_fields(model: BaseModel) -> set[str]:
     return {name for name in model.model_fields_set if getattr(model, name) is not None}
 
@@ -835,7 +934,8 @@ class Api:
             result = handler(self, request)
             return result if isinstance(result, Response) else json_response(result, started)
         except ApiError as error:
-            return error_response(error.status, error.text, started)
+            response = error_response(error.status, error.text, started)
+            return dataclasses.replace(response, headers=error.headers)
         except ValueError as error:
             return error_response(*_engine_error(str(error)), started)
 
@@ -876,6 +976,9 @@ class Api:
         if name in self.local.collections:
             raise ApiError(409, f"Wrong input: Collection `{name}` already exists!")
         self.local.create_collection(name, config.vectors, config.sparse_vectors, metadata=config.metadata)
+        if config.strict_mode_config is None and self.server.strict_mode is not None:
+            strict = models.StrictModeConfig.model_validate({"enabled": True, **self.server.strict_mode})
+            config = config.model_copy(update={"strict_mode_config": strict})
         collection = _Collection(config)
         self.local.collections[name] = collection
         return collection
@@ -887,6 +990,8 @@ class Api:
         info["indexed_vectors_count"] = self._indexed(info["points_count"])
         info["payload_schema"] = {key: self._schema(collection, key) for key in collection.indexes}
         info["config"]["params"] = DEFAULT_PARAMS | info["config"]["params"]
+        if collection.config.strict_mode_config is not None:
+            info["config"]["strict_mode_config"] = to_plain(collection.config.strict_mode_config)
         for part in ("hnsw_config", "wal_config"):
             info["config"][part] |= to_plain(getattr(collection.config, part)) or {}
         info["config"]["optimizer_config"] |= to_plain(collection.config.optimizers_config) or {}
@@ -925,7 +1030,7 @@ class Api:
         for field, value in (to_plain(change.params) or {}).items():
             if field in models.CreateCollection.model_fields:
                 setattr(collection.config, field, value)
-        for part in ("hnsw_config", "optimizers_config"):
+        for part in ("hnsw_config", "optimizers_config", "strict_mode_config"):
             if (value := getattr(change, part)) is not None:
                 old = getattr(collection.config, part)
                 setattr(
@@ -980,11 +1085,13 @@ class Api:
     def retrieve(self, request: Request) -> Any:
         collection, asked = self.collection(request), parse(request, models.PointRequest)
         payload = True if asked.with_payload is None else asked.with_payload
+        collection.strict.consume("read", len(asked.ids))
         return [record(found) for found in collection.retrieve(asked.ids, payload, asked.with_vector)]
 
     def scroll(self, request: Request) -> Any:
         collection, asked = self.collection(request), parse(request, models.ScrollRequest)
         at_least("limit", asked.limit, 1)
+        collection.strict.check_read(asked.filter, limit=asked.limit)
         order = models.OrderBy(key=asked.order_by) if isinstance(asked.order_by, str) else asked.order_by
         if order is not None:
             _check_order(collection, order, asked.offset)
@@ -1005,6 +1112,8 @@ class Api:
 
     def _query(self, request: Request, asked: models.QueryRequest) -> Any:
         at_least("internal.limit", asked.limit, 1)
+        exact = asked.params is not None and asked.params.exact is True
+        self.collection(request).strict.check_read(asked.filter, limit=asked.limit, exact=exact)
         answer = self.local.query_points(
             request.params["collection"],
             query=asked.query,  # type: ignore[arg-type]
@@ -1022,11 +1131,14 @@ class Api:
         return {"points": [record(point) for point in answer.points]}
 
     def count(self, request: Request) -> Any:
-        return self.collection(request).count(parse(request, models.CountRequest).filter)
+        collection, asked = self.collection(request), parse(request, models.CountRequest)
+        collection.strict.check_read(asked.filter, exact=asked.exact is not False)
+        return collection.count(asked.filter)
 
     def facet(self, request: Request) -> Any:
         collection, asked = self.collection(request), parse(request, models.FacetRequest)
         at_least("limit", asked.limit, 1)
+        collection.strict.check_read(asked.filter, limit=asked.limit, exact=asked.exact is True)
         if not collection.has_index(asked.key, "keyword", "integer", "uuid", "bool"):
             text = f'Index required but not found for "{asked.key}" of one of the types [keyword, ...].'
             help_ = "Help: Create an index for this key or use a different filter."
@@ -1074,6 +1186,8 @@ class Api:
 
     def _update(self, request: Request, operations: list[Any]) -> Any:
         collection = self.collection(request)
+        for operation in operations:
+            collection.strict.check_write(operation)
         try:
             collection.batch_update_points(operations)
         except KeyError as error:
@@ -1377,6 +1491,7 @@ class QdrantServer:
         self.snapshot_name: str | None = None  # for the next ones, instead of the server's own; any text
         self.snapshot_padding = 0  # bytes to add to the next ones
         self.snapshot_checksum: str | None = None  # to report for the next ones, instead of the true one
+        self.strict_mode: dict[str, Any] | None = None  # of collections that are made from now on
         self.compress = False  # gzip for clients that accept it, chunked, as a real server always does
         self.random = random.Random(seed)
         self.rules: list[Rule] = []

@@ -391,7 +391,7 @@ RESTORING: dict[str, Callable[[Any], Any]] = {
     "skip": lambda store: store.restore_snapshot(GIVEN, mode="skip"),
     "copy to": lambda store: twin("copy", store)(memory_like(store, HELD), store, replace=True),
 }
-RESTORING_NATIVE = {"replace by a native one": lambda store: store.restore_snapshot(NATIVE)}
+RESTORING_NATIVE = {"replace by a native one": lambda store: store.restore_snapshot(NATIVE, unchecked=True)}
 COMPLETED_BY = {"skip": "merge"}  # once it was interrupted; any other by itself
 
 

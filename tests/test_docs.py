@@ -54,6 +54,7 @@ VALUES: dict[str, tuple[str, object]] = {
     "write_consistency_factor": ("2", 2),
     "read_consistency": ("quorum", "quorum"),
     "write_ordering": ("strong", "strong"),
+    "exact_search": ("no", False),
 }
 
 

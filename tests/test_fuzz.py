@@ -312,6 +312,7 @@ QDRANT_OPTIONS = {
     "write_consistency_factor": often(1),
     "read_consistency": often("quorum"),
     "write_ordering": often("strong"),
+    "exact_search": often(False),
     "retry": often(RetryPolicy()),
     "breaker": often(BreakerPolicy()),
 }

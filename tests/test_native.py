@@ -462,7 +462,7 @@ async def test_what_the_server_refuses_is_raised_with_its_words(
     server.clear()
     server.on(reply(status, {"status": {"error": "the disk\nis full"}}), route=route)
 
-    error = await failing(store, tmp_path)
+    error = await failing(store, tmp_path, kind="native")
 
     assert type(error) is kind
     assert f"HTTP {status}" in str(error)
@@ -682,6 +682,28 @@ def tar(*members: tuple[str, bytes]) -> bytes:
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     return out.getvalue()
+
+
+def test_a_native_snapshot_that_nobody_can_check_is_asked_for(
+    plain: QdrantStore, server: QdrantServer, tmp_path: Path
+) -> None:
+    """Without its .sha256 verifying says so, and it is restored where the caller wants that all the same."""
+    plain.upsert_many(PEOPLE)
+    path = path_of(plain.create_snapshot(tmp_path))
+    assert verify_snapshot(path).message == ""
+    path.with_name(path.name + ".sha256").unlink()
+    server.clear()
+
+    assert "not checked" in verify_snapshot(path).message
+    for refused in (lambda: plain.restore_snapshot(path), lambda: attuned_store.restore(path, plain)):
+        with pytest.raises(SnapshotError, match="unchecked=True"):
+            refused()
+    assert server.counts[UPLOAD] == 0
+    for restored in (
+        lambda: plain.restore_snapshot(path, unchecked=True),
+        lambda: attuned_store.restore(path, plain, unchecked=True),
+    ):
+        assert "not checked" in restored().message
 
 
 def test_a_damaged_native_snapshot_is_not_sent(

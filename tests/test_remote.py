@@ -71,6 +71,7 @@ from attuned_store import (
     BackendTimeoutError,
     BackendUnavailableError,
     BreakerPolicy,
+    CircuitOpenError,
     ConflictError,
     Put,
     QdrantStore,
@@ -83,6 +84,7 @@ from attuned_store import (
     UnsupportedServerError,
     UserNotFoundError,
     ValidationError,
+    make_point_id,
     open_store,
 )
 
@@ -102,8 +104,16 @@ RETRIEVE = "POST /collections/{collection}/points"
 SCROLL = "POST /collections/{collection}/points/scroll"
 QUERY = "POST /collections/{collection}/points/query"
 COUNT = "POST /collections/{collection}/points/count"
+CLUSTER = "GET /collections/{collection}/cluster"
 DELETE = "POST /collections/{collection}/points/delete"
-INDEXES = {"user_id": "keyword", "kind": "keyword", "updated_at_unix_ms": "integer", "source": "keyword"}
+INDEXES = {
+    "user_id": "keyword",
+    "kind": "keyword",
+    "updated_at_unix_ms": "integer",
+    "source": "keyword",
+    "confidence": "float",
+    "restored": "keyword",
+}
 PATIENT = RetryPolicy(attempts=6, base_s=0)
 KEY = "k3y-that-nobody-may-see"
 
@@ -196,11 +206,11 @@ REQUESTS: dict[str, tuple[Any, dict[str, int]]] = {
     ),
     "upsert_many, a batch": (
         lambda store: store.upsert_many([state(f"user-{number}", number) for number in range(64)]),
-        {BATCH: 1},
+        {UPSERT: 1},
     ),
     "upsert_many, two batches": (
         lambda store: store.upsert_many([state(f"user-{number}", number) for number in range(501)]),
-        {BATCH: 1, UPSERT: 1},
+        {UPSERT: 2},
     ),
     "get_latest": (lambda store: store.get_latest("ann"), {RETRIEVE: 1}),
     "get_latest, unknown": (lambda store: store.get_latest("nobody"), {RETRIEVE: 1}),
@@ -223,7 +233,7 @@ REQUESTS: dict[str, tuple[Any, dict[str, int]]] = {
     "count": (lambda store: store.count(), {COUNT: 1}),
     "delete": (lambda store: store.delete("ann"), {RETRIEVE: 1, DELETE: 1}),
     "delete, unknown": (lambda store: store.delete("nobody"), {RETRIEVE: 1, DELETE: 1}),
-    "health": (lambda store: store.health(), {INFO: 1, DESCRIBE: 1, COUNT: 1}),
+    "health": (lambda store: store.health(), {INFO: 1, DESCRIBE: 1, CLUSTER: 1, COUNT: 1}),
 }
 
 
@@ -371,7 +381,7 @@ def test_a_store_outlives_its_event_loop(first: str, second: str, server: Qdrant
         anyio.run(counts_on, store, backend=backend)
         anyio.run(ended, server)
         gc.collect()  # what was left open would warn
-        assert cast("Any", store)._operations.place.connection.engine._clients_of == {}
+        assert cast("Any", store)._operations.place.connection.engine._clients.of_loops == {}
 
     anyio.run(store.aclose, backend=second)
     assert len(times_kept(server)) == 3
@@ -463,7 +473,7 @@ async def test_nothing_is_sent_before_the_first_use(connect: Any, server: Qdrant
 
 
 async def test_the_first_use_makes_the_collection(connect: Any, server: QdrantServer) -> None:
-    """The collection has 24 dimensions, Cosine, a tenant index and three more, and records its axes."""
+    """The collection has 24 dimensions, Cosine, a tenant index and five more, and records its axes."""
     store = connect(shard_number=2, replication_factor=1, write_consistency_factor=1)
     assert await store.get_latest("ann") is None
 
@@ -1738,13 +1748,214 @@ async def test_a_batch_that_fails_midway_says_how_much_was_written(
     store: AsyncStateStore, server: QdrantServer
 ) -> None:
     """An upsert_many that the server stops accepting carries the number written before."""
-    server.on(reply(413), route=BATCH, skip=1)
+    server.on(reply(413), route=UPSERT, skip=1)
 
     error = await caught(store.upsert_many([state(f"user-{number}") for number in range(1_100)]))
 
     assert isinstance(error, BackendRejectedError)
     assert error.written == 500
     assert len(points(server)) == 1_000
+
+
+async def test_the_newest_of_a_batch_wins_whatever_is_there(
+    store: AsyncStateStore, server: QdrantServer, other: QdrantStore
+) -> None:
+    """Batches in any order, each one operation, leave every user with the newest, and all in the history."""
+    order = random.Random(18)
+    written: dict[str, dict[int, StateSnapshot]] = {}
+    server.clear()
+    for _ in range(12):
+        batch = [state(f"user-{order.randrange(40)}", order.randrange(30)) for _ in range(60)]
+        for each in batch:
+            written.setdefault(each.user_id, {})[each.updated_at_unix_ms] = each
+        await store.upsert_many(batch)
+    assert dict(server.counts) == {UPSERT: 12}
+
+    for user_id, times in written.items():
+        assert other.get_latest(user_id) == times[max(times)]
+        assert other.get_history(user_id) == [times[time_ms] for time_ms in sorted(times, reverse=True)]
+
+
+def test_a_large_batch_is_several_requests(server: QdrantServer) -> None:
+    """No request has more than 16 MiB, however many axes there are, and no user is torn apart."""
+    axes = {f"axis_of_some_length_{number}": 0.1234567890123456 for number in range(1_024)}
+    with plain(server, axes=tuple(axes)) as store:
+        store.upsert_many([state(f"user-{number}", axes=axes) for number in range(200)])
+        assert store.count(history=True) == 200
+
+    written = [request for request in server.requests if request.is_write()]
+    assert len(written) > 1
+    assert max(len(request.body) for request in written) <= 16 << 20
+    users = [{point["payload"]["user_id"] for point in request.json["points"]} for request in written]
+    assert sum(map(len, users)) == len(set().union(*users)) == 200
+
+
+# ------------------------------------------------------------------------------
+# Several nodes, and what a node may be
+# ------------------------------------------------------------------------------
+
+
+def test_a_store_goes_on_with_the_next_node(server: QdrantServer) -> None:
+    """Of several urls another one is asked at once where one cannot be reached, also for health."""
+    with QdrantServer() as second:
+        urls = [server.url, second.url]
+        for url in (urls, tuple(urls), ",".join(urls)):
+            with QdrantStore(url=url, verify=False, retry=RetryPolicy(base_s=0)) as store:
+                assert store.config.url == ",".join(urls)
+                store.upsert_latest(state())  # a cluster would have it on both
+                with plain(second) as there:
+                    there.upsert_latest(state("bob"))
+                server.down()
+                assert list(store.users()) == ["bob"]
+                health = store.health()
+                assert (health.status, health.users) == ("healthy", 1)
+                second.down()
+                assert store.health().status == "unhealthy"
+                server.up()
+                assert list(store.users()) == ["ann"]
+                second.up()
+            second.wipe()
+
+
+def test_urls_are_checked_one_by_one() -> None:
+    """A url among several that cannot be one is refused."""
+    for url in (["http://a:6333", "ftp://b"], "http://a:6333,", ["http://a:6333", 5], []):
+        with pytest.raises(ValidationError, match="url"):
+            QdrantStoreConfig(url=cast("Any", url))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QDRANT_URL", "http://a:6333,https://b:6333")
+        assert QdrantStoreConfig.from_env().url == "http://a:6333,https://b:6333"
+
+
+def test_health_tells_of_replicas(server: QdrantServer) -> None:
+    """A replica that is not active degrades health; a shard without one is worse."""
+    with plain(server) as store:
+        store.count()
+        server.shard_state = "Dead"
+        server.other_shards = [(0, 7)]
+        health = store.health()
+        assert (health.status, health.collection_status) == ("degraded", "green")
+        assert "1 of 2 replicas not active: shard 0 on peer 1 is Dead" in health.message
+        server.other_shards = [(1, 7)]
+        health = store.health()
+        assert health.status == "unhealthy"
+        assert "no replica is active of shard 0" in health.message
+
+
+def test_of_many_who_open_one_does(server: QdrantServer) -> None:
+    """Eight threads of one store that come first make the collection once, and all get their answers."""
+    server.on(delay(0.05), route=CREATE)
+    with plain(server, breaker=BreakerPolicy(failures=1)) as store, ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda _: store.count(), range(8))) == [0] * 8
+    assert [server.counts[route] for route in (INFO, CREATE)] == [1, 1]
+
+    server.down()
+    with plain(server, retry=RetryPolicy(attempts=1)) as store, ThreadPoolExecutor(8) as pool:
+        errors = [future.exception() for future in [pool.submit(store.count) for _ in range(8)]]
+    assert all(isinstance(error, BackendUnavailableError | CircuitOpenError) for error in errors)
+
+
+def test_a_collection_that_others_made_anew_is_found_out(
+    server: QdrantServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of other axes it is SchemaMismatchError, of another size at once, of the same one after a while."""
+    for axes, after in ((("warmth", "tact"), 0.0), (tuple(f"axis_{n}" for n in range(24)), 0.01)):
+        server.wipe()
+        monkeypatch.setattr(attuned_store.SharedBackend, "LOOK_AGAIN_S", after or 30.0)
+        with plain(server) as store:
+            store.upsert_latest(state())
+            ask(server, "DELETE", C)
+            with plain(server, axes=axes) as another:
+                another.count()
+            time.sleep(2 * after)
+            with pytest.raises(SchemaMismatchError, match="made anew by others"):
+                store.upsert_latest(state())
+            assert store.health().status == "unhealthy"
+            assert points(server) == []
+
+
+def test_an_index_of_another_kind_is_an_error(server: QdrantServer) -> None:
+    """One that reading relies on is not taken for the right one."""
+    make_collection(server)
+    body = {"field_name": "updated_at_unix_ms", "field_schema": "keyword"}
+    ask(server, "PUT", f"{C}/index", body)
+    with plain(server) as store, pytest.raises(SchemaMismatchError, match="index of keyword on 'updated"):
+        store.count()
+
+
+def test_who_may_only_read_can_read(server: QdrantServer, tmp_path: Path) -> None:
+    """A key that may make neither indexes nor snapshots opens, and takes a portable snapshot."""
+    make_collection(server)
+    make_indexes(server, ("user_id", "kind", "updated_at_unix_ms", "source"))
+    server.on(reply(403), route=INDEX)
+    server.on(reply(403), route="POST /collections/{collection}/snapshots")
+    with plain(server) as store:
+        assert store.count() == 0
+        assert store.create_snapshot(tmp_path).kind == "portable"
+        with pytest.raises(BackendRejectedError):
+            store.create_snapshot(tmp_path, kind="native")
+
+
+SAID = {
+    "a full disk": (500, "No space left on device: WAL buffer size exceeds available disk space", "disk of"),
+    "a lock": (403, "Forbidden: Collection is locked for write", "no matter of the key"),
+    "a missing node": (500, "2 of 3 read operations failed: unreachable", "node of the cluster seems to be"),
+    "a wrong key": (403, "Forbidden: Global access is required", "may this api_key do that"),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_a_server_says_is_explained(name: str, server: QdrantServer) -> None:
+    """A full disk, a lock, a missing node and a key that may not are told from each other."""
+    status, said, meant = SAID[name]
+    with plain(server, breaker=BreakerPolicy(failures=100)) as store:
+        store.count()
+        with server.on(reply(status, {"status": {"error": said}}), route=UPSERT):
+            with pytest.raises(BackendError, match=meant):
+                store.upsert_latest(state())
+            assert ("disk of the server is full" in store.health().message) == (name == "a full disk")
+        store.upsert_latest(state())
+        assert store.health().status == "healthy"
+
+
+def test_an_idle_connection_is_not_used_again(server: QdrantServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the server closes it, which may be just as a request comes."""
+    assert attuned_store.ServerClients.KEEP_ALIVE_S < 5
+    monkeypatch.setattr(attuned_store.ServerClients, "KEEP_ALIVE_S", 0.1)
+    with plain(server) as store:
+        store.count()
+        before = server.accepted
+        time.sleep(0.2)
+        store.count()
+        assert server.accepted == before + 1
+
+
+@pytest.mark.parametrize("exact", [True, False])
+async def test_a_search_is_exact_unless_the_graph_is_asked_for(
+    exact: bool, connect: Any, server: QdrantServer
+) -> None:
+    """By default the server compares every vector; with exact_search=False it goes through its graph."""
+    store = connect(**({} if exact else {"exact_search": False}))
+    await store.search_similar({"warmth": 1.0})
+
+    asked = next(request.json for request in server.requests if request.route == QUERY)
+    assert bool((asked.get("params") or {}).get("exact")) == exact
+
+
+async def test_prune_removes_what_is_left_of_the_deleted(
+    store: AsyncStateStore, server: QdrantServer, other: QdrantStore
+) -> None:
+    """Entries of history whose user is gone, which older versions could leave, are removed and counted."""
+    await store.upsert_many([state(f"user-{number}", number) for number in range(3)])
+    for user_id in ("user-0", "user-2"):
+        latest = make_point_id(user_id, "latest")
+        ask(server, "POST", f"{C}/points/delete?wait=true", {"points": [latest]})
+
+    assert await store.prune() == 2
+    assert points(server) == [("user-1", "history", 1), ("user-1", "latest", 1)]
+    server.clear()
+    assert await store.prune() == 0
+    assert server.counts[SCROLL] == 1  # of users alone
 
 
 async def test_a_closed_store_sends_nothing(store: AsyncStateStore, server: QdrantServer) -> None:
@@ -2083,6 +2294,7 @@ ENVIRONMENT = {
     "ATTUNED_STORE_WRITE_CONSISTENCY_FACTOR": ("1", "write_consistency_factor", 1),
     "ATTUNED_STORE_READ_CONSISTENCY": ("quorum", "read_consistency", "quorum"),
     "ATTUNED_STORE_WRITE_ORDERING": ("medium", "write_ordering", "medium"),
+    "ATTUNED_STORE_EXACT_SEARCH": ("no", "exact_search", False),
 }
 
 

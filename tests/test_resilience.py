@@ -34,6 +34,7 @@ from qdrant_server import (
     not_json,
     one_of,
     other_shape,
+    postpone,
     rate_limited,
     reply,
     reset,
@@ -170,7 +171,7 @@ def points(server: QdrantServer) -> list[tuple[str, str, int]]:
 
 TRANSIENT: dict[str, tuple[Action, type[BackendError]]] = {
     "408": (reply(408), BackendTimeoutError),
-    "429": (rate_limited(None), RateLimitedError),
+    "429": (rate_limited(0), RateLimitedError),
     "500": (reply(500), BackendUnavailableError),
     "502": (reply(502, b"<html>Bad Gateway</html>"), BackendUnavailableError),
     "503": (reply(503), BackendUnavailableError),
@@ -199,6 +200,43 @@ async def test_what_passes_is_tried_again(
     assert fake.waits == [0.1, 0.2, 0.4]
     assert points(server) == [("ann", "history", 0), ("ann", "latest", 0)]
     assert resilience(store).breaker.state == "closed"
+
+
+async def test_429_without_a_time_to_wait_is_not_repeated(
+    connect: Any, server: QdrantServer, fake: Time
+) -> None:
+    """Qdrant says how long to wait, unless a request is larger than what may be asked for in a minute."""
+    store = await connect()
+    server.on(rate_limited(None))
+
+    error = await caught(store.get_latest("ann"))
+
+    assert isinstance(error, RateLimitedError)
+    assert not error.retryable
+    assert (len(server.requests), fake.waits) == (1, [])
+
+
+@pytest.mark.parametrize("status", ["wait_timeout", "acknowledged"])
+@pytest.mark.parametrize("write", ["upsert_latest", "expected", "upsert_many", "patch", "delete"])
+async def test_only_what_is_completed_has_been_done(
+    write: str, status: str, connect: Any, server: QdrantServer, fake: Time
+) -> None:
+    """A write that the server has only taken in is sent again; where that does not help, it is a timeout."""
+    store = await connect()
+    await store.upsert_latest(state())
+    with server.on(postpone(status), when=Request.is_write, times=2):
+        await WRITES[write](store)
+    found = await store.get_latest("ann")
+    assert found is None if write == "delete" else found is not None and found != state()
+
+    await store.delete("ann")
+    await store.upsert_latest(state())
+    server.on(postpone(status), when=Request.is_write)
+    error = await caught(WRITES[write](store))
+
+    assert isinstance(error, BackendTimeoutError)
+    assert status in str(error)
+    assert (error.retryable, error.ambiguous) == (True, True)
 
 
 @pytest.mark.parametrize("name", TRANSIENT)
@@ -468,7 +506,7 @@ async def test_the_breaker_opens_after_so_many_failures_in_a_row(
     connect: Any, server: QdrantServer, fake: Time
 ) -> None:
     """After 5 failures in a row calls fail at once, with the time after which it makes sense to try again."""
-    store = await connect(retry=ONCE)
+    store = await connect(retry=ONCE, breaker=BreakerPolicy(first_open_s=30))
     server.on(reply(503), times=5)
 
     for _ in range(5):
@@ -537,7 +575,7 @@ async def test_attempts_count_each(
     open_s: float, attempts: int, connect: Any, server: QdrantServer, fake: Time, longest: None
 ) -> None:
     """A call that opens the breaker raises what failed, at once, unless the breaker lets it try again."""
-    store = await connect(breaker=BreakerPolicy(failures=2, open_s=open_s))
+    store = await connect(breaker=BreakerPolicy(failures=2, open_s=open_s, first_open_s=open_s))
     server.on(reply(503))
 
     assert type(await caught(store.count())) is BackendUnavailableError
@@ -547,7 +585,7 @@ async def test_attempts_count_each(
 
 async def test_a_failed_probe_opens_the_breaker_again(connect: Any, server: QdrantServer, fake: Time) -> None:
     """After the time is up one request goes through; if it fails, the whole time begins anew."""
-    store = await connect(retry=ONCE, breaker=BreakerPolicy(failures=3, open_s=10))
+    store = await connect(retry=ONCE, breaker=BreakerPolicy(failures=3, open_s=10, first_open_s=10))
     server.on(reply(503))
     for _ in range(3):
         await caught(store.count())
@@ -642,6 +680,32 @@ async def test_threads_and_tasks_share_the_breaker(face: str, connect: Any, serv
     assert len(server.requests) == 6
 
 
+def test_failures_of_one_moment_count_once(fake: Time) -> None:
+    """Many requests that fail together are one failure; the first pause is short, and grows."""
+    ours = breaker(fake, failures=2, open_s=5, first_open_s=1)
+    for _ in range(2):
+        assert ours.state == "closed"
+        together_at = fake.now
+        for _ in range(6):
+            ours.enter("server", "test")
+        fake.now += 0.5
+        for _ in range(6):
+            ours.leave(failed=True, probe=False, began=together_at)
+        fake.now += 0.5
+
+    for pause in (1, 2, 4, 5, 5):
+        with pytest.raises(CircuitOpenError) as refused:
+            ours.enter("server", "test")
+        fake.now += refused.value.retry_after_s
+        assert refused.value.retry_after_s == pytest.approx(pause, abs=0.6)
+        assert ours.enter("server", "test")
+        ours.leave(failed=True, probe=True, began=fake.now)
+    fake.now += 5
+    assert ours.enter("server", "test")
+    ours.leave(failed=False, probe=True)
+    assert ours.state == "closed"
+
+
 async def test_stores_have_breakers_of_their_own(connect: Any, server: QdrantServer) -> None:
     """What one store learnt is not held against another."""
     one, two = await connect(retry=ONCE, breaker=BreakerPolicy(failures=1)), await connect(retry=ONCE)
@@ -653,6 +717,8 @@ async def test_stores_have_breakers_of_their_own(connect: Any, server: QdrantSer
 
 
 def breaker(fake: Time, **policy: Any) -> attuned_store.CircuitBreaker:
+    """A breaker whose first pause is as long as its longest, unless that is given."""
+    policy = {"first_open_s": policy.get("open_s", 1.0), **policy}
     return attuned_store.CircuitBreaker(BreakerPolicy(**policy), fake.clock)
 
 
@@ -728,11 +794,11 @@ def test_a_late_request_does_not_let_a_second_probe_in(fake: Time, end: str) -> 
 
 
 def test_the_default_policies() -> None:
-    """By default there are 4 attempts within a minute, and 5 failures open the breaker for 30 s."""
+    """By default there are 4 attempts within a minute, and 5 failures open the breaker, for 30 s at most."""
     config = QdrantStoreConfig()
 
     assert config.retry == RetryPolicy(attempts=4, base_s=0.1, cap_s=5.0, deadline_s=60.0)
-    assert config.breaker == BreakerPolicy(failures=5, open_s=30.0)
+    assert config.breaker == BreakerPolicy(failures=5, open_s=30.0, first_open_s=1.0)
 
 
 def test_a_request_of_any_kind_is_sent_by_the_same_rules(fake: Time, longest: None) -> None:
@@ -793,6 +859,8 @@ UNSURE = {
     "not JSON": not_json(apply=True),
     "other JSON": other_shape(apply=True),
     "204": reply(204, b""),
+    "wait_timeout": postpone(),
+    "acknowledged": postpone("acknowledged", apply=True),
 }
 SLOW = [UNSURE["no answer"], UNSURE["drips"]]
 SURE = {

@@ -418,6 +418,23 @@ def test_a_guard_is_judged_for_each_point(place: Place, shelf: str, name: str) -
     assert len(found) == 20 + (21 in written)
 
 
+def test_the_newest_wins_point_by_point(place: Place, shelf: str) -> None:
+    """Each point replaces one that is not newer by a key, whatever the others of the same put hold."""
+    new = {4: 4, 5: 4, 6: 7, 7: 0, 21: 0, 22: 9}  # where each is there, its number is that of the point
+    put = Put([document(number, payload={"number": at}) for number, at in new.items()], newest_by="number")
+    place.apply(shelf, [put])
+
+    found = contents(place, shelf)
+    replaced = {number for number in new if "colour" not in found[number]}
+    assert replaced == {4, 6, 21, 22}
+    assert found[6]["number"] == 7
+
+    place.apply(shelf, [put._replace(over=where(Range("number", gte=5))), put._replace(mode="update")])
+    assert {number for number in new if "colour" not in contents(place, shelf)[number]} == replaced
+    place.apply(shelf, [Put([document(8, payload={"number": 9})], newest_by="number")])
+    assert contents(place, shelf)[8] == {"number": 9, "owner": "owner-2"}
+
+
 def test_puts_come_one_after_another(place: Place, shelf: str) -> None:
     """A put is judged against what those before it wrote, but not against itself; of one id the last wins."""
     first, second = (document(40, payload={"number": number}) for number in (1, 2))

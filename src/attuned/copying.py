@@ -80,7 +80,8 @@ def verify_snapshot(path: str | os.PathLike[str], *, progress: Progress | None =
     """Check a snapshot file, without a store.
 
     A portable one is read through: its digests, counts and every state. Of a native one, which only a server
-    can read, the SHA-256 that was kept beside it, and its frame. ``progress(done, None)`` is called with the
+    can read, the SHA-256 that was kept beside it, and its frame; where none is, the ``message`` of the report
+    says so. ``progress(done, None)`` is called with the
     number of states read. Raises SnapshotError, which says what is wrong.
     """
     progress = check_progress(progress)
@@ -119,16 +120,19 @@ def restore(
     target: StateStore | str | os.PathLike[str],
     *,
     mode: RestoreMode = "replace",
+    unchecked: bool = False,
     progress: Progress | None = None,
     options: QdrantOptions | None = None,
 ) -> SnapshotReport:
     """Bring back what a snapshot file holds into a store, which is made where there is none.
 
     ``target`` is a store, or a path or url, opened with the ``options`` of open_store; a new store gets
-    the axes of the file, which is verified before. ``mode`` and ``progress`` are as in
+    the axes of the file, which is verified before. ``mode``, ``unchecked`` and ``progress`` are as in
     restore_snapshot. Raises SnapshotError, ValidationError.
     """
-    return run(_restore(SYNCHRONOUS, path, target, options, mode=mode, progress=progress))
+    return run(
+        _restore(SYNCHRONOUS, path, target, options, mode=mode, unchecked=unchecked, progress=progress)
+    )
 
 
 async def arestore(
@@ -136,11 +140,14 @@ async def arestore(
     target: AsyncStateStore | str | os.PathLike[str],
     *,
     mode: RestoreMode = "replace",
+    unchecked: bool = False,
     progress: Progress | None = None,
     options: QdrantOptions | None = None,
 ) -> SnapshotReport:
     """As restore, into an asynchronous store."""
-    return await _restore(ASYNCHRONOUS, path, target, options, mode=mode, progress=progress)
+    return await _restore(
+        ASYNCHRONOUS, path, target, options, mode=mode, unchecked=unchecked, progress=progress
+    )
 
 
 async def _restore(
@@ -150,6 +157,7 @@ async def _restore(
     given: Mapping[str, Any] | None,
     *,
     mode: RestoreMode,
+    unchecked: bool,
     progress: Progress | None,
 ) -> SnapshotReport:
     waits, options = form.make_waits(), dict(given or {})
@@ -168,7 +176,8 @@ async def _restore(
                     f"{saved.path}: the configured axes (ATTUNED_STORE_AXES) lack {', '.join(unknown[:10])}"
                 )
     try:
-        return await (await ends.open(target, **options)).restore_snapshot(path, mode, progress)
+        store = await ends.open(target, **options)
+        return await store.restore_snapshot(path, mode, progress, unchecked=unchecked)
     finally:
         await ends.close()
 

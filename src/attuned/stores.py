@@ -312,6 +312,7 @@ class StateStore(StoreBase):
         path: str | os.PathLike[str],
         *,
         mode: RestoreMode = "replace",
+        unchecked: bool = False,
         progress: Progress | None = None,
     ) -> SnapshotReport:
         """Bring back what a snapshot file holds.
@@ -322,9 +323,10 @@ class StateStore(StoreBase):
         adds only users who are absent. Either of these that was interrupted is completed by "merge".
         ``progress(done, total)`` is called with the number of states written; before that with the number
         verified, where the file is read twice. Raises SnapshotError for a file that is damaged or of other
-        axes, and changes nothing then.
+        axes, and changes nothing then; also for a native one without the .sha256 beside it, whose contents
+        nobody can check, unless ``unchecked``.
         """
-        return run(self._operations.restore_snapshot(path, mode, progress))
+        return run(self._operations.restore_snapshot(path, mode, progress, unchecked=unchecked))
 
     def health(self) -> Health:
         """How the store is, and how much it holds; never raises: what is wrong is in the ``message``."""
@@ -546,10 +548,11 @@ class AsyncStateStore(StoreBase):
         path: str | os.PathLike[str],
         *,
         mode: RestoreMode = "replace",
+        unchecked: bool = False,
         progress: Progress | None = None,
     ) -> SnapshotReport:
         """See StateStore.restore_snapshot; cancelled, a replacement changes nothing, but on a server."""
-        return await self._operations.restore_snapshot(path, mode, progress)
+        return await self._operations.restore_snapshot(path, mode, progress, unchecked=unchecked)
 
     async def health(self) -> Health:
         """See StateStore.health."""

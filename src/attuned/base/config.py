@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypedDict, TypeVar
 from urllib.parse import urlsplit
@@ -104,6 +104,13 @@ def _check_url(url: object) -> None:
         )
 
 
+def _join_urls(value: str | Iterable[str] | None) -> Any:
+    """The addresses of several nodes as one text, with commas between; what is wrong is found later."""
+    if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
+        return ",".join(value)
+    return value
+
+
 def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ValidationError unless a value is one of some."""
     if value not in choices:
@@ -166,24 +173,27 @@ class RetryPolicy:
 
 @attrs.frozen(kw_only=True)
 class BreakerPolicy:
-    """When a store stops asking a server that fails: after ``failures`` in a row, for ``open_s`` seconds.
+    """When a store stops asking a server that fails: after ``failures`` in a row, those of one moment as one.
 
-    Then one request is let through; it closes the breaker or opens it again. Raises ValidationError.
+    After ``first_open_s`` seconds one request is let through; it closes the breaker or opens it again, for
+    twice as long each time, at most for ``open_s`` seconds. Raises ValidationError.
     """
 
     failures: int = 5
     open_s: float = 30.0
+    first_open_s: float = 1.0
 
     def __attrs_post_init__(self) -> None:
         check_integer("failures", self.failures, 1, MAX_INTEGER)
-        check_positive("open_s", self.open_s, zero=True)
+        for field in ("open_s", "first_open_s"):
+            check_positive(field, getattr(self, field), zero=True)
 
 
 class QdrantOptions(MemoryOptions, total=False):
     """The fields of QdrantStoreConfig, as options of the Qdrant stores."""
 
     path: str | os.PathLike[str] | None
-    url: str | None
+    url: str | Sequence[str] | None
     api_key: str | None
     collection_name: str
     engine: Literal["auto", "edge", "local"]
@@ -203,6 +213,7 @@ class QdrantOptions(MemoryOptions, total=False):
     write_consistency_factor: int | None
     read_consistency: int | Literal["majority", "quorum", "all"] | None
     write_ordering: Literal["weak", "medium", "strong"] | None
+    exact_search: bool
     retry: RetryPolicy
     breaker: BreakerPolicy
 
@@ -272,16 +283,19 @@ class QdrantStoreConfig(MemoryStoreConfig):
     with less than ``min_free_bytes`` free (local mode: 1 MiB at most), and room for what is to be written, is
     full: nothing is written.
 
-    For a server: ``api_key``; ``connect_timeout`` and ``request_timeout`` in seconds, ``snapshot_timeout``
-    for making or restoring a native snapshot; ``pool_size``, the number of connections kept; ``verify``,
-    False or the path of a CA certificate; ``cache_ttl``, the seconds for which a read may be answered from
-    memory though other processes write (0: never). A collection is made with ``shard_number``,
-    ``replication_factor`` and ``write_consistency_factor``; requests carry ``read_consistency`` and
-    ``write_ordering``; ``retry`` and ``breaker`` say what follows a failure. Raises ValidationError.
+    For a server: ``url``, of several nodes of a cluster a list, or a text with commas: where one cannot be
+    reached, the next is asked. ``api_key``; ``connect_timeout`` and ``request_timeout`` in seconds,
+    ``snapshot_timeout`` for making or restoring a native snapshot; ``pool_size``, the number of connections
+    kept; ``verify``, False or the path of a CA certificate; ``cache_ttl``, the seconds for which a read may
+    be answered from memory though other processes write (0: never). A collection is made with
+    ``shard_number``, ``replication_factor`` and ``write_consistency_factor``; requests carry
+    ``read_consistency`` and ``write_ordering``. A search looks at every state, unless ``exact_search`` is
+    False: then the server's graph is asked, which is quicker with millions of users, and misses some.
+    ``retry`` and ``breaker`` say what follows a failure. Raises ValidationError.
     """
 
     path: str | None = attrs.field(default=None, converter=attrs.converters.optional(check_path))
-    url: str | None = None
+    url: str | None = attrs.field(default=None, converter=_join_urls)
     api_key: str | None = attrs.field(default=None, repr=False)
     collection_name: str = DEFAULT_COLLECTION
     engine: Literal["auto", "edge", "local"] = "auto"
@@ -301,6 +315,7 @@ class QdrantStoreConfig(MemoryStoreConfig):
     write_consistency_factor: int | None = None
     read_consistency: int | Literal["majority", "quorum", "all"] | None = None
     write_ordering: Literal["weak", "medium", "strong"] | None = None
+    exact_search: bool = True
     retry: RetryPolicy = attrs.field(factory=RetryPolicy)
     breaker: BreakerPolicy = attrs.field(factory=BreakerPolicy)
 
@@ -323,7 +338,8 @@ class QdrantStoreConfig(MemoryStoreConfig):
 
     def _check_server_fields(self) -> None:
         if self.url is not None:
-            _check_url(self.url)
+            for url in self.url.split(",") if isinstance(self.url, str) else (self.url,):
+                _check_url(url)
         key = self.api_key
         if key is not None and not (isinstance(key, str) and HEADER_TEXT.fullmatch(key)):
             raise ValidationError(
@@ -332,6 +348,7 @@ class QdrantStoreConfig(MemoryStoreConfig):
         for field in ("connect_timeout", "request_timeout", "snapshot_timeout"):
             check_positive(field, getattr(self, field))
         check_positive("cache_ttl", self.cache_ttl, zero=True)
+        check_flag("exact_search", self.exact_search)
         check_integer("pool_size", self.pool_size, 1, 65_535)
         for field in ("shard_number", "replication_factor", "write_consistency_factor"):
             if getattr(self, field) is not None:

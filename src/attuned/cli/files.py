@@ -248,7 +248,12 @@ def _restore(args: Namespace) -> int:
     options = engine_of(args)
     with Progress("restoring") as progress:
         report = attuned_store.restore(
-            args.file, target, mode=args.mode, progress=progress.count, options=options
+            args.file,
+            target,
+            mode=args.mode,
+            unchecked=args.unchecked,
+            progress=progress.count,
+            options=options,
         )
     with open_store(target) as store:
         now = f"{plural(store.count(), 'user')}, {plural(store.count(history=True), 'snapshot')}"
@@ -271,7 +276,8 @@ def _verify(args: Namespace) -> int:
         more += "" if report.users is None else f", {plural(report.users, 'user')}"
         more += "" if report.created_at is None else f", made {showing.iso_time(report.created_at)}"
         more += "" if report.axes is None else f", axes {listed(report.axes)}"
-        show(args, report.to_dict(), f"{file} is good: {more}")
+        verdict = f"is good, but {report.message}" if report.message else "is good"
+        show(args, report.to_dict(), f"{file} {verdict}: {more}")
     return status
 
 
@@ -359,6 +365,7 @@ _MODES = ["replace", "merge", "skip"]
 _RESTORE = (
     _FILE,
     argument("--mode", choices=_MODES, default="replace", help="skip: users who are there; default: replace"),
+    argument("--unchecked", action="store_true", help="also a native snapshot without its .sha256"),
     argument("--yes", action="store_true", help="do not ask before replacing"),
 )
 _ENDS = (

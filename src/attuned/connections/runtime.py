@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+import threading
 import time
 import uuid
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, Protocol, cast
 
-from attuned.base.errors import MissingDependencyError, T
+from attuned.base.errors import MissingDependencyError, StoreError, T
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -90,6 +91,37 @@ class Worker:
             limiter = CapacityLimiter(1)
             self._limiters.set(limiter)
         return limiter
+
+
+class Once:
+    """What many need and one of them does, while the others wait for how it ends."""
+
+    def __init__(self, waits: Waits) -> None:
+        self._waits = waits
+        self._busy = threading.Lock()
+        self._ended = 0  # how often it has been done, or tried
+        self._failure: StoreError | None = None
+
+    async def do(self, work: Callable[[], Awaitable[object]]) -> None:
+        """Do it, or wait for who is at it; what fails there is raised here too."""
+        ended, wait = self._ended, 0.001
+        if self._busy.acquire(blocking=False):
+            self._failure = None
+            try:
+                await work()
+            except StoreError as error:
+                self._failure = error
+                raise
+            finally:
+                self._ended += 1
+                self._busy.release()
+            return
+        while self._ended == ended:
+            await self._waits.sleep(wait)
+            wait = min(0.05, 2 * wait)
+        if (failure := self._failure) is not None:
+            make, arguments = failure.__reduce__()  # one of its own for each who waits
+            raise make(*arguments) from failure.__cause__
 
 
 class Waits(Protocol):

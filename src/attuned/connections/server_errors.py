@@ -42,6 +42,12 @@ _SAID_CHARACTERS = 200  # of what a server says, in an error message
 _MAX_WAIT_S = 10**9  # that a server may ask for; more is as good as for ever
 _LEAST_SECRET = 4  # characters; a shorter one would be found in any text
 _HINTS = {401: "; is api_key right?", 403: "; may this api_key do that?"}
+FULL_DISK = "the disk of the server is full"
+_MEANINGS = {  # of what a server says, whatever the status
+    r"no space left|disk usage is at|out of disk": f"; {FULL_DISK}: make room there, reading goes on",
+    r"\block(ed)?\b": "; it is locked, which is no matter of the key: unlock it",
+    r"enough active replicas|of \d+ read operations failed": "; a node of the cluster seems to be missing",
+}
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -104,6 +110,12 @@ class ServerErrors:
             return BackendUnavailableError(message, retryable=True, ambiguous=arrived, **where)
         return BackendError(f"{asked}: not an answer of Qdrant: {said}", ambiguous=arrived, **where)
 
+    def unfinished(self, status: object, operation: str) -> BackendTimeoutError:
+        """What it means that a server has taken a write in, and has not done it in time."""
+        asked, where = self._origin(operation)
+        message = f"{asked}: not done in time: the server says {self.said(status)}"
+        return BackendTimeoutError(message, retryable=True, ambiguous=True, **where)
+
     def answer(self, status: int, content: bytes, headers: Mapping[str, str], operation: str) -> BackendError:
         """What an answer with another status than asked for means."""
         asked, where = self._origin(operation, status)
@@ -111,7 +123,8 @@ class ServerErrors:
             said = str(json.loads(content)["status"]["error"])
         except (ValueError, LookupError, TypeError, RecursionError):
             said = content.decode(errors="replace")
-        message = f"{asked}: HTTP {status}: {self.said(said)}{_HINTS.get(status, '')}"
+        means = (text for words, text in _MEANINGS.items() if re.search(words, said, re.IGNORECASE))
+        message = f"{asked}: HTTP {status}: {self.said(said)}{next(means, _HINTS.get(status, ''))}"
         if status in _REDIRECTS:
             target = self.said(_without_secrets(headers.get("location", "")))
             pointed = f"it redirects to {target}" if target else "it redirects without saying where to"
@@ -119,7 +132,9 @@ class ServerErrors:
         if status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.GATEWAY_TIMEOUT):
             return BackendTimeoutError(message, retryable=True, ambiguous=True, **where)
         if status == HTTPStatus.TOO_MANY_REQUESTS:
-            return RateLimitedError(message, retry_after_s=0.0, **where)
+            limited = RateLimitedError(message, retry_after_s=0.0, **where)
+            limited.retryable = False  # Qdrant says how long to wait, unless waiting never helps
+            return limited
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             retryable = status in (
                 HTTPStatus.INTERNAL_SERVER_ERROR,

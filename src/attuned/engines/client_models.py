@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from attuned.base.errors import MissingDependencyError
-from attuned.engines.filters import Absent, AnyOf, Condition, Equal, Filter, Or, Range, Text
+from attuned.engines.filters import Absent, AnyOf, Condition, Equal, Filter, Or, Range, Text, words
 from attuned.engines.waist import Page, Record
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ def import_qdrant_client() -> Any:
     return qdrant_client
 
 
+_NOTHING = Filter((Or(()),))
+
+
 class ClientModels:
     """Filters and requests in the models of qdrant-client, and records out of them."""
 
@@ -33,20 +36,27 @@ class ClientModels:
         """The parameters of a new collection's vectors."""
         return self.models.VectorParams(size=size, distance=self.models.Distance.COSINE)
 
-    def filter(self, where: Filter) -> Any:
-        """A filter, which may be empty."""
-        must, must_not = (list(map(self._condition, conditions)) for conditions in where)
+    def filter(self, where: Filter, listed: int | None = None) -> Any:
+        """A filter, which may be empty; no condition of which lists more values than ``listed``."""
+        if any(condition in where.must for condition in where.must_not):
+            where = _NOTHING  # a server takes both on one index for the first alone
+        must, must_not = ([self._condition(each, listed) for each in conditions] for conditions in where)
         return self.models.Filter(must=must, must_not=must_not)
 
-    def _condition(self, condition: Condition) -> Any:
+    def _condition(self, condition: Condition, listed: int | None) -> Any:
         models = self.models
         match condition:
+            case AnyOf(key, values) if listed is not None and len(values) > listed:
+                pieces = (values[start : start + listed] for start in range(0, len(values), listed))
+                return models.Filter(should=[self._condition(AnyOf(key, each), None) for each in pieces])
             case Equal(key, value):
                 asked = {"match": models.MatchValue(value=value)}
             case AnyOf(key, values):
                 asked = {"match": models.MatchAny(any=list(values))}
             case Range(key):
                 asked = {"range": models.Range(**condition.bounds())}
+            case Text(_, text) if not words(text):  # which a server finds everywhere
+                return models.HasIdCondition(has_id=[])
             case Text(key, text):
                 asked = {"match": models.MatchText(text=text)}
             case Absent(key):
@@ -54,7 +64,7 @@ class ClientModels:
             case Or(()):  # an empty "should" would match everything
                 return models.HasIdCondition(has_id=[])
             case Or(filters):
-                return models.Filter(should=list(map(self.filter, filters)))
+                return models.Filter(should=[self.filter(each, listed) for each in filters])
         return models.FieldCondition(key=key, **asked)
 
     def page(

@@ -8,15 +8,17 @@ import json
 import os
 import re
 import time
-import weakref
+from collections import Counter, defaultdict
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from urllib.parse import quote as urlquote
 
 from attuned.base.errors import (
+    LOGGER,
     BackendError,
     BackendRejectedError,
     BackendTimeoutError,
+    BackendUnavailableError,
     SchemaMismatchError,
     SnapshotError,
     StoreError,
@@ -27,30 +29,26 @@ from attuned.base.errors import (
 from attuned.base.telemetry import REPORTING, report_request
 from attuned.connections.http import (
     MIN_SERVER_VERSION,
-    BlockingClient,
-    BlockingLimits,
     LeastSpeed,
-    SuspendingLimits,
-    cookie_jar,
     download_awaiting,
     download_blocking,
     is_file_name,
-    limit_client,
-    limit_transport,
     snapshots_path,
 )
-from attuned.connections.pools import ConnectionPools
 from attuned.connections.resilience import Resilience
-from attuned.connections.runtime import Waits, run
-from attuned.connections.server_errors import ServerErrors, environment_error
+from attuned.connections.runtime import Once
+from attuned.connections.server_errors import FULL_DISK, ServerErrors
 from attuned.engines.client_models import ClientModels, client_page, client_records, import_qdrant_client
 from attuned.engines.filters import AnyOf, Filter
+from attuned.engines.limits import NO_LIMIT, Limits, cut, portions
+from attuned.engines.server_clients import ServerClients
 from attuned.engines.waist import (
     CollectionSpec,
     CollectionStatus,
     ExecutionMode,
     Matching,
     Page,
+    Point,
     Put,
     Record,
     backend_errors,
@@ -61,172 +59,67 @@ from attuned.engines.waist import (
 from attuned.snapshots.directory import NativeSnapshotWriter, RemoteSnapshot
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from attuned.base.config import QdrantStoreConfig
+    from attuned.connections.runtime import Waits
 
 
-class _Clients(NamedTuple):
-    """qdrant-client and, for what that does not offer, plain httpx; closing ``ending`` closes both."""
-
-    qdrant: Any
-    plain: Any
-    ending: AsyncGenerator[None, None] | None = None
+_REPORTED_AS = {"scroll": "page", "query_points": "search", "facet": "count"}  # as they are reported
 
 
-def _event_loop() -> object:
-    from anyio.lowlevel import current_token
+class _OpenCollection(NamedTuple):
+    """What is known of a collection that is open."""
 
-    return current_token()
-
-
-async def _until_the_end(
-    loop: object, clients: _Clients, of: weakref.ref[ServerEngine]
-) -> AsyncGenerator[None, None]:
-    """Close clients with their event loop, which at its end closes the generators that are left over.
-
-    It also closes one that is collected, as when a store goes without being closed. As the reference is weak,
-    this comes before the collection of the sockets, which would warn.
-    """
-    import anyio
-
-    try:
-        yield
-    finally:
-        if engine := of():
-            engine._clients_of.pop(loop, None)
-        with anyio.CancelScope(shield=True):
-            await clients.qdrant.close()
-            await clients.plain.aclose()
+    tenant: str | None  # the key that holds it
+    is_spread: bool  # over several shards
+    limits: Limits
 
 
-# Relied on in qdrant-client and httpx beyond their public interfaces; tests/test_canaries.py watches it
-
-
-def tune_client(client: Any, timeout: Any, transport: Any, limits: BlockingLimits | None = None) -> str:
-    """Set what no parameter of qdrant-client offers; returns the base url of its requests.
-
-    Its ``timeout`` is one for all phases, and ``transport=`` would turn the proxies of the environment off.
-    """
-    remote = client._client
-    wrapped = remote.openapi_client.client
-    http = getattr(wrapped, "_client", None) or wrapped._async_client
-    if limits is not None:
-        limit_client(http, limits)
-    http.timeout, http._transport = timeout, transport
-    return cast("str", remote.rest_uri)
-
-
-# ------------------------------------------------------------------------------
+def _replicas(cluster: Any) -> list[tuple[int, int, str]]:
+    """The replicas of a collection by shard, peer and state, as the node that was asked sees them."""
+    here = [{"peer_id": cluster.get("peer_id"), **each} for each in cluster.get("local_shards", ())]
+    found = [*here, *cluster.get("remote_shards", ())]
+    return sorted((each["shard_id"], each["peer_id"], str(each["state"])) for each in found)
 
 
 class ServerEngine:
-    """A Qdrant server or cluster over REST: qdrant-client, blocking or asynchronous, behind one form.
-
-    One blocking client serves all threads. A connection of an asynchronous one belongs to the event loop that
-    it was made in: every loop gets clients of its own, which are closed with the store, or with the loop.
-    """
+    """A Qdrant server or cluster over REST: qdrant-client, blocking or asynchronous, behind one form."""
 
     name = "server"
     indexed = True
     compact = False
     rounds_floats = True
+    PAGE = 10_000  # points on a page that are only counted
+    REQUEST_BYTES = 16 << 20  # of a request; a server refuses those above 32 MiB
 
     def __init__(self, config: QdrantStoreConfig, waits: Waits) -> None:
         self._models = ClientModels(import_qdrant_client().models)
-        import ssl
-
-        import httpx
-
         self.runs: ExecutionMode = "in place" if waits.blocking else "on loop"
         self._waits = waits
         self._config = config
-        self._tenants: dict[str, str | None] = {}  # the keys that hold them, by collection
-        self._spread: set[str] = set()  # the collections that are
+        self._opened: dict[str, _OpenCollection] = {}
         self._url = cast("str", config.url)
         self._blocking = waits.blocking
-        headers = {} if config.api_key is None else {"api-key": config.api_key}  # as api_key= it would warn
-        limits = httpx.Limits(max_connections=config.pool_size, max_keepalive_connections=config.pool_size)
-        verify = config.verify
-        trusted = (
-            ssl.create_default_context(cafile=verify)
-            if isinstance(verify, str)
-            else httpx.create_ssl_context(verify)
-        )
         self._read_options = {"consistency": config.read_consistency}
         self._write_options = {"ordering": config.write_ordering, "wait": True}
-        self._shared: dict[str, Any] = {"headers": headers, "limits": limits, "verify": trusted}
-        self._limits = BlockingLimits() if waits.blocking else SuspendingLimits()
+        urls = self._url.split(",")
         self.errors = ServerErrors(self._url, config.api_key)
-        clients = self._make_clients()  # the first take 0.1 s, for which no event loop is to be held up
-        self._prepared = [clients]
-        self._clients_of: dict[object, _Clients] = {None: clients} if self._blocking else {}
+        self._clients = ServerClients(config, urls, blocking=waits.blocking)
+        self._limits = self._clients.limits
         self.reporter = REPORTING.reporter(wanted=config.telemetry)
-        self.resilience = Resilience(config, waits.sleep)
-
-    def _make_clients(self) -> _Clients:
-        import httpx
-
-        try:
-            return self._clients_for(import_qdrant_client(), httpx)
-        except (ImportError, ValueError, httpx.InvalidURL) as error:
-            if isinstance(error, StoreError):
-                raise
-            raise environment_error(error) from error
-
-    def _clients_for(self, package: Any, httpx: Any) -> _Clients:
-        config, blocking = self._config, self._blocking
-        kind = package.QdrantClient if blocking else package.AsyncQdrantClient
-        timeout = self._timeout(config.request_timeout)
-        limits = self._limits if isinstance(self._limits, BlockingLimits) else None
-        pools = ConnectionPools(self._make_pool, config.pool_size, limits)
-        client = kind(url=self._url, check_compatibility=False, cookies=cookie_jar(), **self._shared)
-        base_url = tune_client(client, timeout, pools, limits)
-        plain = (httpx.Client if blocking else httpx.AsyncClient)(
-            base_url=base_url, timeout=timeout, cookies=cookie_jar(), **self._shared
-        )
-        if limits is None:
-            return _Clients(client, plain)
-        limit_client(plain, limits)
-        return _Clients(BlockingClient(client), BlockingClient(plain))
-
-    def _make_pool(self, connections: int) -> Any:
-        import httpx
-
-        size = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-        options: dict[str, Any] = {"verify": self._shared["verify"], "limits": size}
-        if isinstance(self._limits, BlockingLimits):
-            return limit_transport(httpx.HTTPTransport(**options), self._limits)
-        return httpx.AsyncHTTPTransport(**options)
-
-    def _clients(self) -> _Clients:
-        """The clients of this event loop, made when it first needs them."""
-        loop = None if self._blocking else _event_loop()
-        return self._clients_of.get(loop) or self._adopt(loop)
-
-    def _adopt(self, loop: object) -> _Clients:
-        try:
-            clients = self._prepared.pop()
-        except IndexError:
-            clients = self._make_clients()
-        ending = _until_the_end(loop, clients, weakref.ref(self))
-        run(cast("Any", anext(ending)))
-        clients = self._clients_of[loop] = clients._replace(ending=ending)
-        return clients
+        self.resilience = Resilience(config, waits.sleep, nodes=len(urls))
+        self._full_disk = ""  # what the last write met
+        self._once = Once(waits)
 
     @property
     def _client(self) -> Any:
-        return self._clients().qdrant
+        return self._clients.at(self.resilience.node).qdrant
 
     @property
     def _raw(self) -> Any:
-        return self._clients().plain
-
-    def _timeout(self, seconds: float) -> Any:
-        import httpx
-
-        return httpx.Timeout(seconds, connect=self._config.connect_timeout)
+        return self._clients.at(self.resilience.node).plain
 
     async def _send(
         self,
@@ -279,12 +172,10 @@ class ServerEngine:
                 f"{self._url}: collection {collection.name!r} has {found[0]} dimensions, {found[1]}; "
                 f"{wanted} and Cosine are needed"
             )
-        await self._create_indexes(collection, set(info.payload_schema))
-        self._tenants[collection.name] = collection.tenant
-        if (info.config.params.shard_number or 1) > 1:
-            self._spread.add(collection.name)
-        else:
-            self._spread.discard(collection.name)
+        await self._create_indexes(collection, info.payload_schema)
+        is_spread = (info.config.params.shard_number or 1) > 1
+        limits = Limits.of(info.config)
+        self._opened[collection.name] = _OpenCollection(collection.tenant, is_spread, limits)
         return metadata
 
     async def collections(self) -> Mapping[str, Mapping[str, Any]]:
@@ -295,7 +186,7 @@ class ServerEngine:
 
     async def drop(self, collection: str) -> None:
         """See Engine.drop."""
-        self._tenants.pop(collection, None)
+        self._opened.pop(collection, None)
         await self._send("drop", lambda: self._client.delete_collection(collection), writes=True)
 
     async def _check_version(self) -> None:
@@ -331,69 +222,157 @@ class ServerEngine:
             if error.status != HTTPStatus.CONFLICT:  # another one was faster
                 raise
 
-    async def _create_indexes(self, collection: CollectionSpec, there: set[str]) -> None:
+    async def _create_indexes(self, collection: CollectionSpec, there: Mapping[str, Any]) -> None:
+        """Make the indexes that are missing; one of another kind would fail what relies on it."""
         models, name = self._models.models, collection.name
         schemas = {key: models.PayloadSchemaType(kind) for key, kind in collection.indexes.items()}
         if collection.tenant is not None:
             schemas[collection.tenant] = models.KeywordIndexParams(type="keyword", is_tenant=True)
+        kinds = {**collection.indexes, **({collection.tenant: "keyword"} if collection.tenant else {})}
+        for key, kind in kinds.items():
+            if key in there and there[key].data_type != kind:
+                raise SchemaMismatchError(
+                    f"{self._url}: collection {name!r} has an index of {there[key].data_type} on {key!r}, "
+                    f"{kind} is needed: delete that index, the right one is made then"
+                )
         for key in [key for key in schemas if key not in there]:
             index = {"field_name": key, "field_schema": schemas[key]}
-            await self._send(
-                "index", functools.partial(self._client.create_payload_index, name, **index, wait=True)
-            )
+            make = functools.partial(self._client.create_payload_index, name, **index, wait=True)
+            try:
+                await self._update("index", make, writes=False)
+            except BackendRejectedError as error:
+                if error.status != HTTPStatus.FORBIDDEN:
+                    raise
+                LOGGER.info("collection %s lacks an index of %s, and may not get it: %s", name, key, error)
 
     async def apply(
         self, collection: str, puts: Sequence[Put] = (), deletes: Sequence[str] | Matching = ()
     ) -> None:
         """See Engine.apply; several steps are one request too, in which they come one after another."""
-        key, models, options = self._key_of(collection), self._models.models, self._write_options
-        upserts = [self._upsert(put, key) for put in puts if put.points]
-        selector = None
+        key, models = self._key_of(collection), self._models.models
+        limits = self._limits_of(collection)
+        requests = list(self._requests(puts, key, limits))
         if isinstance(deletes, Matching):
             narrowed = within(deletes.where, key, deletes.tenant)
-            selector = models.FilterSelector(filter=self._models.filter(narrowed))
-        elif deletes:
-            selector = models.PointIdsList(points=list(deletes))
-        if len(upserts) == 1 and selector is None:
-            asked = {name: getattr(upserts[0], name) for name in ("points", "update_filter", "update_mode")}
-            await self._send(
-                "upsert", lambda: self._client.upsert(collection, **asked, **options), writes=True
-            )
-        elif upserts:
-            steps = [models.UpsertOperation(upsert=each) for each in upserts]
-            steps += [] if selector is None else [models.DeleteOperation(delete=selector)]
-            await self._send(
-                "upsert",
-                lambda: self._client.batch_update_points(collection, steps, **options),
-                writes=True,
-            )
-        elif selector is not None:
-            await self._send(
-                "delete", lambda: self._client.delete(collection, selector, **options), writes=True
-            )
+            selectors: list[Any] = [
+                models.FilterSelector(filter=self._models.filter(narrowed, limits.listed))
+            ]
+        else:
+            selectors = [models.PointIdsList(points=list(ids)) for ids in cut(deletes, limits.points)]
+        steps = [models.DeleteOperation(delete=selector) for selector in selectors]
+        if requests and limits.points == NO_LIMIT:
+            requests[-1] += steps
+        else:
+            requests += [[step] for step in steps]
+        for number, steps in enumerate(requests):
+            try:
+                await self._send_steps(collection, steps)
+            except BackendError as error:
+                error.ambiguous = error.ambiguous or number > 0  # some of it has been written
+                raise
 
-    def _upsert(self, put: Put, key: str | None) -> Any:
-        models, points = self._models.models, [with_tenant(point, key) for point in put.points]
+    async def _send_steps(self, collection: str, steps: Sequence[Any]) -> None:
+        """Send the steps of one request; a single one has a request of its own kind."""
+        models, options = self._models.models, self._write_options
+        written = isinstance(steps[0], models.UpsertOperation)
+
+        def send() -> Awaitable[Any]:
+            if len(steps) > 1:
+                return cast("Awaitable[Any]", self._client.batch_update_points(collection, steps, **options))
+            if not written:
+                return cast("Awaitable[Any]", self._client.delete(collection, steps[0].delete, **options))
+            upsert = steps[0].upsert
+            asked = {name: getattr(upsert, name) for name in ("points", "update_filter", "update_mode")}
+            return cast("Awaitable[Any]", self._client.upsert(collection, **asked, **options))
+
+        await self._update("upsert" if written else "delete", send)
+
+    def _requests(self, puts: Sequence[Put], key: str | None, limits: Limits) -> Iterator[list[Any]]:
+        """The steps of puts, request by request: as many as fit into one."""
+        steps, taken = list[Any](), 0
+        for put in puts:
+            for portion, size in portions(put.points, limits.points, self.REQUEST_BYTES):
+                if steps and (taken + size > self.REQUEST_BYTES or limits.points < NO_LIMIT):
+                    yield steps
+                    steps, taken = [], 0
+                written = [with_tenant(point, key) for point in portion]
+                steps.append(self._models.models.UpsertOperation(upsert=self._upsert(put, written)))
+                taken += size
+        if steps:
+            yield steps
+
+    async def _update(
+        self, operation: str, request: Callable[[], Awaitable[Any]], *, writes: bool = True
+    ) -> None:
+        """Send what changes points; only what the server says to be completed has been done."""
+
+        async def update() -> None:
+            answer = await request()
+            results = cast("Any", answer if isinstance(answer, list) else [answer])
+            for result in results:
+                if result.status != self._models.models.UpdateStatus.COMPLETED:
+                    raise self.errors.unfinished(result.status, operation)
+
+        try:
+            await self._send(operation, update, writes=writes)
+        except BackendError as error:
+            self._full_disk = str(error) if FULL_DISK in str(error) else self._full_disk
+            raise
+        self._full_disk = ""
+
+    def signs(self) -> list[str]:
+        """What is known of trouble that no look at the server tells: that its disk was full just now."""
+        return [self._full_disk] if self._full_disk else []
+
+    def _upsert(self, put: Put, points: Sequence[Point]) -> Any:
+        models = self._models.models
         return models.PointsList(
             points=[
                 models.PointStruct(id=point.id, vector=list(point.vector), payload=point.payload)
                 for point in points
             ],
-            update_filter=None if put.over is None else self._models.filter(put.over),
+            update_filter=self._guard(put, points) if put.over or put.newest_by else None,
             update_mode=None if put.mode == "upsert" else models.UpdateMode(f"{put.mode}_only"),
         )
 
+    def _guard(self, put: Put, points: Sequence[Point]) -> Any:
+        """The filter that says which points may be replaced; where that differs, for each by its id."""
+        models, guard = self._models.models, self._models.filter(put.over or Filter())
+        if put.newest_by is None:
+            return guard
+        ids = defaultdict[float, list[str]](list)
+        for point in points:
+            ids[point.payload[put.newest_by]].append(point.id)
+        for number, chosen in ids.items():
+            older = models.FieldCondition(key=put.newest_by, range=models.Range(lte=number))
+            if len(ids) == 1:
+                guard.must.append(older)
+            else:
+                branch = models.Filter(must=[models.HasIdCondition(has_id=chosen), older])
+                guard.should = [*(guard.should or ()), branch]
+        return guard
+
     def _key_of(self, collection: str) -> str | None:
         try:
-            return self._tenants[collection]
+            return self._opened[collection].tenant
         except KeyError:
             raise not_open(self.name, collection) from None
 
     def _narrowed(self, collection: str, where: Filter, tenant: str | None) -> Any:
         """A filter of one tenant's points; those of all may be asked for of what is not open here too."""
-        return self._models.filter(
-            where if tenant is None else within(where, self._key_of(collection), tenant)
-        )
+        within_tenant = where if tenant is None else within(where, self._key_of(collection), tenant)
+        return self._models.filter(within_tenant, self._limits_of(collection).listed)
+
+    def _limits_of(self, collection: str) -> Limits:
+        return self._opened[collection].limits if collection in self._opened else Limits()
+
+    async def _ask_client(self, method: str, collection: str, *arguments: Any, **options: Any) -> Any:
+        """Call a method of the client that reads from a collection."""
+
+        def ask() -> Awaitable[Any]:
+            return cast("Awaitable[Any]", getattr(self._client, method)(collection, *arguments, **options))
+
+        return await self._send(_REPORTED_AS.get(method, method), ask)
 
     async def mark(self, collection: str, key: str, value: str | None) -> None:
         """See Marks.mark."""
@@ -416,8 +395,10 @@ class ServerEngine:
     ) -> list[Record]:
         """See Engine.retrieve."""
         asked = {"with_payload": payload, "with_vectors": vector, **self._read_options}
-        found = await self._send("retrieve", lambda: self._client.retrieve(collection, list(ids), **asked))
-        return client_records(found)
+        found = list[Record]()
+        for some in cut(ids, self._limits_of(collection).ids):
+            found += client_records(await self._ask_client("retrieve", collection, list(some), **asked))
+        return found
 
     async def page(
         self,
@@ -433,7 +414,19 @@ class ServerEngine:
         """See Engine.page."""
         narrowed = self._narrowed(collection, where, tenant)
         asked = self._models.page(narrowed, limit, cursor, newest_by, payload=payload) | self._read_options
-        return client_page(await self._send("page", lambda: self._client.scroll(collection, **asked)))
+        most = self._limits_of(collection).page
+        if newest_by is None or limit <= most:
+            asked["limit"] = min(limit, most)
+            return client_page(await self._ask_client("scroll", collection, **asked))
+        asked |= {"limit": most, "order_by": None}  # an order has no further pages: all are read, and ordered
+        found = list[Record]()
+        while True:
+            page = client_page(await self._ask_client("scroll", collection, **asked))
+            found += (each for each in page.records if type(each.payload.get(newest_by)) in (int, float))
+            if page.cursor is None:
+                found.sort(key=lambda record: record.payload[newest_by], reverse=True)
+                return Page(found[:limit], None)
+            asked["offset"] = page.cursor
 
     async def search(
         self,
@@ -446,44 +439,89 @@ class ServerEngine:
         payload: bool = True,
     ) -> list[Record]:
         """See Engine.search."""
-        narrowed = self._narrowed(collection, where, tenant)
+        narrowed, limits = self._narrowed(collection, where, tenant), self._limits_of(collection)
         asked = self._models.search(vector, narrowed, limit, payload=payload) | self._read_options
-        found = await self._send("search", lambda: self._client.query_points(collection, **asked))
-        return client_records(found.points)
+        models = self._models.models
+        if self._config.exact_search and limits.exact:
+            asked["search_params"] = models.SearchParams(exact=True)
+        found = list[Record]()
+        while len(found) < limit:
+            wanted = min(limit - len(found), limits.page)
+            asked["limit"] = wanted
+            points = (await self._ask_client("query_points", collection, **asked)).points
+            found += client_records(points)
+            if len(points) < wanted:
+                break
+            # Further ones are those without these: an offset would miss some, as equal scores have no order.
+            ids = [point.id for point in points]
+            narrowed.must_not += [
+                models.HasIdCondition(has_id=list(some)) for some in cut(ids, limits.listed)
+            ]
+        return found
 
     async def count(self, collection: str, where: Filter, *, tenant: str | None = None) -> int:
         """See Engine.count."""
         narrowed = self._narrowed(collection, where, tenant)
-        counted = await self._send("count", lambda: self._client.count(collection, narrowed, exact=True))
-        return cast("int", counted.count)
+        if self._limits_of(collection).exact:
+            return cast("int", (await self._ask_client("count", collection, narrowed, exact=True)).count)
+        return (await self._count_pages(collection, narrowed, None)).total()
+
+    async def _count_pages(self, collection: str, narrowed: Any, key: str | None) -> Counter[Any]:
+        """Count by the value of a key, page by page, where strict mode forbids exact counts."""
+        counts, cursor = Counter[Any](), None
+        while True:
+            asked = {"scroll_filter": narrowed, "limit": min(self.PAGE, self._limits_of(collection).page)}
+            asked |= {"offset": cursor, "with_payload": [key] if key else False, **self._read_options}
+            records, cursor = await self._ask_client("scroll", collection, **asked)
+            counts.update(record.payload.get(key) if key else None for record in records)
+            if cursor is None:
+                return counts
 
     async def count_by(
         self, collection: str, key: str, values: Sequence[str], where: Filter
     ) -> Mapping[str, int]:
-        """See Engine.count_by; in one request."""
-        if not values:
-            return {}
-        narrowed = self._models.filter(where._replace(must=(AnyOf(key, values), *where.must)))
-        asked = {"facet_filter": narrowed, "limit": len(values), "exact": True, **self._read_options}
-        found = await self._send("count", lambda: self._client.facet(collection, key, **asked))
-        return {hit.value: hit.count for hit in found.hits if hit.value in values}
+        """See Engine.count_by; in one request, where strict mode allows that."""
+        limits, counts = self._limits_of(collection), dict[str, int]()
+        for some in cut(values, min(limits.listed, limits.page)):
+            narrowed = self._models.filter(where._replace(must=(AnyOf(key, some), *where.must)))
+            if limits.exact:
+                asked = {"facet_filter": narrowed, "limit": len(some), "exact": True, **self._read_options}
+                hits = (await self._ask_client("facet", collection, key, **asked)).hits
+                counts |= {hit.value: hit.count for hit in hits if hit.value in some}
+            else:
+                found = await self._count_pages(collection, narrowed, key)
+                counts |= {value: found[value] for value in some}
+        return counts
 
     async def status(self, collection: str, where: Filter, seconds: float) -> CollectionStatus:
-        """See Engine.status; without retry and breaker."""
+        """See Engine.status; without retry and breaker, but of the next node where one cannot be reached."""
+        deadline, nodes = time.monotonic() + seconds, self.resilience.nodes()
         with report_request(self.reporter, "server", "health"):
-            return await self._status(collection, where, time.monotonic() + seconds)
+            for left, node in zip(range(len(nodes), 0, -1), nodes, strict=True):
+                self.resilience.choose(node)
+                now = time.monotonic()
+                try:
+                    return await self._status(collection, where, now + (deadline - now) / left)
+                except (BackendUnavailableError, BackendTimeoutError):
+                    if left == 1:
+                        raise
+        raise AssertionError("unreachable")  # pragma: no cover - there is a node
 
     async def _status(self, collection: str, where: Filter, deadline: float) -> CollectionStatus:
         place = f"collections/{urlquote(collection, safe='')}"
-        counting = {"filter": self._models.filter(where).model_dump(exclude_none=True), "exact": True}
         try:
             version = self.errors.said((await self._ask("GET", "", deadline))["version"])
             described = await self._ask("GET", place, deadline, absent_ok=True)
             if not described:
                 return CollectionStatus(None, version=version)
+            strict: Any = cast("Any", described)["result"]["config"].get("strict_mode_config") or {}
+            exact = not strict.get("enabled") or strict.get("search_allow_exact") is not False
+            counting = {"filter": self._models.filter(where).model_dump(exclude_none=True), "exact": exact}
             counted = await self._ask("POST", f"{place}/points/count", deadline, json=counting)
+            shards = await self._ask("GET", f"{place}/cluster", deadline, absent_ok=True)
             details, matching = dict(described["result"]), int(counted["result"]["count"])
             details["status"] = self.errors.said(details.get("status"))
+            details["replicas"] = _replicas(shards.get("result") or {})
             return CollectionStatus(int(details.get("points_count", 0)), matching, version, details)
         except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise self.errors.failure(error, "health") from self.errors.cause(error)
@@ -506,9 +544,15 @@ class ServerEngine:
             raise TypeError("it is not a JSON object")
         return cast("dict[str, Any]", found)
 
+    async def once(self, work: Callable[[], Awaitable[object]]) -> None:
+        """See SharedEngine.once."""
+        await self._once.do(work)
+
     def is_spread(self, collection: str) -> bool:
         """See SharedEngine.is_spread; with a read consistency several replicas are asked."""
-        return collection in self._spread or self._config.read_consistency is not None
+        opened = self._opened[collection]
+        is_parted = opened.is_spread or opened.limits.page < NO_LIMIT
+        return is_parted or self._config.read_consistency is not None
 
     async def resolve(self, collection: str) -> str:
         """See NativeSnapshots.resolve."""
@@ -548,7 +592,9 @@ class ServerEngine:
                     file = files.enter_context(upload.open("rb"))
                     options["files"] = {"snapshot": ("snapshot", file, "application/octet-stream")}
                     self._limits.extend(allowed + os.fstat(file.fileno()).st_size / LeastSpeed.BYTES)
-                answer = await self._raw.request(method, path, timeout=self._timeout(allowed), **options)
+                answer = await self._raw.request(
+                    method, path, timeout=self._clients.timeout(allowed), **options
+                )
             self._check_answer(operation, answer, answer.content)
             return answer.json()
 
@@ -603,9 +649,4 @@ class ServerEngine:
         """See Engine.close."""
         self.resilience.close()
         with backend_errors(self, "close"):
-            clients = self._clients_of.get(None if self._blocking else _event_loop())
-            if clients is not None and clients.ending is not None:
-                await clients.ending.aclose()
-            elif clients is not None:
-                await clients.qdrant.close()
-                await clients.plain.close()
+            await self._clients.close()

@@ -30,7 +30,7 @@ from attuned.base.errors import (
 from attuned.base.telemetry import Telemetry, report_request
 from attuned.base.values import MAX_INTEGER
 from attuned.connections.files import Files
-from attuned.engines.filters import Equal, Filter, matches
+from attuned.engines.filters import Equal, Filter, Range, matches
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
@@ -76,23 +76,28 @@ class Put(NamedTuple):
     """Points to be written where a guard allows it, which is judged for each point by itself.
 
     ``mode``: "insert" leaves points that exist alone, "update" those that do not; of those that exist, only
-    ones that match ``over`` are replaced. One that does not exist is inserted whatever ``over`` says.
+    ones that match ``over`` are replaced, and only ones whose number under the key ``newest_by`` is not above
+    that of the new point. One that does not exist is inserted whatever these two say.
     """
 
     points: Sequence[Point]
     mode: Literal["upsert", "insert", "update"] = "upsert"
     over: Filter | None = None
+    newest_by: str | None = None
 
     @property
     def guarded(self) -> bool:
         """Whether there is anything to be judged."""
-        return self.mode != "upsert" or self.over is not None
+        return self.mode != "upsert" or self.over is not None or self.newest_by is not None
 
-    def allows(self, there: Mapping[str, Any] | None) -> bool:
+    def allows(self, point: Point, there: Mapping[str, Any] | None) -> bool:
         """Whether a point may be written where there is one with such a payload, or none."""
         if there is None:
             return self.mode != "update"
-        return self.mode != "insert" and (self.over is None or matches(self.over, there))
+        key, guards = self.newest_by, [] if self.over is None else [self.over]
+        if key is not None:
+            guards.append(Filter((Range(key, lte=point.payload[key]),)))
+        return self.mode != "insert" and all(matches(guard, there) for guard in guards)
 
 
 class Matching(NamedTuple):
@@ -226,8 +231,9 @@ class Engine(Protocol):
         """Write points, one put after another, then delete others, by their ids or all that match.
 
         The points of one put are judged against what there was before it; of one id twice in a put the last
-        wins. In this process all is seen at one moment. On a server it is one request, but others may come
-        between its points: what must hold is said by guards.
+        wins. In this process all is seen at one moment. On a server it is as few requests as it takes, and
+        others may come between: what must hold is said by guards. The points of a tenant in one put, as long
+        as they fit into a request, are one operation there, which is done or not done.
         """
         ...
 
@@ -298,8 +304,12 @@ class NativeSnapshots(Protocol):
 class SharedEngine(Engine, Marks, NativeSnapshots, Protocol):
     """An engine over a connection to a database that other processes write to as well."""
 
+    async def once(self, work: Callable[[], Awaitable[object]]) -> None:
+        """Do something that many need: one does, the others wait for how it ends."""
+        ...
+
     def is_spread(self, collection: str) -> bool:
-        """Whether one request may read the points of a collection that is open at several moments."""
+        """Whether one reading may meet the points of a collection that is open at several moments."""
         ...
 
 
@@ -388,7 +398,7 @@ class EngineInProcess(Engine):
         for put in puts:
             points = [with_tenant(point, key) for point in put.points]
             if put.guarded:
-                points = [point for point in points if put.allows(there.get(point.id))]
+                points = [point for point in points if put.allows(point, there.get(point.id))]
             if asked:
                 there.update((point.id, point.payload) for point in points)
             written.update((point.id, point) for point in points)

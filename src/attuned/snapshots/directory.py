@@ -443,6 +443,7 @@ class SnapshotFile:
         self.kind: SnapshotKind = "portable"
         self.contents: ArchiveContents | None = None  # known once it was read to its end
         self.sha256 = ""
+        self.unchecked = ""  # what could not be verified
         self._began = time.perf_counter()
         with self._errors(), self._opened() as file:
             self.bytes = os.fstat(file.fileno()).st_size
@@ -524,7 +525,11 @@ class SnapshotFile:
         """Read all of it; raises SnapshotError where something is wrong."""
         if self.kind == "native":
             with self._errors(), self._opened() as file:
-                self.sha256 = _check_native(file, checksum_file(self.path))
+                self.sha256, is_known = _check_native(file, checksum_file(self.path))
+            if not is_known:
+                self.unchecked = (
+                    f"its contents were not checked: there is no {printable(checksum_file(self.path).name)}"
+                )
             return
         for done in self.verifying(axes):
             progress(done, None)
@@ -549,6 +554,7 @@ class SnapshotFile:
             users=contents and contents.users,
             points=contents and contents.states,
             duration_ms=(time.perf_counter() - self._began) * 1000,
+            message=self.unchecked,
         )
 
 
@@ -571,8 +577,11 @@ def describe_snapshot(path: Path) -> SnapshotReport | None:
         )
 
 
-def _check_native(file: IO[bytes], checksum: Path) -> str:
-    """Walk through the tar that a native snapshot is, and compare its SHA-256 with the one kept beside it."""
+def _check_native(file: IO[bytes], checksum: Path) -> tuple[str, bool]:
+    """Walk through the tar that a native snapshot is, and compare its SHA-256 with the one kept beside it.
+
+    Returns it, and whether there was another one to compare it with.
+    """
     sha256 = hashlib.file_digest(cast("Any", file), "sha256").hexdigest()
     total = file.tell()
     file.seek(0)
@@ -580,11 +589,13 @@ def _check_native(file: IO[bytes], checksum: Path) -> str:
         if not 0 <= size < total:
             raise SnapshotError("is cut short, or damaged")
         file.seek(size + -size % TAR_BLOCK, os.SEEK_CUR)
-    with contextlib.suppress(FileNotFoundError):
+    try:
         kept = checksum.read_text(encoding="utf-8", errors="replace").split(maxsplit=1)
-        if kept[:1] != [sha256]:
-            raise SnapshotError(f"is damaged: its SHA-256 is not that of {printable(checksum.name)}")
-    return sha256
+    except FileNotFoundError:
+        return sha256, False
+    if kept[:1] != [sha256]:
+        raise SnapshotError(f"is damaged: its SHA-256 is not that of {printable(checksum.name)}")
+    return sha256, True
 
 
 def _member_size(file: IO[bytes]) -> int | None:

@@ -17,6 +17,7 @@ from attuned.base.errors import (
     BackendError,
     ConflictError,
     ReenteredError,
+    SnapshotError,
     StoreClosedError,
     StoreError,
     T,
@@ -498,15 +499,23 @@ class Operations:
                 progress(writer.add(page.states, page.unsettled), None)
             return await self.waits.call(writer.finish)
 
-    async def restore_snapshot(self, path: Any, mode: str, progress: Progress | None) -> SnapshotReport:
+    async def restore_snapshot(
+        self, path: Any, mode: str, progress: Progress | None, *, unchecked: bool
+    ) -> SnapshotReport:
         """See StateStore.restore_snapshot."""
         self.check_open()
+        check_flag("unchecked", unchecked)
         progress = check_progress(progress)
         saved = SnapshotFile(path)
         saved.check_mode(mode, native=self.backend.native_snapshots)
         await self.open()
         if saved.kind == "native":
             await self.waits.call(saved.verify)
+            if saved.unchecked and not unchecked:
+                raise SnapshotError(
+                    f"{saved.path}: {saved.unchecked}, and a damaged one may end the server; unchecked=True "
+                    "(or --unchecked) restores it all the same"
+                )
             backend = cast("NativeBackend", self.backend)
             await self.place.drive(backend.restore_native(saved.path, saved.sha256))
         elif mode == "replace":

@@ -297,9 +297,10 @@ class ServerPlace:
 
     def signs(self, latency_ms: float) -> list[str]:
         """See Place.signs."""
-        state = self.connection.engine.resilience.breaker.state
+        state = self.connection.engine.resilience.state
         slow = [f"it took {latency_ms:.0f} ms to answer"] if latency_ms > self.SLOW_MS else []
-        return [*([f"the circuit breaker is {state}"] if state != "closed" else []), *slow]
+        trouble = self.connection.engine.signs()
+        return [*trouble, *([f"the circuit breaker is {state}"] if state != "closed" else []), *slow]
 
 
 def blocking_twin(place: DirectoryPlace) -> DirectoryPlace:

@@ -38,12 +38,6 @@ from attuned.states.contract import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 
-_INDEXES: Mapping[str, IndexKind] = {
-    "kind": "keyword",
-    "updated_at_unix_ms": "integer",
-    "source": "keyword",
-}
-
 LATEST = Equal("kind", "latest")
 HISTORY = Equal("kind", "history")
 LAST_BITS = 1e-12  # by so much an engine may change a float
@@ -127,7 +121,7 @@ def _where(search: SearchRequest) -> Filter:
     return Filter(tuple(must), excluded)
 
 
-def _recorded_schema(config: QdrantStoreConfig, found: Mapping[str, Any]) -> Schema:
+def recorded_schema(config: QdrantStoreConfig, found: Mapping[str, Any]) -> Schema:
     """The schema of a collection, if it is ours and what the configuration asks for."""
     place = f"{config.path or config.url}: collection {config.collection_name!r}"
     version, axes, vector_size = (found.get(key) for key in ("format_version", "axes", "vector_size"))
@@ -186,6 +180,11 @@ class PointsBackend(ABC):
     most_ranked = _MOST_MATCHES  # of how many the engine is asked for the order at once
     is_open = False
     native_snapshots = False
+    indexes: Mapping[str, IndexKind] = {
+        "kind": "keyword",
+        "updated_at_unix_ms": "integer",
+        "source": "keyword",
+    }
 
     def __init__(self, engine: Engine, config: QdrantStoreConfig, collection: str | None = None) -> None:
         self.engine = engine
@@ -250,9 +249,9 @@ class PointsBackend(ABC):
             "axes": list(fresh.axes),
             "vector_size": fresh.vector_size,
         }
-        accept = functools.partial(_recorded_schema, self.config)
+        accept = functools.partial(recorded_schema, self.config)
         collection = CollectionSpec(
-            self._collection, fresh.vector_size, _INDEXES, wanted, accept, tenant="user_id"
+            self._collection, fresh.vector_size, self.indexes, wanted, accept, tenant="user_id"
         )
         return accept(await self.engine.open(collection))
 
@@ -425,6 +424,10 @@ class PointsBackend(ABC):
     async def prune_page(self, cursor: Cursor) -> tuple[int, Cursor]:
         """See Backend.prune_page."""
         latest, cursor = await self._latest_times_page(cursor)
+        return await self._prune(latest), cursor
+
+    async def _prune(self, latest: Mapping[str, int]) -> int:
+        """Remove what the histories of some users hide."""
         hidden, removed = dict[str, list[int]](), 0
         for user_id in await self._overfull(latest):
             held, times = await self._times_of(user_id), await self._timeline(user_id, latest[user_id])
@@ -434,7 +437,7 @@ class PointsBackend(ABC):
                 hidden[user_id] = old
         if hidden:
             await self._remove(hidden)
-        return removed, cursor
+        return removed
 
     async def _overfull(self, latest: Mapping[str, int]) -> set[str]:
         """The users whose history holds entries that it does not show."""
@@ -476,8 +479,16 @@ class PointsBackend(ABC):
         if not (latest and self._retention.maximum):
             return StatesPage(self._states(latest, ()))
         where = Filter((AnyOf("user_id", list(latest)), HISTORY))
-        histories = await self.engine.page(self._collection, where, limit=WHOLE_HISTORY)
-        return StatesPage(self._states(latest, histories.records))
+        return StatesPage(self._states(latest, await self._whole(where)))
+
+    async def _whole(self, where: Filter) -> list[Record]:
+        """All that matches, in one page where the engine allows that."""
+        found, cursor = list[Record](), None
+        while True:
+            page = await self.engine.page(self._collection, where, limit=WHOLE_HISTORY, cursor=cursor)
+            found += page.records
+            if (cursor := page.cursor) is None:
+                return found
 
     def _states(self, latest: Mapping[str, Record], histories: Iterable[Record]) -> list[StateSnapshot]:
         """What history shows of users, and the latest."""

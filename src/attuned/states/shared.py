@@ -3,42 +3,49 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import re
 import secrets
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Any, cast
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import attrs
 
-from attuned.base.codec import make_point_id
+from attuned.base.codec import Schema, make_point_id
 from attuned.base.errors import (
     LOGGER,
     BackendError,
+    BackendRejectedError,
     CollectionNotFoundError,
     ConflictError,
+    SchemaMismatchError,
     SnapshotError,
     StoreError,
     T,
+    plural,
     short_id,
 )
 from attuned.base.values import MAX_TIME_MS, Health, SnapshotReport, StateSnapshot
-from attuned.engines.filters import Absent, AnyOf, Equal, Filter, Range
-from attuned.engines.waist import Matching, Point, Put, Record, SharedEngine
+from attuned.engines.filters import Absent, AnyOf, Equal, Filter
+from attuned.engines.waist import IndexKind, Matching, Point, Put, Record, SharedEngine
 from attuned.snapshots.directory import NativeSnapshotWriter, SnapshotOrigin, SnapshotRequest
-from attuned.states.contract import HistoryWindow, StatesPage, conflict_error
+from attuned.states.contract import Cursor, HistoryWindow, StatesPage, conflict_error
 from attuned.states.points import (
+    HISTORY,
     LATEST,
     LINEAGE,
     MAX_COUNTED,
-    WHOLE_HISTORY,
     PointsBackend,
     decode_snapshot,
     payload_field,
+    recorded_schema,
     same_state,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
     from pathlib import Path
 
     from attuned.base.config import QdrantStoreConfig
@@ -53,6 +60,18 @@ def _is_marked(collection: Mapping[str, Any]) -> bool:
         return False
 
 
+# What a server rejects where a collection is not, or is not limited, as when it was opened.
+_OTHER_COLLECTION = re.compile(r"dimension|vector|index|limit", re.IGNORECASE)
+
+
+class _Pruning(NamedTuple):
+    """Where a pruning stands."""
+
+    following: Cursor  # where the next page of users begins, or of all entries
+    entries: int  # of the users so far
+    astray: bool  # whether entries are looked for whose users are gone
+
+
 class SharedBackend(PointsBackend):
     """A collection on a server, which other processes write to as well; opened by the first operation.
 
@@ -63,12 +82,17 @@ class SharedBackend(PointsBackend):
     """
 
     native_snapshots = True
+    # Strict mode filters by nothing that has no index.
+    indexes: Mapping[str, IndexKind] = {**PointsBackend.indexes, "confidence": "float", "restored": "keyword"}
     batch_size = 500  # a request holds more than a step in the process
+    LOOK_AGAIN_S = 30.0
     READINGS = 3  # again, of users who move while they are read
 
     def __init__(self, engine: SharedEngine, config: QdrantStoreConfig) -> None:
         super().__init__(engine, config)
         self._server = engine
+        self._known: Schema | None = None  # what it was opened with, as long as it is the same collection
+        self._look_again_at = math.inf
         self._since_trim: dict[str, int] = {}
         self._latest: dict[str, tuple[float, StateSnapshot]] = {}
 
@@ -81,16 +105,43 @@ class SharedBackend(PointsBackend):
         except CollectionNotFoundError as error:
             if error.collection != self._collection:
                 raise
+        except BackendRejectedError as error:
+            if _OTHER_COLLECTION.search(str(error)):
+                self.is_open = False
+                with contextlib.suppress(BackendError):  # the first one says more
+                    await self.open()
+            raise
         if self.schema is schema:  # else another thread or task has opened it again already
             self.is_open = False
         await self.open()
         return await operation(self)
 
     async def open(self) -> None:
-        """Connect and open the collection, unless that has been done."""
+        """Connect and open the collection, unless that has been done: one does, the others wait.
+
+        Every so often it is looked at again, as others may have made it anew, with other axes.
+        """
+        if self.is_open and time.monotonic() > self._look_again_at:
+            self.is_open = False
+        while not self.is_open:
+            await self._server.once(self._open)
+
+    async def _open(self) -> None:
         if not self.is_open:
-            self.schema = await self._open_schema()
+            found = await self._open_schema()
+            self._check_same(found)
+            self.schema = self._known = found
+            self._look_again_at = time.monotonic() + self.LOOK_AGAIN_S
             self.is_open = True
+
+    def _check_same(self, found: Schema) -> None:
+        """Raise SchemaMismatchError where a collection is not that which was opened."""
+        known = self._known
+        if known is not None and (found.axes, found.vector_size) != (known.axes, known.vector_size):
+            raise SchemaMismatchError(
+                f"{self.config.url}: collection {self._collection!r} was made anew by others, with axes "
+                f"{', '.join(found.axes)}: open the store again"
+            )
 
     # Reads
 
@@ -162,7 +213,7 @@ class SharedBackend(PointsBackend):
             return points
         asked = AnyOf("user_id", user_ids)
         where = Filter((asked,) if self._retention.maximum else (asked, LATEST))
-        for record in (await self.engine.page(self._collection, where, limit=WHOLE_HISTORY)).records:
+        for record in await self._whole(where):
             points.get(payload_field(record, "user_id", str), {})[record.id] = record
         return points
 
@@ -172,9 +223,24 @@ class SharedBackend(PointsBackend):
         if status.points is None:
             message = f"collection {self._collection!r} will be made by the first operation"
             return Health("healthy", self.engine.name, 0.0, 0, 0, message=message, version=status.version)
-        collection = status.details
+        collection: Any = status.details
+        config: Any = collection.get("config") or {}
+        self._check_same(recorded_schema(self.config, config.get("metadata") or {}))
         color = str(collection.get("status"))
         signs = [f"the collection is {color}"] if color != "green" else []
+        optimizer = collection.get("optimizer_status", "ok")
+        if optimizer != "ok":
+            signs.append(f"the server cannot optimise: {optimizer}")
+        replicas: list[tuple[int, int, str]] = collection.get("replicas", [])
+        away = [
+            f"shard {shard} on peer {peer} is {state}" for shard, peer, state in replicas if state != "Active"
+        ]
+        if away:
+            signs.append(f"{len(away)} of {plural(len(replicas), 'replica')} not active: {', '.join(away)}")
+        served = {shard for shard, _, state in replicas if state == "Active"}
+        if lost := sorted({shard for shard, _, _ in replicas} - served):
+            color = "red"
+            signs.append(f"no replica is active of shard {', '.join(map(str, lost))}")
         if _is_marked(collection):
             signs.append("a restore of a snapshot is going on or was interrupted: restore it again")
         return Health(
@@ -185,7 +251,7 @@ class SharedBackend(PointsBackend):
             status.points,
             message="; ".join(signs),
             version=status.version,
-            collection_status=color,
+            collection_status=str(collection.get("status")),
             indexed_vectors=count
             if isinstance(count := collection.get("indexed_vectors_count"), int)
             else None,
@@ -194,34 +260,24 @@ class SharedBackend(PointsBackend):
     # Writes
 
     async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
-        """See Backend.write."""
+        """See Backend.write.
+
+        The latest point unless there is a newer one, and the entries of history, whose ids hold their times.
+        """
         newest: dict[str, StateSnapshot] = {}
         for snapshot in snapshots:
             known = newest.get(snapshot.user_id)
             if known is None or snapshot.updated_at_unix_ms >= known.updated_at_unix_ms:
                 newest[snapshot.user_id] = snapshot
         entries = {(entry.user_id, entry.updated_at_unix_ms): entry for entry in snapshots}
-        history = [self._point(entry, time_ms) for (_, time_ms), entry in entries.items()]
-        await self.engine.apply(self._collection, self._puts(newest.values(), history))
+        points = [self._latest_point(snapshot) for snapshot in newest.values()]
+        if self._retention.maximum:
+            points += [self._point(entry, time_ms) for (_, time_ms), entry in entries.items()]
+        await self.engine.apply(self._collection, [Put(points, newest_by="updated_at_unix_ms")])
         entries_of = Counter(user_id for user_id, _ in entries)
         for user_id in newest:
             self._latest.pop(user_id, None)
             await self._trim_in_turn(user_id, entries_of[user_id])
-
-    def _puts(self, newest: Iterable[StateSnapshot], history: list[Point]) -> list[Put]:
-        """Each latest point unless there is a newer one, and the history."""
-        puts = [
-            Put(
-                [self._latest_point(entry)],
-                over=Filter((Range("updated_at_unix_ms", lte=entry.updated_at_unix_ms),)),
-            )
-            for entry in newest
-        ]
-        if self._retention.maximum == 0:
-            return puts
-        if len(puts) == len(history) == 1:
-            return [puts[0]._replace(points=[*puts[0].points, *history])]  # one condition serves both
-        return [Put(history), *puts]
 
     def _latest_point(self, snapshot: StateSnapshot, **extra: Any) -> Point:
         return self._point(snapshot, "latest", revision=secrets.token_hex(8), **extra)
@@ -321,6 +377,36 @@ class SharedBackend(PointsBackend):
         ids = [make_point_id(user_id, time_ms) for user_id, old in times.items() for time_ms in old]
         await self.engine.apply(self._collection, deletes=ids)
 
+    async def prune_page(self, cursor: _Pruning | None) -> tuple[int, Cursor]:
+        """See Backend.prune_page; what is left of users who are gone comes at the end.
+
+        A writer that knew nothing of a deletion, and died, has left that. Where there is none, the entries of
+        those who are there are as many as there are at all.
+        """
+        following, entries, astray = cursor or _Pruning(None, 0, astray=False)
+        if astray:
+            return await self._prune_astray(following)
+        latest, following = await self._latest_times_page(following)
+        removed = await self._prune(latest)
+        entries += sum((await self._count_by_user(list(latest))).values())
+        if following is not None:
+            return removed, _Pruning(following, entries, astray=False)
+        if await self.engine.count(self._collection, Filter((HISTORY,))) <= entries:
+            return removed, None
+        return removed, _Pruning(None, 0, astray=True)
+
+    async def _prune_astray(self, following: Cursor) -> tuple[int, Cursor]:
+        """Remove the entries on a page of history whose users have no latest point."""
+        page = await self.engine.page(
+            self._collection, Filter((HISTORY,)), limit=self.batch_size, cursor=following
+        )
+        owners = {str(record.id): payload_field(record, "user_id", str) for record in page.records}
+        there = await self.find(list(dict.fromkeys(owners.values())))
+        astray = [point_id for point_id, user_id in owners.items() if user_id not in there]
+        if astray:
+            await self.engine.apply(self._collection, deletes=astray)
+        return len(astray), None if page.cursor is None else _Pruning(page.cursor, 0, astray=True)
+
     async def create_native(self, order: SnapshotRequest, target: str) -> SnapshotReport | None:
         """Take a snapshot of the server's own making; None where a portable one will do and is needed.
 
@@ -335,8 +421,13 @@ class SharedBackend(PointsBackend):
                     f"{target}: no node has all of the collection, and a native snapshot holds what one has; "
                     'take a "portable" one'
                 )
-            points = await self.engine.count(collection, Filter())
-            offered = await self._server.create_snapshot(collection)
+            points = await self.engine.count(self._collection, Filter())
+            try:
+                offered = await self._server.create_snapshot(collection)
+            except BackendRejectedError as error:
+                if order.any_kind and error.status == HTTPStatus.FORBIDDEN:
+                    return None  # whoever may only read may take a portable one
+                raise
             try:
                 await self._server.download_snapshot(collection, offered.name, taking)
                 origin = SnapshotOrigin(target, self.engine.name, collection)
@@ -356,15 +447,18 @@ class SharedBackend(PointsBackend):
 
     async def restore_native(self, path: Path, sha256: str) -> None:
         """Let the server replace the collection by what a snapshot of its own holds."""
-        self.is_open = False
+        self.is_open, self._known = False, None
         self.forget_everything()
         await self._server.upload_snapshot(await self._server.resolve(self._collection), path, sha256)
         await self.open()
+        if await self._server.mark_of(self._collection, "restoring") is not None:
+            await self._server.mark(self._collection, "restoring", None)  # of one before, that was cut off
 
     async def stage(self, token: str) -> PointsBackend:
         """See PointsBackend.stage; the collection is changed in place, and marked until the end."""
+        marked = await self._server.mark_of(self._collection, "restoring")
         await self._server.mark(self._collection, "restoring", token)
-        return RestoringBackend(self, token)
+        return RestoringBackend(self, token, has_begun=marked is not None)
 
     async def adopt(self, staged: PointsBackend) -> None:
         """Remove what was not written by the restoring, then the mark, which stays where something lacks."""
@@ -389,9 +483,11 @@ class SharedBackend(PointsBackend):
             f"collection {self._collection!r}: {message}; let nobody write, and restore again"
         )
 
-    async def discard(self, staged: PointsBackend) -> None:  # noqa: ARG002 - the mark stays: it is not complete
-        """See PointsBackend.discard."""
+    async def discard(self, staged: PointsBackend) -> None:
+        """See PointsBackend.discard; the mark stays where the collection is not what it was."""
         self.forget_everything()
+        if not cast("RestoringBackend", staged).has_begun:
+            await self._server.mark(self._collection, "restoring", None)
 
     async def add_axes(self, names: Sequence[str]) -> None:  # noqa: ARG002
         """See Backend.add_axes: never."""
@@ -412,11 +508,12 @@ class RestoringBackend(SharedBackend):
     when it is done again, and the others can be told from them.
     """
 
-    def __init__(self, backend: SharedBackend, token: str) -> None:
+    def __init__(self, backend: SharedBackend, token: str, *, has_begun: bool) -> None:
         super().__init__(backend._server, backend.config)
         self.schema, self.is_open = backend.schema, True
         self.token = token
         self.users_written = 0  # written so far
+        self.has_begun = has_begun  # to change the collection
         self._last = ""  # who may go on in the next batch
 
     async def begin(self, operation: Callable[[PointsBackend], Coroutine[Any, Any, T]]) -> T:
@@ -425,6 +522,7 @@ class RestoringBackend(SharedBackend):
 
     async def write(self, snapshots: Sequence[StateSnapshot]) -> None:
         """Put the snapshots, each user's together and in order: the last is the latest."""
+        self.has_begun = True
         last = {snapshot.user_id: snapshot for snapshot in snapshots}
         points = [self._latest_point(snapshot, restored=self.token) for snapshot in last.values()]
         if self._retention.maximum:
