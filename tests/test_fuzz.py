@@ -344,6 +344,19 @@ def fields_of(user_id: Any, axes: Any, fields: dict[str, Any]) -> dict[str, Any]
     return {"user_id": user_id, "axes": axes, **fields}
 
 
+EMBEDDER = {
+    "name": often("words"),
+    "dimensions": often(2),
+    "embed_query": often(None),
+    "batch_size": often(50),
+    "max_characters": often(10),
+    "windows": often("mean"),
+    "retry": often(RetryPolicy()),
+}
+WORDS = attuned_store.HashingEmbedder(4)
+TEXTS = often(st.lists(ODD_TEXT | GARBAGE, max_size=5))
+
+
 VARIABLES_OF_TARGETS = st.dictionaries(
     st.sampled_from(["ATTUNED_STORE", "QDRANT_URL", "ATTUNED_STORE_PATH"]),
     ODD_TEXT.filter(lambda text: "\0" not in text and "\ud800" not in text),
@@ -381,6 +394,16 @@ FUNCTIONS: dict[str, st.SearchStrategy[Callable[[], Any]]] = {
     # With a url that no store is made with, whatever else is right.
     "QdrantStore": calls(partial(QdrantStore, url=BAD_URL), often(QdrantStoreConfig()), **NO_URL),
     "AsyncQdrantStore": calls(partial(AsyncQdrantStore, url=BAD_URL), often(QdrantStoreConfig()), **NO_URL),
+    "Embedder": calls(partial(attuned_store.Embedder, name="words", dimensions=2), often(len), **EMBEDDER),
+    "Embedder.embed_texts": calls(WORDS.embed_texts, st.just(attuned_store.BLOCKING), TEXTS),
+    "Embedder.embed_query_text": calls(
+        WORDS.embed_query_text, st.just(attuned_store.BLOCKING), ODD_TEXT | GARBAGE
+    ),
+    "HashingEmbedder": calls(attuned_store.HashingEmbedder, often(4)),
+    "HashingEmbedder.embed_texts": calls(WORDS.embed_texts, st.just(attuned_store.BLOCKING), TEXTS),
+    "HashingEmbedder.embed_query_text": calls(
+        WORDS.embed_query_text, st.just(attuned_store.BLOCKING), ODD_TEXT | GARBAGE
+    ),
     "open_store": calls(attuned_store.open_store, TARGETS, **MEMORY_OPTIONS),
     "open_async_store": calls(attuned_store.open_async_store, TARGETS, **MEMORY_OPTIONS),
     "store_exists": calls(attuned_store.store_exists, TARGETS),

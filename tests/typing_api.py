@@ -18,6 +18,9 @@ from attuned_store import (
     BackendError,
     BreakerPolicy,
     ConflictError,
+    Embedder,
+    EmbeddingError,
+    HashingEmbedder,
     Health,
     History,
     Match,
@@ -35,7 +38,7 @@ from attuned_store import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
     from starlette.requests import Request
 
@@ -216,6 +219,28 @@ def catching(store: StateStore, snapshot: StateSnapshot) -> None:
         assert_type(error.status, int | None)
     except StoreError as error:
         assert_type(error.written, int | None)
+
+
+def vectors_of(texts: list[str]) -> list[list[float]]:
+    return [[float(len(text))] for text in texts]
+
+
+async def vectors_awaited(texts: Sequence[str]) -> list[tuple[float, ...]]:
+    return [(float(len(text)),) for text in texts]
+
+
+def embedding(client: Any) -> None:
+    once = RetryPolicy(attempts=1)
+    Embedder(vectors_of, name="lengths", dimensions=1)
+    Embedder(vectors_awaited, name="lengths", dimensions=1, batch_size=10, max_characters=8_000, retry=once)
+    assert_type(
+        Embedder(lambda texts: client.embed(input=texts), name="n", dimensions=3, embed_query=client.query),
+        Embedder,
+    )
+    embedder: Embedder = HashingEmbedder(256)
+    assert_type((embedder.name, embedder.dimensions, embedder.windows), tuple[str, int, Literal["mean"]])
+    error = EmbeddingError("failed", backend="embedder", operation="embed", retryable=True)
+    assert_type(error.retryable, bool)
 
 
 async def asynchronous(store: AsyncStateStore, snapshot: StateSnapshot) -> None:
