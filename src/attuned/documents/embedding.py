@@ -133,7 +133,7 @@ class Embedder:
         is a ValidationError for a text that is empty or none, else an EmbeddingError. Raises ValidationError
         where the function is asynchronous and the store is not.
         """
-        if isinstance(texts, str) or not isinstance(texts, Sequence):
+        if isinstance(texts, str | bytes) or not isinstance(texts, Sequence):
             raise ValidationError(f"texts: a sequence of strings is needed, got {type_name(texts)}")
         checked = [_checked_text(text) for text in texts]
         cut = {text: self._cut(text) for text in checked if isinstance(text, str)}
@@ -217,14 +217,14 @@ class Embedder:
         """
         of = asked if isinstance(asked, str) else [*asked]
 
-        def call() -> Any:
+        def call() -> tuple[Any]:  # since trio lets no thread return a coroutine
             try:
                 answer = function(of)
-                return answer if inspect.isawaitable(answer) else self._vectors(answer, asked)
+                return (answer if inspect.isawaitable(answer) else self._vectors(answer, asked),)
             except Exception as error:  # noqa: BLE001 - it is judged by those who call
-                return error
+                return (error,)
 
-        answer = call() if _is_asynchronous(function) else await waits.call(call)
+        (answer,) = call() if _is_asynchronous(function) else await waits.call(call)
         if inspect.isawaitable(answer):
             if waits.blocking:
                 if inspect.iscoroutine(answer):
@@ -371,7 +371,7 @@ def _windows(text: str, most: int) -> Iterator[str]:
         if window := text[begin:end].strip():
             yield window
         begin = end
-    yield text[begin:]
+    yield text[begin:].strip()
 
 
 def _is_asynchronous(function: Callable[..., Any]) -> bool:
