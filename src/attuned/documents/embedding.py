@@ -335,12 +335,13 @@ class _Hashing:
         vector = [0.0] * self.dimensions
         words = Counter(_WORD.findall(text) or text.split())
         for word, times in words.items():
-            often = math.sqrt(times)
-            self._add(vector, word, often)
+            # The shorter a word, the less it says. Square roots are the same everywhere, to the last bit.
+            weight = math.sqrt(times) * (math.sqrt(len(word)) - 0.9)
+            self._add(vector, word, weight)
             ends = f"<{word}>"
             parts = [ends[at : at + size] for size in (3, 4, 5) for at in range(len(ends) - size + 1)]
             for part in parts:
-                self._add(vector, part, often / math.sqrt(len(parts)))
+                self._add(vector, part, weight / math.sqrt(len(parts)))
         strength = math.sqrt(math.fsum(value * value for value in vector))
         if not strength:  # what was added cancelled itself out
             self._add(vector, "", 1.0)
