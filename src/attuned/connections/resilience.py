@@ -99,7 +99,7 @@ def parse_retry_after(text: str) -> float | None:
             seconds = parsedate_to_datetime(text).timestamp() - time.time()
         except (ValueError, TypeError, OverflowError, LookupError, OSError):
             return None
-    return None if math.isnan(seconds) else max(0.0, min(seconds, MAX_WAIT_S))
+    return max(0.0, min(seconds, MAX_WAIT_S)) if math.isfinite(seconds) else None
 
 
 class Resilience:
