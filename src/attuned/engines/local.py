@@ -282,6 +282,10 @@ class LocalEngine(EngineOnDisk):
         """See Engine.open."""
         client = self._client
         with backend_errors(self, f"open {self._path}"):
+            if collection.name in self._open:
+                metadata = dict(client.get_collection(collection.name).config.metadata or {})
+                collection.accept(metadata)
+                return metadata
             if not client.collection_exists(collection.name):
                 self.check_room("open")  # the list of collections is written in place
                 # No payload indexes: local mode has none and warns.
@@ -299,6 +303,15 @@ class LocalEngine(EngineOnDisk):
         self._open[collection.name] = Opened(config.params.vectors.size, collection.tenant)
         self._removed[collection.name] = 0
         return metadata
+
+    async def amend(self, collection: CollectionSpec) -> None:
+        """See Engine.amend; there are no indexes."""
+        self._opened(collection.name)
+        with backend_errors(self, "amend"):
+            self.check_room("amend")  # the list of collections is written in place
+            self._client.update_collection(collection.name, metadata=dict(collection.metadata))
+        self.amendments += 1
+        self.writes += 1
 
     async def collections(self) -> Mapping[str, Mapping[str, Any]]:
         """See Engine.collections."""

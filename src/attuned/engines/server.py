@@ -132,9 +132,11 @@ class ServerEngine:
     indexed = True
     compact = False
     rounds_floats = True
+    shared = True
 
     def __init__(self, config: QdrantStoreConfig, waits: Waits) -> None:
         self._models = ClientModels(import_qdrant_client().models)
+        self.amendments = 0
         import ssl
 
         import httpx
@@ -286,6 +288,19 @@ class ServerEngine:
         else:
             self._spread.discard(collection.name)
         return metadata
+
+    async def amend(self, collection: CollectionSpec) -> None:
+        """See Engine.amend."""
+        info, metadata = await self._describe(collection.name), dict(collection.metadata)
+        if info is None:
+            raise not_open(self.name, collection.name)
+        await self._create_indexes(collection, set(info.payload_schema))
+        await self._send(
+            "amend",
+            lambda: self._client.update_collection(collection.name, metadata=metadata),
+            writes=True,
+        )
+        self.amendments += 1
 
     async def collections(self) -> Mapping[str, Mapping[str, Any]]:
         """See Engine.collections; each is asked for its metadata, and left out where it goes meanwhile."""

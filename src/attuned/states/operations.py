@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
     from datetime import datetime
 
+    from attuned.engines.waist import Engine
     from attuned.snapshots.archive import Progress
     from attuned.states.memory import MemoryBackend
 
@@ -92,6 +93,7 @@ class Operations:
         self._failed_close: StoreError | None = None  # which every further close tells again
         self.reporter: Telemetry | None = None  # of what is slow
         self.slow_ms: float | None = None  # a piece that takes longer is logged
+        self.documents: dict[str, Any] = {}  # its collections of them, by name
 
     # The life of a store
 
@@ -155,9 +157,21 @@ class Operations:
         """
         if self.backend is UNOPENED:
             await self.open()
+        return await self._timed(name, self.place.drive(self.backend.begin(operation), long=long), about)
+
+    async def with_engine(
+        self, name: str, operation: Callable[[Engine], Coroutine[Any, Any, T]], about: object = None
+    ) -> T:
+        """Run a piece of work on the engine of points, as ``_drive`` does on the backend."""
+        self.check_open()
+        if self.backend is UNOPENED:
+            await self.open()
+        return await self._timed(name, self.place.with_engine(operation), about)
+
+    async def _timed(self, name: str, piece: Awaitable[T], about: object) -> T:
         began = time.perf_counter()
         try:
-            return await self.place.drive(self.backend.begin(operation), long=long)
+            return await piece
         finally:
             seconds = time.perf_counter() - began
             if name and self.slow_ms and seconds * 1000 > self.slow_ms:
