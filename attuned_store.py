@@ -8306,13 +8306,32 @@ class Operations:
             backend = cast("NativeBackend", self.backend)
             report = await self.place.drive(backend.create_native(request, self.place.location))
             if report is not None:
-                return report
+                return await self._told(report)
             request = attrs.evolve(request, kind="portable")
         with PortableSnapshotWriter(request, self.origin(), self.axes()) as writer:
             pages = self.states()
             while (page := await pages.next()) is not None:
                 progress(writer.add(page.states, page.unsettled), None)
-            return await self.waits.call(writer.finish)
+            return await self._told(await self.waits.call(writer.finish))
+
+    async def _told(self, report: SnapshotReport) -> SnapshotReport:
+        """The report of a backup of states, with the collections of documents that it does not hold.
+
+        On a server, where each would be a request more, they are those that this store has used.
+        """
+
+        async def names(engine: Engine) -> list[str]:
+            if engine.shared:
+                return sorted(self.documents)
+            found = await engine.collections()
+            return sorted(name for name, metadata in found.items() if metadata.get("kind") == "documents")
+
+        left_out = await self.place.with_engine(names)
+        if not left_out:
+            return report
+        shown = ", ".join(left_out[:5]) + (", and others" if left_out[5:] else "")
+        said = f"the documents of {plural(len(left_out), 'collection')} are not in it: {shown}"
+        return attrs.evolve(report, message="; ".join(filter(None, [report.message, said])))
 
     async def restore_snapshot(self, path: Any, mode: str, progress: Progress | None) -> SnapshotReport:
         """See StateStore.restore_snapshot."""
@@ -11643,6 +11662,8 @@ class OpenableCollection:
             async def read(engine: Engine, opened: OpenCollection, piece: Sequence[str] = piece) -> None:
                 alive = opened.alive(where)
                 for record in await engine.retrieve(self.name, piece, vector=vectors):
+                    if str(record.id) not in piece:
+                        raise self._wrong("the engine answered with another document; nothing is shown")
                     if matches(alive, record.payload):
                         found[str(record.id)] = record
 
@@ -13895,7 +13916,8 @@ class StateStore(StoreBase):
         afterwards unless ``keep_remote``, and is refused where no node has all shards; "auto" native on a
         server where it can be, portable elsewhere. With ``keep``, the new file is read back, then all but the
         newest so many of this collection and kind are removed: give stores whose collections are of one name
-        directories of their own. ``reason`` goes into the report.
+        directories of their own. ``reason`` goes into the report. Documents are in none of them so far; the
+        report names their collections in its ``message``.
         ``progress(done, None)`` is called with the number of states written. Raises SnapshotError,
         ValidationError, BackendError; then there is no new file, and none was removed.
         """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import json
 import math
 import os
@@ -12,15 +14,20 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conformance import BACKENDS, NOW, Case
-from documents import DIMENSIONS, INDEXES, Words, collection_of, ids
-from hypothesis import given
+from conformance import BACKENDS, NOW, Case, needs
+from documents import DIMENSIONS, INDEXES, Words, collection_of, ids, meets
+from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+import attuned_store
 from attuned_store import (
+    BackendError,
     Document,
     EmbeddingError,
     HashingEmbedder,
+    MemoryStore,
+    QdrantStore,
     SchemaMismatchError,
     StateSnapshot,
     StoreClosedError,
@@ -28,12 +35,13 @@ from attuned_store import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from conformance import Clock, Open
+    from qdrant_server import QdrantServer
 
-    from attuned_store import AsyncStateStore
+    from attuned_store import AsyncStateStore, Collection
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("clock")]
 LONG = bool(os.environ.get("ATTUNED_TEST_LONG"))
@@ -512,6 +520,21 @@ class DocumentTests:
         again = await store.erase("ada")
         assert (again.states, dict(again.documents)) == (False, {})
 
+    async def test_a_snapshot_tells_what_it_does_not_hold(
+        self, store: AsyncStateStore, tmp_path: Path
+    ) -> None:
+        """Documents are in no snapshot so far: its report names their collections, restoring leaves them."""
+        await store.upsert_latest(StateSnapshot("ada", {"warmth": 1}))
+        assert (await store.create_snapshot(tmp_path / "none", kind="portable")).message == ""
+        trades = await collection_of(store)
+        await trades.for_user("ada").upsert(Document("a"))
+
+        report = await store.create_snapshot(tmp_path / "snapshots", kind="portable")
+        assert report.message == "the documents of 1 collection are not in it: trades"
+        assert report.path is not None
+        await store.restore_snapshot(report.path)
+        assert await trades.for_user("ada").count() == 1
+
     async def test_the_states_are_no_documents(self, store: AsyncStateStore) -> None:
         """The collection of the states cannot be used for documents, nor is it listed."""
         await store.upsert_latest(StateSnapshot("ada", {"warmth": 1}))
@@ -583,3 +606,338 @@ class TestServer(DocumentTests):
         with BACKENDS[case.backend].sync(tmp_path / "cleaning") as store:
             for each in store.collections():
                 store.collection(each.name).drop()
+
+
+# ------------------------------------------------------------------------------
+# Filters: the same on every engine as in plain Python
+# ------------------------------------------------------------------------------
+
+KINDS = ("memory", "edge", "local", *SERVERS)
+WORDS = st.lists(st.sampled_from(["quick", "Brown", "fox", "FOX,", "lazy-dog", "ä"]), max_size=3).map(
+    " ".join
+)
+TIMES = st.sampled_from([NOW + 1_000 * number for number in range(4)]).map(
+    lambda ms: datetime.fromtimestamp(ms / 1000, UTC)
+)
+FLOATS = st.sampled_from([0.0, -0.0, 0.1, 0.1 + 0.2, 0.3, -1 / 3, 1e-20, 1 / 7, 1e22, 2.5]) | st.floats(
+    -1e6, 1e6
+)
+SMALL = st.integers(-3, 3)
+VALUES: dict[str, Any] = {
+    "symbol": st.sampled_from(["NQ", "ES", "nq", "or"]),
+    "size": SMALL | st.sampled_from([2**53, -(2**53), 2**53 - 1]),
+    "gain": FLOATS | SMALL,
+    "won": st.booleans(),
+    "closed_at": TIMES | TIMES.map(lambda time: time.isoformat()),
+    "note": WORDS,
+}
+FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        name: st.none() | (st.lists(values, max_size=3) | values if name == "symbol" else values)
+        for name, values in VALUES.items()
+    },
+)
+
+
+def _asked(name: str) -> st.SearchStrategy[Any]:
+    """What may be asked of a field."""
+    values = VALUES[name]
+    compared = st.fixed_dictionaries({}, optional={"ne": st.none() | values})
+    if name == "note":
+        return st.none() | st.fixed_dictionaries({"text": WORDS}) | st.just({"ne": None})
+    if name in ("size", "gain", "closed_at"):
+        optional = dict.fromkeys(("gt", "gte", "lt", "lte"), values) | {"ne": st.none() | values}
+        compared = st.fixed_dictionaries({}, optional=optional)
+    return st.none() | values | st.lists(values, max_size=3) | compared.filter(bool)
+
+
+BRANCHES = st.fixed_dictionaries({}, optional={name: _asked(name) for name in VALUES})
+FILTERS = st.fixed_dictionaries(
+    {}, optional={**{name: _asked(name) for name in VALUES}, "or": st.lists(BRANCHES, max_size=3)}
+)
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=needs(BACKENDS[name].library)) for name in KINDS], scope="module"
+)
+def shelf(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A collection with every kind of index on each engine."""
+    with BACKENDS[request.param].sync(tmp_path_factory.mktemp(request.param)) as store:
+        collection = store.collection("filtered", indexes=INDEXES)
+        yield collection
+        collection.drop()
+
+
+def test_filters_mean_on_every_engine_what_they_mean_in_python(shelf: Any) -> None:
+    """What a filter finds, counts and deletes is what a predicate over the fields says."""
+    batch = itertools.count()
+
+    @settings(max_examples=400 if LONG else 25, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(fields=st.lists(FIELDS, min_size=1, max_size=8), filters=st.lists(FILTERS, min_size=4, max_size=8))
+    def check(fields: list[dict[str, Any]], filters: list[dict[str, Any]]) -> None:
+        mine = shelf.for_user(f"user-{next(batch)}")
+        documents = [Document(str(number), "", each) for number, each in enumerate(fields)]
+        mine.upsert_many(documents)
+        for where in filters:
+            if _is_known_fault(where):
+                continue
+            wanted = sorted(each.id for each in documents if meets(each.fields, where))
+            note(str(where))
+            assert sorted(ids(mine.documents(where))) == wanted
+            assert mine.count(where) == len(wanted)
+        assert mine.delete_many(where) == len(wanted)
+        assert mine.count() == len(documents) - len(wanted)
+
+    check()
+
+
+def _is_known_fault(where: dict[str, Any]) -> bool:
+    """A real server takes "X and not X" of an indexed keyword for true."""
+    return "QDRANT_TEST_URL" in os.environ and "ne" in str(where) and "or" in where
+
+
+BAD_FILTERS: dict[str, tuple[Any, str]] = {
+    "another type": ([1], "where: a mapping from field to value is needed"),
+    "an unknown field": ({"symbl": 1}, "'symbl' is not among the indexes, did you mean 'symbol'"),
+    "the user": ({"user_id": "bob"}, "'user_id' is not among the indexes"),
+    "what is kept beneath": ({"field_symbol": "NQ"}, "not among the indexes"),
+    "a path": ({"symbol.x": 1}, "not among the indexes"),
+    "an operator of others": ({"$or": []}, "not among the indexes"),
+    "an unknown operator": ({"size": {"$gt": 1}}, "gt, gte, lt, lte, ne or text are needed, got '.gt'"),
+    "no operator": ({"size": {}}, "gt, gte, lt, lte, ne or text are needed, got none"),
+    "an or of something else": ({"or": {"size": 1}}, "'or' takes a list of mappings"),
+    "an or in an or": ({"or": [{"or": []}]}, "'or' stands at the top alone"),
+    "no mapping in an or": ({"or": [5]}, "a mapping from field to value"),
+    "a range of keywords": ({"symbol": {"gt": "A"}}, "gt needs an integer, float or datetime index"),
+    "words of a keyword": ({"symbol": {"text": "A"}}, "text needs a text index"),
+    "a text as a whole": ({"note": "A"}, "a text index is searched for words"),
+    "a number for a keyword": ({"symbol": 5}, r"where\['symbol'\]: a string is needed"),
+    "a bool for a number": ({"size": True}, r"where\['size'\]: an integer"),
+    "a number for a bool": ({"won": 1}, "True or False is needed"),
+    "no number": ({"gain": math.nan}, "a number is needed"),
+    "a naive time": ({"closed_at": datetime(2026, 1, 1)}, "needs a time zone"),  # noqa: DTZ001
+    "a time in seconds": ({"updated_at": {"gt": 1_768_000_000}}, "looks like seconds"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILTERS)
+def test_a_bad_filter_is_refused(name: str) -> None:
+    """What is wrong with a filter is told by every method that takes one, and nothing is done."""
+    where, message = BAD_FILTERS[name]
+    mine = MemoryStore().collection("trades", HashingEmbedder(4), indexes=INDEXES).for_user("ada")
+    mine.upsert(Document("a", "text"))
+    for call in (mine.documents, mine.count, mine.delete_many, functools.partial(mine.search, "text")):
+        with pytest.raises(ValidationError, match=message):
+            call(where)
+    assert mine.count() == 1
+
+
+# ------------------------------------------------------------------------------
+# Tenant isolation
+# ------------------------------------------------------------------------------
+
+# Ids that collide when they are joined, and what an engine or a filter might take for something else.
+PARTS = ["a", "b", ":", "::", "1", "11", "/", "|", "*", "%", "$or", "ä", "user_id", "a:b", " ", "None", '"']
+USERS = st.lists(st.sampled_from(PARTS), min_size=1, max_size=4).map("".join)
+OPERATORS = st.sampled_from(["ne", "gt", "gte", "lt", "lte", "text", "$ne", "$or", "or"])
+ATTACKED = st.sampled_from(["symbol", "size", "or", "$or", "user_id", "id", "ne", "note"])
+ATTACKS = st.recursive(
+    st.none() | USERS | st.integers() | st.booleans(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(ATTACKED, inner, max_size=3)
+        | st.dictionaries(OPERATORS, inner, max_size=2)
+    ),
+    max_leaves=6,
+)
+
+
+def test_nobody_reads_what_is_of_another(shelf: Any) -> None:
+    """Whatever ids and filters are tried, a handle shows, changes and deletes documents of its user alone."""
+    attempts = itertools.count()
+    rounds = 12_500 if LONG else 60
+
+    @settings(max_examples=rounds, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(
+        victim=USERS,
+        attacker=USERS,
+        document_ids=st.lists(USERS, min_size=1, max_size=3, unique=True),
+        attacks=st.lists(
+            st.dictionaries(USERS | st.sampled_from([*VALUES, "or"]), ATTACKS, max_size=2), max_size=4
+        ),
+    )
+    def check(victim: str, attacker: str, document_ids: list[str], attacks: list[Any]) -> None:
+        if victim == attacker:
+            return
+        theirs, mine = shelf.for_user(victim), shelf.for_user(attacker)
+        secret = [Document(each, "secret", {"symbol": attacker, "size": 1}) for each in document_ids]
+        theirs.upsert_many(secret)
+        mine.upsert(Document(attacker + "x", "own", {"symbol": victim}))
+        seen = list(mine.get_many(document_ids).values()) + list(
+            mine.get_many([victim, victim + "x"]).values()
+        )
+        for document_id in document_ids:
+            mine.delete(document_id)
+        for where in ({"or": [{}]}, {"symbol": {"ne": "x"}}, *attacks):
+            next(attempts)
+            try:
+                seen += mine.documents(where) + mine.documents(where, newest_first=True)
+                mine.count(where)
+                mine.delete_many(where)
+            except ValidationError:
+                pass  # refused before anything was asked
+        assert {document.user_id for document in seen} <= {attacker}
+        assert sorted(each.text for each in theirs.get_many(document_ids).values()) == ["secret"] * len(
+            secret
+        )
+        theirs.delete_many({})
+        mine.delete_many({})
+
+    check()
+    assert next(attempts) >= 2 * rounds // 3
+
+
+def test_no_two_pairs_of_ids_share_a_point() -> None:
+    """Pairs of a user and a document whose joined ids are equal have points of their own."""
+    names = sorted({"".join(parts) for parts in itertools.product(["a", "b", ":", "1", "::"], repeat=3)})
+    pairs = [*itertools.product(names[:80], names[:80]), *(("", name) for name in names)]
+    assert len({attuned_store.document_point_id(*pair) for pair in pairs}) == len(pairs)
+
+
+@needs("qdrant_client")
+def test_a_server_that_answers_with_another_user(server: QdrantServer) -> None:
+    """Points of another user, or under another id, are an error wherever they come: nothing is shown."""
+    from qdrant_server import edit
+
+    forged: dict[str, Any] = {}
+
+    def forge(body: Any) -> None:
+        """Put something else into every point of an answer."""
+        result = body["result"]
+        for point in result if isinstance(result, list) else result["points"]:
+            point.update(forged)
+
+    with QdrantStore(url=server.url, verify=False) as store:
+        trades = store.collection("trades", HashingEmbedder(4), indexes=INDEXES)
+        mine = trades.for_user("ada")
+        mine.upsert(trade(1, "own", size=1))
+        calls: list[Callable[[], Any]] = [
+            functools.partial(mine.get, "t-1"),
+            mine.documents,
+            functools.partial(mine.documents, newest_first=True, limit=10),
+            functools.partial(mine.search, "secret"),
+            functools.partial(mine.search, "secret", shared=True),
+            functools.partial(mine.delete, "t-1"),
+            functools.partial(mine.upsert, trade(1, "new")),
+        ]
+        payload = {
+            **attuned_store.Draft.of(
+                trade(1, "secret"), attuned_store.CollectionSettings({}, "x", 4, None), "hashing-4"
+            ).payload,
+            "user_id": "bob",
+        }
+        theirs = attuned_store.document_point_id("bob", "t-1")
+        own = attuned_store.document_point_id("ada", "t-1")
+        answers: list[dict[str, Any]] = [
+            {"id": theirs, "payload": payload},  # of another user
+            {"id": own, "payload": payload},  # of another user in the place of this one's
+            {"id": theirs, "payload": {**payload, "user_id": "ada"}},
+            {"id": own, "payload": {}},
+        ]
+        for answer in answers:
+            forged.update(answer)
+            with server.on(edit(forge), method="POST", path="/points(/scroll|/query)?$"):
+                for call in calls:
+                    with pytest.raises(BackendError, match=r"nothing is|does not hold a document"):
+                        call()
+        assert mine.get("t-1") == trade(1, "own", size=1)
+
+
+# ------------------------------------------------------------------------------
+# Engines agree
+# ------------------------------------------------------------------------------
+
+NAMES = st.sampled_from(["a", "b", "c", "d"])
+OWNERS = st.sampled_from(["ada", "bob", ""])
+SIZES = st.none() | st.integers(0, 2)
+
+
+class Agreement(RuleBasedStateMachine):
+    """A collection in memory, and one on another engine, which is to do the same."""
+
+    both: tuple[Collection, Collection]
+    clock: Any
+    step: Callable[[], int]
+
+    def __init__(self) -> None:
+        super().__init__()
+        for collection in self.both:
+            collection.all_users().delete_many({})
+        self.maker = 0
+
+    def _do(self, owner: str, act: Callable[[Any], Any]) -> None:
+        one, other = (act(each.for_user(owner) if owner else each.shared()) for each in self.both)
+        assert one == other
+
+    @rule(owner=OWNERS, name=NAMES, text=st.sampled_from(["one", "two", "three"]), size=SIZES, ttl=SIZES)
+    def upsert(self, owner: str, name: str, text: str, size: int | None, ttl: int | None) -> None:
+        # A time of its own, so that the order of the newest is one.
+        document = Document(name, text, {"size": size}, self.step(), None if not ttl else ttl * 10)
+        self._do(owner, lambda handle: handle.upsert_many([document, document]))
+
+    @rule(owner=OWNERS, name=NAMES)
+    def delete(self, owner: str, name: str) -> None:
+        self._do(owner, lambda handle: handle.delete(name))
+
+    @rule(owner=OWNERS, size=SIZES)
+    def delete_many(self, owner: str, size: int | None) -> None:
+        self._do(owner, lambda handle: handle.delete_many({"size": size}))
+
+    @rule(owner=OWNERS, text=st.sampled_from(["one", "two", "four"]), size=SIZES, shared=st.booleans())
+    def search(self, owner: str, text: str, size: int | None, *, shared: bool) -> None:
+        found: list[set[Any]] = []
+        for each in self.both:
+            handle = each.for_user(owner) if owner else each.shared()
+            matches = handle.search(text, {"size": {"ne": size}}, limit=50, shared=shared)
+            found.append({(match.document, round(match.score, 4)) for match in matches})
+        assert found[0] == found[1]
+
+    @rule(seconds=st.integers(1, 30))
+    def wait(self, seconds: int) -> None:
+        self.clock.now += seconds * 1000
+
+    @invariant()
+    def same(self) -> None:
+        """Both hold the same documents, of the same users, in the same order of time."""
+        one, other = (each.all_users().documents(newest_first=True) for each in self.both)
+        assert [(each, each.user_id) for each in one] == [(each, each.user_id) for each in other]
+        for owner in ("ada", "bob", ""):
+            self._do(owner, lambda handle: handle.get_many(["a", "b", "c", "d", "e"]))
+            self._do(owner, lambda handle: (handle.count(), handle.count({"size": {"gte": 1}})))
+
+
+@pytest.mark.parametrize(
+    "other", [pytest.param(name, marks=needs(BACKENDS[name].library)) for name in KINDS if name != "memory"]
+)
+def test_two_engines_agree(other: str, tmp_path: Path, clock: Clock) -> None:
+    """Whatever is done in any order, another engine shows what memory does."""
+    times, embedder, options = itertools.count(NOW), Words().embedder, {"indexes": INDEXES}
+    with MemoryStore() as memory, BACKENDS[other].sync(tmp_path / "store") as store:
+        both = tuple(each.collection("agreed", embedder, **options) for each in (memory, store))
+
+        class Machine(Agreement):
+            pass
+
+        Machine.both, Machine.clock, Machine.step = both, clock, staticmethod(lambda: next(times))  # type: ignore[assignment]
+        run_state_machine_as_test(
+            Machine,
+            settings=settings(
+                max_examples=300 if LONG else 8,
+                stateful_step_count=20,
+                deadline=None,
+                database=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+        both[1].drop()

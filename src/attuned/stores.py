@@ -332,7 +332,8 @@ class StateStore(StoreBase):
         afterwards unless ``keep_remote``, and is refused where no node has all shards; "auto" native on a
         server where it can be, portable elsewhere. With ``keep``, the new file is read back, then all but the
         newest so many of this collection and kind are removed: give stores whose collections are of one name
-        directories of their own. ``reason`` goes into the report.
+        directories of their own. ``reason`` goes into the report. Documents are in none of them so far; the
+        report names their collections in its ``message``.
         ``progress(done, None)`` is called with the number of states written. Raises SnapshotError,
         ValidationError, BackendError; then there is no new file, and none was removed.
         """

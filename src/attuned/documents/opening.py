@@ -236,6 +236,8 @@ class OpenableCollection:
             async def read(engine: Engine, opened: OpenCollection, piece: Sequence[str] = piece) -> None:
                 alive = opened.alive(where)
                 for record in await engine.retrieve(self.name, piece, vector=vectors):
+                    if str(record.id) not in piece:
+                        raise self._wrong("the engine answered with another document; nothing is shown")
                     if matches(alive, record.payload):
                         found[str(record.id)] = record
 

@@ -22,6 +22,7 @@ from attuned.base.errors import (
     T,
     ValidationError,
     closed_error,
+    plural,
     short_id,
     type_name,
     unknown_user_error,
@@ -503,13 +504,32 @@ class Operations:
             backend = cast("NativeBackend", self.backend)
             report = await self.place.drive(backend.create_native(request, self.place.location))
             if report is not None:
-                return report
+                return await self._told(report)
             request = attrs.evolve(request, kind="portable")
         with PortableSnapshotWriter(request, self.origin(), self.axes()) as writer:
             pages = self.states()
             while (page := await pages.next()) is not None:
                 progress(writer.add(page.states, page.unsettled), None)
-            return await self.waits.call(writer.finish)
+            return await self._told(await self.waits.call(writer.finish))
+
+    async def _told(self, report: SnapshotReport) -> SnapshotReport:
+        """The report of a backup of states, with the collections of documents that it does not hold.
+
+        On a server, where each would be a request more, they are those that this store has used.
+        """
+
+        async def names(engine: Engine) -> list[str]:
+            if engine.shared:
+                return sorted(self.documents)
+            found = await engine.collections()
+            return sorted(name for name, metadata in found.items() if metadata.get("kind") == "documents")
+
+        left_out = await self.place.with_engine(names)
+        if not left_out:
+            return report
+        shown = ", ".join(left_out[:5]) + (", and others" if left_out[5:] else "")
+        said = f"the documents of {plural(len(left_out), 'collection')} are not in it: {shown}"
+        return attrs.evolve(report, message="; ".join(filter(None, [report.message, said])))
 
     async def restore_snapshot(self, path: Any, mode: str, progress: Progress | None) -> SnapshotReport:
         """See StateStore.restore_snapshot."""
