@@ -12099,8 +12099,10 @@ class CollectionOperations(OpenableCollection):
             total = tally.done + await self._count_points(stale)
             pages = Pager(lambda cursor: self._page(None, stale, cursor), self._waits)
             while (records := await pages.next()) is not None:
-                await self._embed_anew(records, embedder.name, tally)
-                progress(tally.done, max(total, tally.done))
+                for start in range(0, len(records), embedder.batch_size):  # each is kept before the next
+                    batch = records[start : start + embedder.batch_size]
+                    await self._embed_anew(batch, embedder.name, tally)
+                    progress(tally.done, max(total, tally.done))
         opened = await self.open()
         if opened.settings.embedder != embedder.name and not tally.failed:
             self._opened = await self._amend(attrs.evolve(opened.settings, embedder=embedder.name))
@@ -12150,7 +12152,9 @@ def _first(batch: dict[str, Draft], number: int) -> dict[str, Draft]:
 def _direction_of(vector: Sequence[float], dimensions: int) -> Sequence[float]:
     """A vector of length 1, or ValidationError for what has no direction or another number of dimensions."""
     try:
-        numbers = [check_number("query", value) for value in vector]
+        numbers = list(vector)
+        if {*map(type, numbers)} != {float}:
+            numbers = [check_number("query", value) for value in numbers]
     except TypeError:
         raise ValidationError(f"query: a text or a vector is needed, got {type_name(vector)}") from None
     if len(numbers) != dimensions:

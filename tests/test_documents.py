@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import functools
 import itertools
 import json
@@ -10,7 +11,11 @@ import math
 import os
 import pickle
 import random
+import signal
+import subprocess
+import sys
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -36,7 +41,6 @@ from attuned_store import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from conformance import Clock, Open
     from qdrant_server import QdrantServer
@@ -941,3 +945,64 @@ def test_two_engines_agree(other: str, tmp_path: Path, clock: Clock) -> None:
             ),
         )
         both[1].drop()
+
+
+# ------------------------------------------------------------------------------
+# Killed at any moment; what the documentation shows
+# ------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = sys.argv[1:3]
+from attuned_store import Document, open_store
+from documents import Words
+words, calls = Words(), int(sys.argv[4])
+def embedding():
+    global calls
+    calls -= 1
+    if not calls:
+        os.kill(os.getpid(), signal.SIGKILL)
+words.meanwhile = embedding
+store = open_store(sys.argv[3], engine=sys.argv[6])
+if sys.argv[5] == "upsert_many":
+    documents = [Document(str(number), f"text {number}", updated_at=number) for number in range(60)]
+    store.collection("trades", words.embedder).for_user("ada").upsert_many(documents)
+else:
+    words.embedder = __import__("attrs").evolve(words.embedder, name="new")
+    store.collection("trades", words.embedder).refresh()
+"""
+
+
+@pytest.mark.parametrize("engine", [pytest.param("edge", marks=needs("qdrant_edge")), "local"])
+@pytest.mark.parametrize("operation", ["upsert_many", "refresh"])
+def test_what_was_killed_goes_on(engine: str, operation: str, tmp_path: Path) -> None:
+    """Killed between two batches, a bulk operation done again embeds what is left, and that alone."""
+    path, here = tmp_path / "store", Path(__file__).parent
+    words = Words("words" if operation == "upsert_many" else "new")
+    documents = [Document(str(number), f"text {number}", updated_at=number) for number in range(60)]
+    if operation == "refresh":
+        with QdrantStore(path=path, engine=engine) as store:
+            store.collection("trades", Words().embedder).for_user("ada").upsert_many(documents)
+    arguments = [str(here.parent), str(here), str(path), "4", operation, engine]
+    ended = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False, capture_output=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+
+    with QdrantStore(path=path, engine=engine) as store:
+        trades = store.collection("trades", words.embedder)
+        mine = trades.for_user("ada")
+        done = len(mine.search([1.0] * DIMENSIONS, limit=100))
+        assert done == 24
+        report = trades.refresh() if operation == "refresh" else mine.upsert_many(documents)
+        assert report.embedded == len(words.given) == len(set(words.given)) == 60 - done
+        assert len(mine.search([1.0] * DIMENSIONS, limit=100)) == 60
+        assert sorted(mine.documents(limit=None), key=lambda each: int(each.id)) == documents
+
+
+def test_the_examples_of_the_documentation_are_right() -> None:
+    """What docs/documents.md shows is what happens."""
+    path = Path(__file__).parent.parent / "docs" / "documents.md"
+    failed, tried = doctest.testfile(
+        str(path), module_relative=False, optionflags=doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
+    )
+    assert failed == 0
+    assert tried > 10

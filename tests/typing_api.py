@@ -17,7 +17,12 @@ from attuned_store import (
     AsyncStateStore,
     BackendError,
     BreakerPolicy,
+    Collection,
+    CollectionInfo,
     ConflictError,
+    Document,
+    DocumentMatch,
+    DocumentSet,
     Embedder,
     EmbeddingError,
     HashingEmbedder,
@@ -35,6 +40,8 @@ from attuned_store import (
     StateSnapshot,
     StateStore,
     StoreError,
+    UpsertReport,
+    UserDocuments,
 )
 
 if TYPE_CHECKING:
@@ -241,6 +248,38 @@ def embedding(client: Any) -> None:
     assert_type((embedder.name, embedder.dimensions, embedder.windows), tuple[str, int, Literal["mean"]])
     error = EmbeddingError("failed", backend="embedder", operation="embed", retryable=True)
     assert_type(error.retryable, bool)
+
+
+def documents(store: StateStore, when: datetime) -> None:
+    trades = store.collection("trades", HashingEmbedder(8), indexes={"symbol": "keyword"}, ttl=60)
+    assert_type(trades, Collection)
+    mine = trades.for_user("ann")
+    assert_type(mine, UserDocuments)
+    assert_type(trades.shared(), UserDocuments)
+    assert_type(trades.all_users(), DocumentSet)
+    document = Document("a", "text", {"symbol": ["NQ"], "at": when}, updated_at=when, ttl=1.5)
+    assert_type(document.fields, "Mapping[str, Any]")
+    assert_type(document.updated_at, datetime)
+    mine.upsert(document)
+    assert_type(mine.upsert_many([document], progress=report), UpsertReport)
+    assert_type(mine.get("a"), Document | None)
+    assert_type(mine.get_many(["a"]), dict[str, Document])
+    assert_type(mine.documents({"symbol": "NQ"}, limit=5, newest_first=True), list[Document])
+    assert_type(mine.search("text", {"symbol": ["NQ"]}, limit=5, shared=True)[0].score, float)
+    assert_type(mine.count(), int)
+    assert_type(mine.delete("a"), bool)
+    assert_type(mine.delete_many({}), int)
+    assert_type(trades.refresh(), UpsertReport)
+    assert_type(store.collections(), list[CollectionInfo])
+    assert_type(store.erase("ann").documents, "Mapping[str, int]")
+
+
+async def documents_async(store: AsyncStateStore) -> None:
+    mine = store.collection("trades").for_user("ann")
+    assert_type(await mine.get("a"), Document | None)
+    assert_type(await mine.search([0.1, 0.2]), list[DocumentMatch])
+    assert_type(await store.collection("trades").all_users().documents(), list[Document])
+    assert_type(await store.collections(), list[CollectionInfo])
 
 
 async def asynchronous(store: AsyncStateStore, snapshot: StateSnapshot) -> None:
