@@ -595,6 +595,7 @@ class TestEdge(DocumentTests):
 
 class TestLocal(DocumentTests):
     backends = ("local",)
+    faces = ("sync", "asyncio")
 
 
 SERVERS = tuple(name for name in ("server", "real") if name in BACKENDS)
@@ -602,6 +603,7 @@ SERVERS = tuple(name for name in ("server", "real") if name in BACKENDS)
 
 class TestServer(DocumentTests):
     backends = SERVERS
+    faces = ("sync", "trio")
 
     @pytest.fixture(autouse=True)
     def empty(self, case: Case, tmp_path: Path) -> Iterator[None]:
