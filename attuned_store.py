@@ -29,6 +29,7 @@ import base64
 import codecs
 import contextlib
 import csv
+import difflib
 import enum
 import functools
 import gzip
@@ -72,11 +73,12 @@ from http import HTTPStatus
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import (
     IO,
     TYPE_CHECKING,
     Any,
+    ClassVar,
     Final,
     Generic,
     Literal,
@@ -96,12 +98,12 @@ from urllib.parse import quote as urlquote
 
 try:
     import attrs
-    from cachetools import FIFOCache
+    from cachetools import FIFOCache, LRUCache
 except ImportError as error:
     raise ImportError("attuned_store needs attrs and cachetools: pip install attrs cachetools") from error
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Collection, Coroutine, Generator
+    from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator
     from types import TracebackType
 
     from starlette.applications import Starlette
@@ -113,9 +115,12 @@ __version__ = "0.1.0"
 __all__ = [
     "ANY",
     "CANONICAL_AXES",
+    "AsyncCollection",
+    "AsyncDocumentSet",
     "AsyncMemoryStore",
     "AsyncQdrantStore",
     "AsyncStateStore",
+    "AsyncUserDocuments",
     "Axes",
     "BackendError",
     "BackendRejectedError",
@@ -124,7 +129,16 @@ __all__ = [
     "BadRow",
     "BreakerPolicy",
     "CircuitOpenError",
+    "Collection",
+    "CollectionInfo",
     "ConflictError",
+    "Document",
+    "DocumentMatch",
+    "DocumentSet",
+    "Embedder",
+    "EmbeddingError",
+    "ErasureReport",
+    "HashingEmbedder",
     "Health",
     "History",
     "Match",
@@ -151,6 +165,8 @@ __all__ = [
     "StoreLockedError",
     "TableReport",
     "UnsupportedServerError",
+    "UpsertReport",
+    "UserDocuments",
     "UserNotFoundError",
     "ValidationError",
     "acopy",
@@ -255,7 +271,8 @@ class StoreError(Exception):
         ├── BackendTimeoutError
         ├── RateLimitedError
         ├── BackendRejectedError
-        └── CircuitOpenError
+        ├── CircuitOpenError
+        └── EmbeddingError
 
     ``written`` is how many snapshots of an ``upsert_many`` had been written when it failed, else None.
     """
@@ -368,6 +385,13 @@ class CollectionNotFoundError(BackendRejectedError):
     ) -> None:
         super().__init__(message, backend=backend, operation=operation, status=status)
         self.collection = collection
+
+
+class EmbeddingError(BackendError):
+    """A text was not embedded: the embedder's function failed, or what it returned is no vector of it.
+
+    ``retryable`` says that the function failed for a reason that passes, as where a server was busy.
+    """
 
 
 class WaitError(BackendError):
@@ -971,10 +995,10 @@ def check_integer(field: str, value: object, lowest: int, highest: int) -> int:
     raise ValidationError(f"{field}: an integer {bounds} is needed, got {brief(value)}")
 
 
-def check_user_id(value: object) -> str:
-    """An id of a user, as a plain string."""
+def check_user_id(value: object, field: str = "user_id") -> str:
+    """An id of a user, or what follows the same rules, as a plain string."""
     if not isinstance(value, str):
-        raise ValidationError(f"user_id: a string is needed, got {type_name(value)}")
+        raise ValidationError(f"{field}: a string is needed, got {type_name(value)}")
     if value.__class__ is not str:
         value = str.__str__(value)
     if value.isascii() and value.isprintable() and 1 <= len(value) <= MAX_USER_ID_BYTES:
@@ -983,13 +1007,13 @@ def check_user_id(value: object) -> str:
     try:
         size = len(value.encode())
     except UnicodeEncodeError:
-        raise ValidationError(f"user_id: a lone surrogate is not valid text, got {shown}") from None
+        raise ValidationError(f"{field}: a lone surrogate is not valid text, got {shown}") from None
     if not 1 <= size <= MAX_USER_ID_BYTES:
         raise ValidationError(
-            f"user_id: 1 to {MAX_USER_ID_BYTES} bytes of UTF-8 are needed, got {size} in {shown}"
+            f"{field}: 1 to {MAX_USER_ID_BYTES} bytes of UTF-8 are needed, got {size} in {shown}"
         )
     if any(unicodedata.category(character) == "Cc" for character in value):
-        raise ValidationError(f"user_id: no control characters, got {shown}")
+        raise ValidationError(f"{field}: no control characters, got {shown}")
     return value
 
 
@@ -1302,16 +1326,18 @@ def time_of(snapshot: StateSnapshot) -> int:
 
 FORMAT_VERSION = 1
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "attuned_store")
+DOCUMENTS_NAMESPACE = uuid.uuid5(_NAMESPACE, "documents")
 MS_PER_DAY = 86_400_000
 
 
 def make_point_id(user_id: str, suffix: str | int) -> str:
-    """The id of a user's point: UUIDv5 (RFC 9562) of "user::latest" or "user::<updated_at_unix_ms>".
+    """The id of a user's point: UUIDv5 (RFC 9562) of "user::latest" or "user::<updated_at_unix_ms>"."""
+    return make_uuid(_NAMESPACE, f"{user_id}::{suffix}")
 
-    As uuid.uuid5 makes it, in a third of the time.
-    """
-    name = _NAMESPACE.bytes + f"{user_id}::{suffix}".encode()
-    digest = hashlib.sha1(name, usedforsecurity=False).hexdigest()
+
+def make_uuid(namespace: uuid.UUID, name: str) -> str:
+    """UUIDv5 as uuid.uuid5 makes it, as text and in a third of the time."""
+    digest = hashlib.sha1(namespace.bytes + name.encode(), usedforsecurity=False).hexdigest()
     variant = "89ab"[int(digest[16], 16) & 3]
     return f"{digest[:8]}-{digest[8:12]}-5{digest[13:16]}-{variant}{digest[17:20]}-{digest[20:32]}"
 
@@ -1517,6 +1543,15 @@ def check_flag(field: str, value: object) -> bool:
     raise ValidationError(f"{field}: True or False is needed, got {brief(value)}")
 
 
+def check_collection_name(field: str, value: object) -> str:
+    """The name of a collection, which also names its files, as a plain string."""
+    if isinstance(value, str) and _COLLECTION_NAME.fullmatch(value):
+        return str.__str__(value)
+    raise ValidationError(
+        f"{field}: 1 to 200 of letters, digits and _ - . (not in front) are needed, got {brief(value)}"
+    )
+
+
 def check_callable(field: str, value: object) -> None:
     """Raise ValidationError unless a value can be called."""
     if not callable(value):
@@ -1714,12 +1749,7 @@ class QdrantStoreConfig(MemoryStoreConfig):
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
-        name = self.collection_name
-        if not (isinstance(name, str) and _COLLECTION_NAME.fullmatch(name)):
-            raise ValidationError(
-                "collection_name: 1 to 200 of letters, digits and _ - . (not in front) are needed, "
-                f"got {brief(self.collection_name)}"
-            )
+        check_collection_name("collection_name", self.collection_name)
         check_choice("engine", self.engine, ("auto", "edge", "local"))
         check_choice("durability", self.durability, ("process", "power"))
         check_positive("lock_timeout", self.lock_timeout, zero=True)
@@ -3776,6 +3806,9 @@ class ConnectionPools:
 # ------------------------------------------------------------------------------------------------------------
 
 
+MAX_WAIT_S = 10**9  # that a server may ask for; more is as good as for ever
+
+
 class CircuitBreaker:
     """A circuit breaker, shared by all threads and tasks of a store."""
 
@@ -3846,6 +3879,25 @@ class CircuitBreaker:
         """Say that a request was let through and cancelled: nothing was learnt."""
         with self._lock:
             self._probing = self._probing and not probe
+
+
+def jittered_pause(policy: RetryPolicy, attempt: int, least: float = 0.0) -> float:
+    """Seconds to wait after an attempt that failed, counted from 0, and at least what was asked for."""
+    return max(least, random.uniform(0.0, min(policy.cap_s, policy.base_s * 2.0**attempt)))
+
+
+def parse_retry_after(text: str) -> float | None:
+    """The seconds that Retry-After asks to wait, a number of them or a date; None where it is neither."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        from email.utils import parsedate_to_datetime
+
+        try:
+            seconds = parsedate_to_datetime(text).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError, LookupError, OSError):
+            return None
+    return max(0.0, min(seconds, MAX_WAIT_S)) if math.isfinite(seconds) else None
 
 
 class Resilience:
@@ -3967,8 +4019,8 @@ class Resilience:
         """Seconds to wait after a failed attempt, counted from 0; None where it was the last."""
         if not error.retryable or attempt + 1 >= self._policy.attempts:
             return None
-        jitter = random.uniform(0.0, min(self._policy.cap_s, self._policy.base_s * 2.0**attempt))
-        return max(jitter, error.retry_after_s) if isinstance(error, RateLimitedError) else jitter
+        asked = error.retry_after_s if isinstance(error, RateLimitedError) else 0.0
+        return jittered_pause(self._policy, attempt, asked)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -4559,7 +4611,6 @@ class ErrorOrigin(TypedDict):
 
 
 _SAID_CHARACTERS = 200  # of what a server says, in an error message
-_MAX_WAIT_S = 10**9  # that a server may ask for; more is as good as for ever
 _LEAST_SECRET = 4  # characters; a shorter one would be found in any text
 _HINTS = {401: "; is api_key right?", 403: "; may this api_key do that?"}
 FULL_DISK = "the disk of the server is full"
@@ -4723,17 +4774,12 @@ def _written_forms(secret: str) -> list[str]:
 
 
 def _retry_after(error: Exception) -> float:
-    """The seconds that a server asks to wait: a whole number of them, or a date, which comes as a refusal."""
-    from email.utils import parsedate_to_datetime
-
+    """The seconds that a server asks to wait: a whole number of them, or else what the refusal quotes."""
     seconds = getattr(error, "retry_after_s", None)
     if isinstance(seconds, int):
-        return float(max(0, min(seconds, _MAX_WAIT_S)))
-    try:
-        until = parsedate_to_datetime(str(error).rpartition("integer: ")[2])
-        return max(0.0, min(until.timestamp() - time.time(), _MAX_WAIT_S))
-    except (ValueError, TypeError, OverflowError, LookupError, OSError):
-        return 1.0
+        return float(max(0, min(seconds, MAX_WAIT_S)))
+    wait = parse_retry_after(str(error).rpartition("integer: ")[2])
+    return 1.0 if wait is None else wait
 
 
 def _without_secrets(url: str) -> str:
@@ -5055,8 +5101,9 @@ class CollectionSpec:
     """What a collection is opened with.
 
     ``tenant`` is the key of the payload that holds a point's tenant. ``indexes`` are the keys that are
-    filtered on or ordered by, with what they hold. ``metadata`` is recorded when the collection is created;
-    ``accept`` raises where that of one that exists will not do, and is asked before anything is touched.
+    filtered on or ordered by, with what they hold. ``metadata`` is recorded when the collection is created,
+    or amended; ``accept`` raises where that of one that exists will not do, and is asked before anything is
+    touched.
     """
 
     name: str
@@ -5096,6 +5143,8 @@ class Engine(Protocol):
     ``compact``: nested values in a payload cost more than one string of the same content.
     ``rounds_floats``: a float in a payload may come back changed in its last bit.
     ``reporter``: what requests are reported to, None for nothing.
+    ``shared``: others may write between two calls, so that what must hold is said by guards.
+    ``amendments``: how often a collection has been amended here. It alone changes.
     """
 
     name: str
@@ -5103,10 +5152,16 @@ class Engine(Protocol):
     indexed: bool
     compact: bool
     rounds_floats: bool
+    shared: bool
     reporter: Telemetry | None
+    amendments: int
 
     async def open(self, collection: CollectionSpec) -> Mapping[str, Any]:
-        """Open a collection, creating it where absent; returns the metadata that it was created with."""
+        """Open a collection, creating it where absent; returns its metadata. Harmless when repeated."""
+        ...
+
+    async def amend(self, collection: CollectionSpec) -> None:
+        """Put the metadata of a collection that is open over its own, key by key, and add indexes."""
         ...
 
     async def collections(self) -> Mapping[str, Mapping[str, Any]]:
@@ -5312,9 +5367,11 @@ class Opened(NamedTuple):
 class EngineInProcess(Engine):
     """What the engines in this process do alike: they judge guards here, and count value by value."""
 
+    shared = False
     reporter: Telemetry | None = None
 
     def __init__(self) -> None:
+        self.amendments = 0
         self._open: dict[str, Opened] = {}
 
     def _opened(self, collection: str) -> Opened:
@@ -5642,6 +5699,10 @@ class EdgeEngine(EngineOnDisk):
     async def open(self, collection: CollectionSpec) -> Mapping[str, Any]:
         """See Engine.open."""
         manifest = self._manifest(collection.name)
+        if collection.name in self._shards:
+            metadata = read_manifest(manifest)
+            collection.accept(metadata)
+            return metadata
         if self._recorded(collection.name).get("dropped"):
             await self.drop(collection.name)  # which a process began that was killed
         with backend_errors(self, "open"):
@@ -5658,6 +5719,18 @@ class EdgeEngine(EngineOnDisk):
         vector_size = metadata.get("vector_size", collection.vector_size)
         self._open[collection.name] = Opened(vector_size, collection.tenant)
         return metadata
+
+    async def amend(self, collection: CollectionSpec) -> None:
+        """See Engine.amend."""
+        self._opened(collection.name)
+        manifest = self._manifest(collection.name)
+        with backend_errors(self, "amend"):
+            self.check_room("amend")
+            self._create_indexes(self._shards[collection.name], collection)
+            write_atomically(manifest, json.dumps({**read_manifest(manifest), **collection.metadata}))
+        self.amendments += 1
+        self._done[collection.name] += 1
+        self.writes += 1
 
     async def collections(self) -> Mapping[str, Mapping[str, Any]]:
         """See Engine.collections."""
@@ -5733,15 +5806,18 @@ class EdgeEngine(EngineOnDisk):
         if collection.tenant is not None:
             tenants = api.KeywordIndexParams(is_tenant=True)
             shard.update(api.UpdateOperation.create_field_index(collection.tenant, tenants))
-        for key, kind in collection.indexes.items():
-            index = getattr(api.PayloadSchemaType, kind.capitalize())
-            shard.update(api.UpdateOperation.create_field_index(key, index))
+        self._create_indexes(shard, collection)
         shard.close()
         if self._power:
             fsync(beside, *beside.rglob("*"))
         beside.rename(directory)
         if self._power:
             fsync(self._path, self._path.parent, self._path.parent.parent)
+
+    def _create_indexes(self, shard: Any, collection: CollectionSpec) -> None:
+        for key, kind in collection.indexes.items():
+            index = getattr(self._api.PayloadSchemaType, kind.capitalize())
+            shard.update(self._api.UpdateOperation.create_field_index(key, index))
 
     async def apply(
         self, collection: str, puts: Sequence[Put] = (), deletes: Sequence[str] | Matching = ()
@@ -6198,6 +6274,17 @@ class LocalCollection:
         held = self._held
         return cast("dict[str, Any]", held.payload[held.ids[point_id]])
 
+    def scores(self, point_ids: Sequence[str], vector: Sequence[float]) -> Sequence[float]:
+        """The cosines of a vector with those of points."""
+        import numpy as np
+
+        (matrix,) = self._held.vectors.values()
+        rows = matrix[[self._held.ids[point_id] for point_id in point_ids]]
+        asked = np.asarray(vector, dtype=np.float32)
+        lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(asked)
+        cosines = rows @ asked / np.where(lengths == 0, 1, lengths)
+        return cast("Sequence[float]", np.clip(cosines, -1, 1).tolist())
+
     def close(self) -> None:
         """Close its file."""
         self._held.close()
@@ -6213,6 +6300,42 @@ def _note_replaced(listed: dict[str, Any], collection: str, by: str) -> None:
     entry = copied(listed[by])
     entry["metadata"][_REPLACED_BY] = by
     listed[collection] = entry
+
+
+class _TenantIds:
+    """The ids of a collection's points by their tenants, which local mode would look for one by one."""
+
+    def __init__(self, held: LocalCollection, key: str) -> None:
+        self._key = key
+        self._tenants: dict[str, str] = {}  # by id
+        self._members: dict[str, dict[str, None]] = {}
+        self._sorted: dict[str, list[str]] = {}
+        for point_id in held.ids():
+            self.put(point_id, held.payload(point_id))
+
+    def put(self, point_id: str, payload: Mapping[str, Any]) -> None:
+        tenant = payload.get(self._key)
+        if self._tenants.get(point_id) != tenant:
+            self.remove(point_id)
+            if isinstance(tenant, str):
+                self._tenants[point_id] = tenant
+                self._members.setdefault(tenant, {})[point_id] = None
+                self._sorted.pop(tenant, None)
+
+    def remove(self, point_id: str) -> None:
+        tenant = self._tenants.pop(point_id, None)
+        if tenant is not None:
+            del self._members[tenant][point_id]
+            self._sorted.pop(tenant, None)
+            if not self._members[tenant]:
+                del self._members[tenant]
+
+    def of(self, tenant: str) -> list[str]:
+        """Those of a tenant, in their order."""
+        found = self._sorted.get(tenant)
+        if found is None:
+            found = self._sorted[tenant] = sorted(self._members.get(tenant, ()))
+        return found
 
 
 class LocalEngine(EngineOnDisk):
@@ -6246,6 +6369,7 @@ class LocalEngine(EngineOnDisk):
         self._power = durability == "power"
         self.writes = 0
         self._removed: dict[str, int] = {}
+        self._tenants: dict[str, _TenantIds] = {}  # of the collections that were read by tenant
         self._sorted: dict[str, list[str]] = {}  # ids, for pages of everything, until the next write
         self._connected: Any = None
         self._connect()
@@ -6313,6 +6437,10 @@ class LocalEngine(EngineOnDisk):
         """See Engine.open."""
         client = self._client
         with backend_errors(self, f"open {self._path}"):
+            if collection.name in self._open:
+                metadata = dict(client.get_collection(collection.name).config.metadata or {})
+                collection.accept(metadata)
+                return metadata
             if not client.collection_exists(collection.name):
                 self.check_room("open")  # the list of collections is written in place
                 # No payload indexes: local mode has none and warns.
@@ -6330,6 +6458,15 @@ class LocalEngine(EngineOnDisk):
         self._open[collection.name] = Opened(config.params.vectors.size, collection.tenant)
         self._removed[collection.name] = 0
         return metadata
+
+    async def amend(self, collection: CollectionSpec) -> None:
+        """See Engine.amend; there are no indexes."""
+        self._opened(collection.name)
+        with backend_errors(self, "amend"):
+            self.check_room("amend")  # the list of collections is written in place
+            self._client.update_collection(collection.name, metadata=dict(collection.metadata))
+        self.amendments += 1
+        self.writes += 1
 
     async def collections(self) -> Mapping[str, Mapping[str, Any]]:
         """See Engine.collections."""
@@ -6362,9 +6499,16 @@ class LocalEngine(EngineOnDisk):
         self._sorted.pop(collection, None)
         with backend_errors(self, "write"):
             self.check_room_for(written, deleted)
+            tenants = self._tenants.pop(collection, None)  # read anew after a failure
             try:
                 held.persist(structs, deleted)
                 held.take_in(structs, deleted)
+                if tenants is not None:
+                    for point in written:
+                        tenants.put(point.id, point.payload)
+                    for point_id in deleted:
+                        tenants.remove(point_id)
+                    self._tenants[collection] = tenants
             except sqlite3.Error:
                 raise  # nothing was written
             except BaseException:
@@ -6393,6 +6537,7 @@ class LocalEngine(EngineOnDisk):
                 self.check_room("drop")  # the list of collections is written in place
             self._open.pop(collection, None)
             self._sorted.pop(collection, None)
+            self._tenants.pop(collection, None)
             if listed:
                 LocalCollection(self._client, collection).close()
             # One that is not listed was being created by a process that was killed.
@@ -6441,6 +6586,7 @@ class LocalEngine(EngineOnDisk):
 
     def _disconnect(self) -> None:
         client, self._connected = self._connected, None
+        self._tenants.clear()
         if client is not None:
             close_local(client)
 
@@ -6466,6 +6612,12 @@ class LocalEngine(EngineOnDisk):
         payload: bool = True,
     ) -> Page:
         """See Engine.page."""
+        if tenant is not None:
+            self._opened(collection)
+            matching = self._matching(collection, tenant, where, cursor or "")
+            if newest_by is None:
+                return self._tenant_page(collection, matching, limit, payload=payload)
+            return self._newest(collection, matching, limit, newest_by, payload=payload)
         narrowed = self._narrowed(collection, where, tenant)
         if newest_by is None and narrowed == Filter():  # which scroll() would sort anew for every page
             held, ids = LocalCollection(self._client, collection), self._sorted.get(collection)
@@ -6481,6 +6633,38 @@ class LocalEngine(EngineOnDisk):
             )
             return client_page(self._client.scroll(collection, **asked))
 
+    def _matching(self, collection: str, tenant: str, where: Filter, least: str = "") -> Iterator[str]:
+        """The ids of a tenant's points that match, in their order, from one on."""
+        key, held = self._opened(collection).tenant, LocalCollection(self._client, collection)
+        if key is None:
+            raise ValueError("the collection has no tenants")
+        tenants = self._tenants.get(collection)
+        if tenants is None:
+            tenants = self._tenants[collection] = _TenantIds(held, key)
+        ids = tenants.of(tenant)
+        for position in range(bisect_left(ids, least), len(ids)):
+            if matches(where, held.payload(ids[position])):
+                yield ids[position]
+
+    def _tenant_page(self, collection: str, ids: Iterator[str], limit: int, *, payload: bool) -> Page:
+        held, found = LocalCollection(self._client, collection), list(itertools.islice(ids, limit + 1))
+        following = found.pop() if len(found) > limit else None
+        return Page(
+            [Record(each, copied(held.payload(each)) if payload else {}) for each in found], following
+        )
+
+    def _newest(self, collection: str, ids: Iterator[str], limit: int, key: str, *, payload: bool) -> Page:
+        held = LocalCollection(self._client, collection)
+        numbers = ((held.payload(each).get(key), each) for each in ids)
+        ordered = (found for found in numbers if type(found[0]) in (int, float))
+        return Page(
+            [
+                Record(each, copied(held.payload(each)) if payload else {key: number})
+                for number, each in heapq.nlargest(limit, ordered)
+            ],
+            None,
+        )
+
     async def search(
         self,
         collection: str,
@@ -6493,6 +6677,14 @@ class LocalEngine(EngineOnDisk):
     ) -> list[Record]:
         """See Engine.search."""
         narrowed = self._narrowed(collection, where, tenant)
+        if tenant is not None:
+            held = LocalCollection(self._client, collection)
+            ids = list(self._matching(collection, tenant, where))
+            scored = zip(held.scores(ids, vector), ids, strict=True) if ids else ()
+            return [
+                Record(point_id, copied(held.payload(point_id)) if payload else {}, score)
+                for score, point_id in heapq.nlargest(limit, scored)
+            ]
         with backend_errors(self, "search"):
             arguments = self._models.search(vector, self._models.filter(narrowed), limit, payload=payload)
             return client_records(self._client.query_points(collection, **arguments).points)
@@ -6500,6 +6692,8 @@ class LocalEngine(EngineOnDisk):
     async def count(self, collection: str, where: Filter, *, tenant: str | None = None) -> int:
         """See Engine.count."""
         narrowed = self._narrowed(collection, where, tenant)
+        if tenant is not None:
+            return sum(1 for _ in self._matching(collection, tenant, where))
         if narrowed == Filter():
             return LocalCollection(self._client, collection).count()
         with backend_errors(self, "count"):
@@ -6657,6 +6851,13 @@ class MemoryEngine(EngineInProcess):
         self._collections[collection.name] = held
         self._open[collection.name] = Opened(held.vector_size, collection.tenant)
         return held.metadata
+
+    async def amend(self, collection: CollectionSpec) -> None:
+        """See Engine.amend; there are no indexes."""
+        self._opened(collection.name)
+        held = self._collections[collection.name]
+        held.metadata = {**held.metadata, **copied(collection.metadata)}
+        self.amendments += 1
 
     async def collections(self) -> Mapping[str, Mapping[str, Any]]:
         """See Engine.collections."""
@@ -7016,11 +7217,13 @@ class ServerEngine:
     indexed = True
     compact = False
     rounds_floats = True
+    shared = True
     PAGE = 10_000  # points on a page that are only counted
     REQUEST_BYTES = 16 << 20  # of a request; a server refuses those above 32 MiB
 
     def __init__(self, config: QdrantStoreConfig, waits: Waits) -> None:
         self._models = ClientModels(import_qdrant_client().models)
+        self.amendments = 0
         self.runs: ExecutionMode = "in place" if waits.blocking else "on loop"
         self._waits = waits
         self._config = config
@@ -7102,6 +7305,19 @@ class ServerEngine:
         limits = Limits.of(info.config)
         self._opened[collection.name] = _OpenCollection(collection.tenant, is_spread, limits)
         return metadata
+
+    async def amend(self, collection: CollectionSpec) -> None:
+        """See Engine.amend."""
+        info, metadata = await self._describe(collection.name), dict(collection.metadata)
+        if info is None:
+            raise not_open(self.name, collection.name)
+        await self._create_indexes(collection, info.payload_schema)
+        await self._send(
+            "amend",
+            lambda: self._client.update_collection(collection.name, metadata=metadata),
+            writes=True,
+        )
+        self.amendments += 1
 
     async def collections(self) -> Mapping[str, Mapping[str, Any]]:
         """See Engine.collections; each is asked for its metadata, and left out where it goes meanwhile."""
@@ -7837,6 +8053,10 @@ class Place(Protocol):
         """Run one piece of an operation; ``long``: where it holds up nobody, such as in a worker thread."""
         ...
 
+    async def with_engine(self, operation: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
+        """Run one piece of work on the engine of points here, as ``drive`` would."""
+        ...
+
     async def close(self) -> None:
         """Release everything."""
         ...
@@ -8250,6 +8470,14 @@ class MemoryPlace:
 
     def __init__(self, backend: MemoryBackend) -> None:
         self._backend = backend
+        self._points = MemoryEngine()
+        self._points_lock: Any = threading.RLock()  # knows whether the thread has it
+        self._closed = False
+        OPEN.others.add(self)
+
+    def abandon(self) -> None:
+        """Go on in a forked child, as MemoryBackend.abandon does."""
+        self._points_lock = threading.RLock()
 
     async def open(self) -> MemoryBackend:
         """See Place.open."""
@@ -8259,9 +8487,20 @@ class MemoryPlace:
         """See Place.drive."""
         return await body
 
+    async def with_engine(self, operation: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
+        """See Place.with_engine; alone, as threads may share the store."""
+        if self._points_lock._is_owned():
+            raise ReenteredError(self.location)
+        with self._points_lock:
+            if self._closed:
+                raise closed_error()
+            return run(operation(self._points))
+
     async def close(self) -> None:
         """See Place.close."""
         await self._backend.close()
+        self._closed = True
+        await self._points.close()
 
     def signs(self, latency_ms: float) -> list[str]:  # noqa: ARG002 - there is no trouble
         """See Place.signs."""
@@ -8290,6 +8529,7 @@ class Operations:
         self._failed_close: StoreError | None = None  # which every further close tells again
         self.reporter: Telemetry | None = None  # of what is slow
         self.slow_ms: float | None = None  # a piece that takes longer is logged
+        self.documents: dict[str, Any] = {}  # its collections of them, by name
 
     # The life of a store
 
@@ -8353,9 +8593,21 @@ class Operations:
         """
         if self.backend is UNOPENED:
             await self.open()
+        return await self._timed(name, self.place.drive(self.backend.begin(operation), long=long), about)
+
+    async def with_engine(
+        self, name: str, operation: Callable[[Engine], Coroutine[Any, Any, T]], about: object = None
+    ) -> T:
+        """Run a piece of work on the engine of points, as ``_drive`` does on the backend."""
+        self.check_open()
+        if self.backend is UNOPENED:
+            await self.open()
+        return await self._timed(name, self.place.with_engine(operation), about)
+
+    async def _timed(self, name: str, piece: Awaitable[T], about: object) -> T:
         began = time.perf_counter()
         try:
-            return await self.place.drive(self.backend.begin(operation), long=long)
+            return await piece
         finally:
             seconds = time.perf_counter() - began
             if name and self.slow_ms and seconds * 1000 > self.slow_ms:
@@ -8688,13 +8940,32 @@ class Operations:
             backend = cast("NativeBackend", self.backend)
             report = await self.place.drive(backend.create_native(request, self.place.location))
             if report is not None:
-                return report
+                return await self._told(report)
             request = attrs.evolve(request, kind="portable")
         with PortableSnapshotWriter(request, self.origin(), self.axes()) as writer:
             pages = self.states()
             while (page := await pages.next()) is not None:
                 progress(writer.add(page.states, page.unsettled), None)
-            return await self.waits.call(writer.finish)
+            return await self._told(await self.waits.call(writer.finish))
+
+    async def _told(self, report: SnapshotReport) -> SnapshotReport:
+        """The report of a backup of states, with the collections of documents that it does not hold.
+
+        On a server, where each would be a request more, they are those that this store has used.
+        """
+
+        async def names(engine: Engine) -> list[str]:
+            if engine.shared:
+                return sorted(self.documents)
+            found = await engine.collections()
+            return sorted(name for name, metadata in found.items() if metadata.get("kind") == "documents")
+
+        left_out = await self.place.with_engine(names)
+        if not left_out:
+            return report
+        shown = ", ".join(left_out[:5]) + (", and others" if left_out[5:] else "")
+        said = f"the documents of {plural(len(left_out), 'collection')} are not in it: {shown}"
+        return attrs.evolve(report, message="; ".join(filter(None, [report.message, said])))
 
     async def restore_snapshot(
         self, path: Any, mode: str, progress: Progress | None, *, unchecked: bool
@@ -10397,6 +10668,10 @@ class DirectoryPlace:
             await self._waits.call(settle, directory.flusher, lambda: written.ended)
         return answer
 
+    async def with_engine(self, operation: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
+        """See Place.with_engine."""
+        return await self.drive(operation(cast("Engine", cast("Directory", self.directory).engine)))
+
     async def close(self) -> None:
         """See Place.close; also while being cancelled, as nobody would do it later."""
         finalizer, directory = self._finalizer, self.directory
@@ -10561,6 +10836,10 @@ class ServerPlace:
         finally:
             body.close()
 
+    async def with_engine(self, operation: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
+        """See Place.with_engine."""
+        return await self.drive(operation(self.connection.engine))
+
     async def close(self) -> None:
         """See Place.close."""
         if self._waits.blocking:
@@ -10581,6 +10860,2090 @@ def blocking_twin(place: DirectoryPlace) -> DirectoryPlace:
     twin = DirectoryPlace(place._config, BLOCKING)
     twin.directory = place.directory
     return twin
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.documents
+# Documents of users: texts with fields and embeddings.
+# ------------------------------------------------------------------------------------------------------------
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.documents.embedding
+# Embedders: what makes vectors of texts, in batches, whatever function the caller has for it.
+#
+# A batch that is refused is halved until the text that it is refused for stands alone; what fails for other
+# reasons is tried again by the retry policy. No lock is held meanwhile, by the rule of those who call.
+# ------------------------------------------------------------------------------------------------------------
+
+
+_RAISED_CHARACTERS = 200  # of what a caller's function raised, in an error message
+_WEAKEST, _STRONGEST = 1e-15, 1e15  # vectors, whose squares single precision still holds
+_CANCELLED = 1e-6  # the length of a sum of unit vectors that is nothing but rounding
+_CAUSES = 16  # at most, looked at behind an error
+_NO_STATUS = 600
+_PASSING = frozenset({408, 409, 425, 429})
+_UNSUITABLE = frozenset(
+    {401, 402, 404, 405, 407, 429, 501, 505}
+)  # where they last: of any text, and for long
+_LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ValueError)
+# Of httpx, openai, aiohttp and urllib3, which need not be installed; requests' are OSErrors.
+_CONNECTION_ERRORS = frozenset(
+    {"TransportError", "APIConnectionError", "ClientConnectionError", "ProtocolError"}
+)
+# Users in urls, queries, tokens in headers, keys.
+_SECRET = re.compile(
+    r"(?<=//)[^/\s@]+(?=@)|(?<=\?)[^\s'\"]+|(?<=bearer )\S+|(?<=basic )\S+|\bsk-[\w-]+", re.IGNORECASE
+)
+_WORD = re.compile(r"\w+")
+_UP_TO_SPACE = re.compile(r".*\s", re.DOTALL)
+
+
+class _NoVectorsError(Exception):
+    """An answer is no vectors, whatever the texts were."""
+
+
+class _OtherNumberError(Exception):
+    """An answer has more or fewer vectors than there were texts."""
+
+
+@attrs.frozen(repr=False)
+class Embedder:
+    """A function from texts to vectors, called in batches, and the name that its vectors go by.
+
+    ``embed`` takes a list of texts and returns a vector for each, in order: lists, tuples, arrays, a matrix,
+    or an iterator of them. It may be a coroutine function in an asynchronous store, where a plain one is
+    called in a worker thread. ``name`` must change whenever the vectors would, as with another model; each
+    has ``dimensions`` numbers. ``embed_query`` makes the vector of one text that is searched with, where
+    that differs. At most ``batch_size`` texts are handed over in a call. A text with more than
+    ``max_characters`` is cut into windows, at spaces where possible, and its vector is the mean of theirs
+    (``windows="mean"``; None: no text is cut). What fails in passing is tried again as ``retry`` says: the
+    HTTP status (408, 409, 425, 429, 5xx) and Retry-After of the client's errors count, timeouts and lost
+    connections. A client that repeats requests itself is better told not to::
+
+        client = openai.OpenAI(max_retries=0)
+        Embedder(
+            lambda texts: [each.embedding for each in client.embeddings.create(input=texts, model=name).data],
+            name=name,
+            dimensions=1536,
+        )
+        Embedder(SentenceTransformer(name).encode, name=name, dimensions=384)
+        Embedder(fastembed.TextEmbedding(name).embed, name=name, dimensions=384)
+
+    Raises ValidationError.
+    """
+
+    embed: Callable[[list[str]], Any]
+    name: str = attrs.field(kw_only=True)
+    dimensions: int = attrs.field(kw_only=True)
+    embed_query: Callable[[str], Any] | None = attrs.field(default=None, kw_only=True)
+    batch_size: int = attrs.field(default=50, kw_only=True)
+    max_characters: int | None = attrs.field(default=None, kw_only=True)
+    windows: Literal["mean"] = attrs.field(default="mean", kw_only=True)
+    retry: RetryPolicy = attrs.field(factory=RetryPolicy, kw_only=True)
+
+    _clock = staticmethod(time.monotonic)
+    # So many in a row, and the rest of a call is not tried: texts that are refused, each for itself, and
+    # batches that fail whatever their texts are.
+    MAX_REFUSED: ClassVar[int] = 50
+    MAX_FAILED: ClassVar[int] = 2
+
+    def __attrs_post_init__(self) -> None:
+        check_callable("embed", self.embed)
+        check_user_id(self.name, "name")
+        check_integer("dimensions", self.dimensions, 1, MAX_VECTOR_SIZE)
+        if self.embed_query is not None:
+            check_callable("embed_query", self.embed_query)
+        check_integer("batch_size", self.batch_size, 1, MAX_INTEGER)
+        if self.max_characters is not None:
+            check_integer("max_characters", self.max_characters, 1, MAX_INTEGER)
+        check_choice("windows", self.windows, ("mean",))
+        if not isinstance(self.retry, RetryPolicy):
+            raise ValidationError(f"retry: a RetryPolicy is needed, got {brief(self.retry)}")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, dimensions={self.dimensions})"
+
+    async def embed_texts(self, waits: Waits, texts: Sequence[str]) -> list[Sequence[float] | StoreError]:
+        """A vector for each of the texts, in order, or the error of that text; ``waits`` is the store's.
+
+        A vector has ``dimensions`` finite numbers and a direction. Equal texts are embedded once. The error
+        is a ValidationError for a text that is empty or none, else an EmbeddingError. Raises ValidationError
+        where the function is asynchronous and the store is not.
+        """
+        if isinstance(texts, str | bytes) or not isinstance(texts, Sequence):
+            raise ValidationError(f"texts: a sequence of strings is needed, got {type_name(texts)}")
+        checked = [_checked_text(text) for text in texts]
+        cut = {text: self._cut(text) for text in checked if isinstance(text, str)}
+        pieces = list(dict.fromkeys(itertools.chain.from_iterable(cut.values())))
+        vectors = await self._embed_pieces(waits, pieces)
+        whole = {text: self._mean([vectors[piece] for piece in of]) for text, of in cut.items()}
+        return [whole[text] if isinstance(text, str) else text for text in checked]
+
+    async def embed_query_text(self, waits: Waits, text: str) -> Sequence[float]:
+        """The vector of a text that is searched with, by ``embed_query`` where there is one.
+
+        ``waits`` is the store's. Raises ValidationError for a text that is empty or none, and EmbeddingError.
+        """
+        checked = _checked_text(text)
+        if isinstance(checked, StoreError):
+            raise checked
+        pieces = self._cut(checked)
+        found = list[Any]()
+        if self.embed_query is None:
+            vectors = await self._embed_pieces(waits, pieces)
+            found = [vectors[piece] for piece in pieces]
+        else:
+            for piece in pieces:
+                found += await self._ask(waits, self.embed_query, piece)
+        vector = self._mean(found)
+        if isinstance(vector, StoreError):
+            raise vector
+        return vector
+
+    async def _embed_pieces(self, waits: Waits, pieces: list[str]) -> dict[str, Sequence[float] | StoreError]:
+        """A vector or an error for each of some different texts that need not be cut."""
+        found = dict[str, Sequence[float] | StoreError]()
+        waiting = [
+            pieces[start : start + self.batch_size] for start in range(0, len(pieces), self.batch_size)
+        ]
+        waiting.reverse()
+        in_a_row = Counter[bool]()  # what failed since anything was embedded: texts refused, other failures
+        while waiting:
+            batch = waiting.pop()
+            try:
+                found.update(zip(batch, await self._ask(waits, self.embed, batch), strict=True))
+                in_a_row.clear()
+            except EmbeddingError as error:
+                refused = not error.retryable and _may_be_the_text(error.__cause__)
+                if refused and len(batch) > 1:
+                    middle = len(batch) // 2
+                    waiting += [batch[middle:], batch[:middle]]
+                    continue
+                found.update(dict.fromkeys(batch, error))
+                in_a_row[refused] += 1
+                if in_a_row[refused] == (self.MAX_REFUSED if refused else self.MAX_FAILED):
+                    untried = self._error(f"not tried, as others failed: {error}", retryable=error.retryable)
+                    found.update(dict.fromkeys(itertools.chain(*waiting), untried))
+                    break
+        return found
+
+    async def _ask(
+        self, waits: Waits, function: Callable[[Any], Any], asked: list[str] | str
+    ) -> list[Sequence[float] | StoreError]:
+        """What a function makes of texts, or of one, tried again while it fails in passing."""
+        begun = self._clock()
+        for attempt in itertools.count():
+            answer = await self._call(waits, function, asked)
+            if not isinstance(answer, Exception):
+                return answer
+            passing = _passes(answer)
+            wait = jittered_pause(self.retry, attempt, _asked_to_wait(answer))
+            late = self._clock() + wait > begun + self.retry.deadline_s
+            if not passing or late or attempt + 1 >= self.retry.attempts:
+                texts = 1 if isinstance(asked, str) else len(asked)
+                raise self._error(f"{plural(texts, 'text')}: {_said(answer)}", retryable=passing) from answer
+            await waits.sleep(wait)
+        raise AssertionError("unreachable")  # pragma: no cover - count() does not end
+
+    async def _call(
+        self, waits: Waits, function: Callable[[Any], Any], asked: list[str] | str
+    ) -> list[Sequence[float] | StoreError] | Exception:
+        """What a function makes of texts, or what it raises: no StopIteration comes out of a coroutine.
+
+        It is handed a list of its own: it may do with that what it likes.
+        """
+        of = asked if isinstance(asked, str) else [*asked]
+
+        def call() -> tuple[Any]:  # since trio lets no thread return a coroutine
+            try:
+                answer = function(of)
+                return (answer if inspect.isawaitable(answer) else self._vectors(answer, asked),)
+            except Exception as error:  # noqa: BLE001 - it is judged by those who call
+                return (error,)
+
+        (answer,) = call() if _is_asynchronous(function) else await waits.call(call)
+        if inspect.isawaitable(answer):
+            if waits.blocking:
+                if inspect.iscoroutine(answer):
+                    answer.close()
+                raise ValidationError(
+                    f"embedder {self.name!r}: its function is asynchronous: give a plain one, or use an "
+                    "asynchronous store"
+                )
+            try:
+                return self._vectors(await answer, asked)
+            except Exception as error:  # noqa: BLE001
+                return error
+        outcome: list[Sequence[float] | StoreError] | Exception = answer
+        return outcome
+
+    def _vectors(self, answer: Any, asked: list[str] | str) -> list[Sequence[float] | StoreError]:
+        """The vectors of an answer, each checked for itself."""
+        if isinstance(asked, str):
+            return [self._vector(answer)]
+        if hasattr(answer, "tolist"):
+            answer = answer.tolist()  # a matrix all at once
+        if issubclass(type(answer), str | bytes | Mapping) or not hasattr(answer, "__iter__"):
+            raise _NoVectorsError(f"a vector for each text is needed, got {type_name(answer)}")
+        texts = len(asked)
+        vectors = list[Any](itertools.islice(answer, texts + 1))
+        if len(vectors) != texts:
+            got = str(len(vectors)) if len(vectors) < texts else "more"
+            raise _OtherNumberError(
+                f"{plural(texts, 'vector')} {'is' if texts == 1 else 'are'} needed, got {got}"
+            )
+        return [self._vector(vector) for vector in vectors]
+
+    def _vector(self, vector: Any) -> Sequence[float] | StoreError:
+        """One vector as a list of floats, or what is wrong with it."""
+        needed = f"a vector of {plural(self.dimensions, 'number')} is needed, got"
+        try:
+            given = vector.tolist() if hasattr(vector, "tolist") else vector
+            numbers = array("d", [*given]).tolist()
+        except (TypeError, OverflowError):
+            return self._error(f"{needed} {type_name(vector)}, which is not that")
+        if len(numbers) != self.dimensions:
+            return self._error(f"{needed} {len(numbers):,}")
+        strength = math.hypot(*numbers)
+        if not math.isfinite(strength):
+            return self._error(f"{needed} one with NaN or infinity")
+        if not _WEAKEST < strength < _STRONGEST:
+            return self._error(f"{needed} one of length {strength:g}, which has no direction to compare")
+        return numbers
+
+    def _cut(self, text: str) -> list[str]:
+        """The windows of a text, or the text itself where it is short enough."""
+        most = self.max_characters
+        return [text] if most is None or len(text) <= most else [*_windows(text.strip(), most)]
+
+    def _mean(self, vectors: list[Sequence[float] | StoreError]) -> Sequence[float] | StoreError:
+        """The mean direction of the windows of a text, as a unit vector; what a single one has, as it is."""
+        total = [0.0] * self.dimensions
+        for vector in vectors:
+            if isinstance(vector, StoreError) or len(vectors) == 1:
+                return vector
+            strength = math.hypot(*vector)
+            total = [before + value / strength for before, value in zip(total, vector, strict=True)]
+        strength = math.hypot(*total)
+        if strength < _CANCELLED:
+            return self._error("the vectors of the windows of a text cancel each other out")
+        return [value / strength for value in total]
+
+    def _error(self, message: str, *, retryable: bool = False) -> EmbeddingError:
+        message = f"embedder {self.name!r}: {message}"
+        return EmbeddingError(message, backend="embedder", operation="embed", retryable=retryable)
+
+
+class HashingEmbedder(Embedder):
+    """An embedder that needs nothing: the words of a text, and parts of them, hashed into ``dimensions``.
+
+    It finds texts that share words or parts of words, as for examples, tests and first tries, and knows
+    nothing of their meaning. Its vectors are the same in every process and on every platform.
+
+    >>> embedder = HashingEmbedder(256)
+    >>> note, query, other = embedder.embed(["Bought the breakout", "breakouts bought", "Rain all day"])
+    >>> sum(map(float.__mul__, note, query)) > 0.5 > sum(map(float.__mul__, note, other))
+    True
+
+    Raises ValidationError.
+    """
+
+    def __init__(self, dimensions: int = 768) -> None:
+        dimensions = check_integer("dimensions", dimensions, 1, MAX_VECTOR_SIZE)
+        super().__init__(_Hashing(dimensions), name=f"hashing-{dimensions}", dimensions=dimensions)
+
+    def __repr__(self) -> str:
+        return f"HashingEmbedder({self.dimensions})"
+
+
+@attrs.frozen
+class _Hashing:
+    """The hashing trick (Weinberger et al., "Feature Hashing for Large Scale Multitask Learning", 2009).
+
+    Another way of doing it needs another name: vectors that are kept are compared with new ones.
+    """
+
+    dimensions: int
+
+    def __call__(self, texts: list[str]) -> list[list[float]]:
+        return [self._hash(unicodedata.normalize("NFKC", text).casefold()) for text in texts]
+
+    def _hash(self, text: str) -> list[float]:
+        vector = [0.0] * self.dimensions
+        words = Counter(_WORD.findall(text) or text.split())
+        for word, times in words.items():
+            # The shorter a word, the less it says. Square roots are the same everywhere, to the last bit.
+            weight = math.sqrt(times) * (math.sqrt(len(word)) - 0.9)
+            self._add(vector, word, weight)
+            ends = f"<{word}>"
+            parts = [ends[at : at + size] for size in (3, 4, 5) for at in range(len(ends) - size + 1)]
+            for part in parts:
+                self._add(vector, part, weight / math.sqrt(len(parts)))
+        strength = math.sqrt(math.fsum(value * value for value in vector))
+        if not strength:  # what was added cancelled itself out
+            self._add(vector, "", 1.0)
+            strength = 1.0
+        return [value / strength for value in vector]
+
+    def _add(self, vector: list[float], feature: str, weight: float) -> None:
+        number = zlib.crc32(feature.encode("utf-8", "surrogatepass"))
+        vector[number % self.dimensions] += weight if number >> 31 else -weight
+
+
+def _checked_text(text: object) -> str | ValidationError:
+    """A text as a plain string, or what is wrong with it."""
+    if not isinstance(text, str):
+        return ValidationError(f"text: a string is needed, got {type_name(text)}")
+    text = str.__str__(text)
+    return text if text.strip() else ValidationError("text: it is empty; leave it out, or give it words")
+
+
+def _windows(text: str, most: int) -> Iterator[str]:
+    """Cut a text into about even parts of at most so many characters, at spaces where possible."""
+    begin = 0
+    while (left := len(text) - begin) > most:
+        even = -(-left // -(-left // most))
+        # None is shorter than half of that: in the mean each counts as much as any other.
+        spaces = _UP_TO_SPACE.match(text, begin + even // 2, begin + even + 1)
+        end = spaces.end() if spaces else begin + even
+        if window := text[begin:end].strip():
+            yield window
+        begin = end
+    yield text[begin:].strip()
+
+
+def _is_asynchronous(function: Callable[..., Any]) -> bool:
+    called = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)
+
+
+def _behind(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those behind it: clients wrap what happened, and so do callers."""
+    for _ in range(_CAUSES):
+        if error is None:
+            return
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _found(holder: object, name: str) -> Any:
+    """An attribute of a foreign object, or None, whatever looking at it raises."""
+    try:
+        return getattr(holder, name, None)
+    except Exception:  # noqa: BLE001
+        return None
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an error of a client tells, where it tells one."""
+    for each in _behind(error):
+        for holder in (each, _found(each, "response")):
+            for name in ("status_code", "status", "code"):
+                value = _found(holder, name)
+                if isinstance(value, int) and HTTPStatus.BAD_REQUEST <= value < _NO_STATUS:
+                    return int(value)
+    return None
+
+
+def _asked_to_wait(error: BaseException) -> float:
+    """The seconds that the headers of an answer ask to wait, or 0."""
+    for each in _behind(error):
+        for holder in (_found(each, "response"), each):
+            headers = _found(holder, "headers")
+            try:
+                given = {str(name).lower(): str(value) for name, value in headers.items()}
+            except Exception:  # noqa: BLE001, S112 - there are none
+                continue
+            milliseconds = parse_retry_after(given.get("retry-after-ms", ""))
+            seconds = parse_retry_after(given.get("retry-after", ""))
+            return milliseconds / 1_000 if milliseconds is not None else seconds or 0.0
+    return 0.0
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether the same request may succeed later: by the status of an answer, else where there was none."""
+    status = _status(error)
+    if status is None:
+        return any(
+            (isinstance(each, OSError) and not isinstance(each, _LASTING))
+            or not _CONNECTION_ERRORS.isdisjoint(kind.__name__ for kind in type(each).__mro__)
+            for each in _behind(error)
+        )
+    if any(_found(each, "code") == "insufficient_quota" for each in _behind(error)):
+        return False  # of OpenAI's, with 429: until somebody pays
+    return status in _PASSING or (status >= HTTPStatus.INTERNAL_SERVER_ERROR and status not in _UNSUITABLE)
+
+
+def _may_be_the_text(error: BaseException | None) -> bool:
+    """Whether a failure that lasts may be that of one text in a batch."""
+    if error is None or isinstance(error, _NoVectorsError | ImportError | OSError):
+        return False
+    return _status(error) not in _UNSUITABLE
+
+
+def _said(error: BaseException) -> str:
+    """What a caller's function raised, in one line that holds no secret."""
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - of a foreign class
+        text = ""
+    status = _status(error)
+    kind = type(error).__name__ if not isinstance(error, _NoVectorsError | _OtherNumberError) else ""
+    parts = [
+        kind,
+        f"HTTP {status}" if status else "",
+        _SECRET.sub("***", one_line(text))[:_RAISED_CHARACTERS],
+    ]
+    return ": ".join(filter(None, parts))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.documents.filters
+# Filters of documents as callers write them, and the values of fields that they compare.
+#
+# A field with an index is kept beside the text of all fields, in the form that engines compare: a bool as 0
+# or 1, a datetime as milliseconds, a float with the 15 digits that every engine reads alike.
+# ------------------------------------------------------------------------------------------------------------
+
+
+FieldKind = Literal["keyword", "integer", "float", "bool", "datetime", "text"]
+Where: TypeAlias = Mapping[str, Any]
+
+_FIELD_KINDS = get_args(FieldKind)
+_BENEATH: Mapping[str, IndexKind] = {"bool": "integer", "datetime": "integer"}
+_INDEX_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
+_RESERVED = {
+    "user_id": "documents are reached by their user alone, with for_user",
+    "updated_at": "the time of a document always has one",
+    "or": "it is a word of filters",
+}
+_MAX_INDEXES = 64
+_EXACT = 2**53  # integers up to it are compared as doubles without loss
+_LARGEST = 1e290  # of floats
+_BOUNDS = ("gt", "gte", "lt", "lte")
+TIME_KEY = "updated_at_unix_ms"
+
+
+def key_of(field: str) -> str:
+    """Where the payload of a point holds the value of an indexed field."""
+    return TIME_KEY if field == "updated_at" else f"field_{field}"
+
+
+def check_indexes(indexes: object) -> dict[str, FieldKind]:
+    """The fields to be indexed, with their kinds, as a caller gives them."""
+    if not isinstance(indexes, Mapping):
+        raise ValidationError(
+            f"indexes: a mapping from field to kind is needed, such as {{'symbol': 'keyword'}}; "
+            f"got {type_name(indexes)}"
+        )
+    found = dict(cast("Any", indexes))
+    for name, kind in found.items():
+        if not (isinstance(name, str) and _INDEX_NAME.fullmatch(name)):
+            raise ValidationError(
+                f"indexes: a name is 1 to 64 letters, digits, _ and -, with a letter or _ in front; "
+                f"got {brief(name)}"
+            )
+        if name in _RESERVED:
+            raise ValidationError(f"indexes: {name!r} cannot be one: {_RESERVED[name]}")
+        if not (isinstance(kind, str) and kind in _FIELD_KINDS):
+            raise ValidationError(
+                f"indexes: {name}: one of {', '.join(_FIELD_KINDS)} is needed, got {brief(kind)}"
+            )
+    if len(found) > _MAX_INDEXES:
+        raise ValidationError(f"indexes: at most {_MAX_INDEXES}, got {len(found)}")
+    return {str.__str__(name): str.__str__(kind) for name, kind in found.items()}  # type: ignore[misc]
+
+
+def engine_indexes(indexes: Mapping[str, FieldKind]) -> dict[str, IndexKind]:
+    """The indexes of an engine for those of a collection."""
+    return {key_of(name): _BENEATH.get(kind, cast("IndexKind", kind)) for name, kind in indexes.items()}
+
+
+def indexed_values(
+    fields: Mapping[str, Any], indexes: Mapping[str, FieldKind], *, strict: bool = True
+) -> dict[str, Any]:
+    """What the payload of a point holds of a document's fields for its indexes; None and [] are absent.
+
+    Raises ValidationError for a value that is not of the kind of its index, which else is left out.
+    """
+    values: dict[str, Any] = {}
+    for name, kind in indexes.items():
+        value = fields.get(name)
+        if value is None or value == []:
+            continue
+        place = f"fields[{name!r}]"
+        try:
+            if kind == "keyword" and isinstance(value, list):
+                values[key_of(name)] = [_native(place, kind, each) for each in cast("Any", value)]
+            else:
+                values[key_of(name)] = _native(place, kind, value)
+        except ValidationError:
+            if strict:
+                raise
+    return values
+
+
+def _native(field: str, kind: FieldKind, value: Any) -> str | int | float:
+    """A value in the form in which engines compare it."""
+    if isinstance(value, str) and kind in ("keyword", "text"):
+        return str.__str__(value)
+    if isinstance(value, bool) and kind == "bool":
+        return int(value)
+    if kind == "integer":
+        return check_integer(field, value, -_EXACT, _EXACT)
+    if kind == "float" and abs(number := check_number(field, value)) <= _LARGEST:
+        return 0.0 if abs(number) < 1 / _LARGEST else float(f"{number:.15g}")
+    if kind == "datetime":
+        return _milliseconds(field, value)
+    words = {"keyword": "a string", "text": "a string", "bool": "True or False"}
+    wanted = words.get(kind, f"a number from -{_LARGEST} to {_LARGEST}")
+    raise ValidationError(f"{field}: {wanted} is needed ({kind}), got {brief(value)}")
+
+
+def _milliseconds(field: str, value: object) -> int:
+    if isinstance(value, str):
+        try:
+            value = datetime.fromisoformat(value)
+        except ValueError:
+            raise ValidationError(
+                f"{field}: an aware datetime, its ISO 8601 text or milliseconds since 1970 are needed "
+                f"(datetime), got {brief(value)}"
+            ) from None
+    return check_time_ms(value, field)
+
+
+def compile_filter(where: Where | None, indexes: Mapping[str, FieldKind]) -> Filter:
+    """The filter of an engine for what a caller asks for, as told at DocumentSet. Raises ValidationError."""
+    known: dict[str, FieldKind] = {**indexes, "updated_at": "datetime"}
+    return _Conditions(known, "where").add_all(where)
+
+
+class _Conditions:
+    """Conditions that must hold, and that must not, gathered of what is asked of fields."""
+
+    def __init__(self, known: Mapping[str, FieldKind], place: str) -> None:
+        self._known = known
+        self._place = place
+        self._must: list[Condition] = []
+        self._must_not: list[Condition] = []
+
+    def add_all(self, where: object) -> Filter:
+        """The filter of a mapping; one that stands under "or" holds no other."""
+        if where is not None and not isinstance(where, Mapping):
+            raise ValidationError(
+                f"{self._place}: a mapping from field to value is needed, such as {{'symbol': 'NQ'}}; "
+                f"got {type_name(where)}"
+            )
+        for field, asked in cast("Any", where or {}).items():
+            if field != "or":
+                self._add(field, asked)
+            elif self._place != "where":
+                raise ValidationError("where: 'or' stands at the top alone, not within another one")
+            elif isinstance(asked, str) or not isinstance(asked, Sequence):
+                raise ValidationError(f"where: 'or' takes a list of mappings, got {type_name(asked)}")
+            else:
+                branches = cast("Any", asked)
+                self._must.append(
+                    Or([_Conditions(self._known, "where['or']").add_all(each) for each in branches])
+                )
+        return Filter(tuple(self._must), tuple(self._must_not))
+
+    def _add(self, field: object, asked: Any) -> None:
+        if not isinstance(field, str) or field not in self._known:
+            raise _unknown_field(field, self._known)
+        kind, key, place = self._known[field], key_of(field), f"{self._place}[{field!r}]"
+        if asked is None:
+            self._must.append(Absent(key))
+        elif isinstance(asked, Mapping):
+            self._add_operators(key, kind, place, cast("Any", asked))
+        elif isinstance(asked, list | tuple | set | frozenset):
+            values = cast("Any", asked)
+            self._must.append(_any_of(key, kind, [_comparable(place, kind, each) for each in values]))
+        else:
+            self._must.append(_equal(key, kind, _comparable(place, kind, asked)))
+
+    def _add_operators(self, key: str, kind: FieldKind, place: str, asked: Mapping[Any, Any]) -> None:
+        bounds: dict[str, float] = {}
+        for word, operand in asked.items():
+            if word == "ne":
+                unwanted = (
+                    _equal(key, kind, _comparable(place, kind, operand)) if operand is not None else None
+                )
+                self._must_not.append(unwanted or Absent(key))
+            elif word == "text" and kind == "text":
+                if not isinstance(operand, str):
+                    raise ValidationError(f"{place}: text: a string is needed, got {brief(operand)}")
+                self._must.append(Text(key, str.__str__(operand)))
+            elif word in _BOUNDS and kind in ("integer", "float", "datetime"):
+                bounds[word] = _bound(place, kind, operand)
+            elif word in (*_BOUNDS, "text"):
+                needed = "a text" if word == "text" else "an integer, float or datetime"
+                raise ValidationError(f"{place}: {word} needs {needed} index, this one is a {kind}")
+            else:
+                raise _operator_error(place, brief(word))
+        if bounds:
+            self._must.append(_range(key, kind, **bounds))
+        if not asked:
+            raise _operator_error(place, "none")
+
+
+def _operator_error(place: str, got: str) -> ValidationError:
+    return ValidationError(f"{place}: gt, gte, lt, lte, ne or text are needed, got {got}")
+
+
+def _bound(place: str, kind: FieldKind, value: object) -> float:
+    if kind == "integer" and isinstance(value, float) and math.isfinite(value):
+        return float(value)  # between two integers, say
+    return cast("float", _native(place, kind, value))
+
+
+def _comparable(place: str, kind: FieldKind, value: object) -> Any:
+    if kind == "text":
+        raise ValidationError(f"{place}: a text index is searched for words: {{'text': ...}}, or None")
+    if isinstance(value, float) and kind == "integer" and value.is_integer():
+        value = int(value)
+    return _native(place, kind, value)
+
+
+def _equal(key: str, kind: FieldKind, value: Any) -> Condition:
+    return _range(key, kind, gte=value, lte=value) if kind == "float" else Equal(key, value)
+
+
+def _any_of(key: str, kind: FieldKind, values: Sequence[Any]) -> Condition:
+    if kind == "float":
+        return Or([Filter((_equal(key, kind, value),)) for value in values])
+    return AnyOf(key, values)
+
+
+def _range(key: str, kind: FieldKind, **bounds: float) -> Range:
+    """A range; one of floats allows for the last bits that an engine may change.
+
+    Two numbers of 15 digits are further apart than that, so that nothing else is let in or kept out.
+    """
+    if kind == "float":
+        for operator, outward in (("gte", -math.inf), ("lt", -math.inf), ("lte", math.inf), ("gt", math.inf)):
+            if operator in bounds:
+                bounds[operator] = math.nextafter(math.nextafter(bounds[operator], outward), outward)
+    return Range(key, **bounds)
+
+
+def _unknown_field(field: object, known: Mapping[str, FieldKind]) -> ValidationError:
+    near = difflib.get_close_matches(field, known, 1) if isinstance(field, str) else []
+    hint = f", did you mean {near[0]!r}?" if near else ";"
+    names = ", ".join(sorted(known))
+    return ValidationError(
+        f"where: {brief(field)} is not among the indexes{hint} the collection has {names}; "
+        "add it with indexes= when the collection is opened"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.documents.values
+# The values of documents: what is kept, what is found, and what became of it.
+# ------------------------------------------------------------------------------------------------------------
+
+
+MAX_TEXT_BYTES = 1 << 20
+MAX_FIELDS_BYTES = 64 << 10
+_MAX_NESTING = 32  # of nested fields
+# What a subclass, such as an enum, says of itself is not kept.
+_PLAIN_FORMS: tuple[tuple[type, Any], ...] = (
+    (str, str.__str__),
+    (int, int.__int__),
+    (float, float.__float__),
+)
+_NO_JSON = (math.inf, -math.inf)
+_SHOWN_TEXT = 40  # of a text in a repr
+_MAX_TTL_S = 1e10  # some three centuries
+
+
+def check_ttl(ttl: object) -> float | None:
+    """For how many seconds documents are kept, in whole milliseconds; None for ever."""
+    if ttl is None:
+        return None
+    check_positive("ttl", ttl)
+    milliseconds = round(float(cast("float", ttl)) * 1000)
+    if not 1 <= milliseconds <= _MAX_TTL_S * 1000:
+        raise ValidationError(f"ttl: from 0.001 to {_MAX_TTL_S:.0f} seconds are needed, got {brief(ttl)}")
+    return milliseconds / 1000
+
+
+def _check_document_text(text: object) -> str:
+    if not isinstance(text, str):
+        raise ValidationError(f"text: a string is needed, got {type_name(text)}")
+    text = str.__str__(text)
+    if len(text) > MAX_TEXT_BYTES // 4 or not text.isascii():
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError:
+            raise ValidationError("text: a lone surrogate is not valid text") from None
+        if size > MAX_TEXT_BYTES:
+            raise ValidationError(f"text: at most {MAX_TEXT_BYTES:,} bytes of UTF-8, got {size:,}")
+    return text
+
+
+def _check_fields(fields: object) -> Mapping[str, Any]:
+    """Fields as plain JSON that shares nothing with what was given."""
+    if not isinstance(fields, Mapping):
+        raise ValidationError(f"fields: a mapping from name to value is needed, got {type_name(fields)}")
+    plain = _plain(cast("Any", fields), "fields", 0)
+    try:
+        size = len(fields_text(plain).encode())
+    except UnicodeEncodeError:
+        raise ValidationError("fields: a lone surrogate is not valid text") from None
+    if size > MAX_FIELDS_BYTES:
+        raise ValidationError(f"fields: at most {MAX_FIELDS_BYTES:,} bytes of JSON, got {size:,}")
+    return MappingProxyType(plain)
+
+
+def _plain(value: Any, place: str, depth: int) -> Any:
+    """JSON made of plain types alone; a datetime becomes its text in ISO 8601."""
+    if value is None or isinstance(value, bool):
+        return value
+    for kind, plain in _PLAIN_FORMS:
+        if isinstance(value, kind) and value not in _NO_JSON and value == value:  # noqa: PLR0124 - NaN is not
+            return plain(value)
+    if isinstance(value, datetime):
+        check_time_ms(value, place)
+        return value.isoformat()
+    if isinstance(value, Mapping) and depth < _MAX_NESTING:
+        return {
+            _plain_name(name, place): _plain(each, f"{place}[{name!r}]", depth + 1)
+            for name, each in cast("Any", value).items()
+        }
+    if isinstance(value, list | tuple) and depth < _MAX_NESTING:
+        return [_plain(each, place, depth + 1) for each in cast("Any", value)]
+    raise ValidationError(
+        f"{place}: JSON is needed (None, bools, numbers but NaN and infinity, strings, datetimes, lists and "
+        f"mappings, nested up to {_MAX_NESTING} deep), got {brief(cast('Any', value))}"
+    )
+
+
+def _plain_name(name: object, place: str) -> str:
+    if isinstance(name, str):
+        return str.__str__(name)
+    raise ValidationError(f"{place}: names are strings, got {brief(name)}")
+
+
+def fields_text(fields: Mapping[str, Any]) -> str:
+    """Fields as they are kept: JSON, in the order in which they were given."""
+    try:
+        return json.dumps(dict(fields), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except ValueError as error:  # an integer with more digits than Python writes
+        raise ValidationError(f"fields: {error}") from None
+
+
+@attrs.frozen(init=False)
+class Document:
+    """A text of a user, with fields to filter by.
+
+    ``id`` is the user's own name for it, 1 to 256 bytes; ``text`` what is embedded, at most 1 MiB;
+    ``fields`` JSON, at most 64 KiB, which comes back as it was given (a datetime as its ISO 8601 text, a
+    tuple as a list); ``updated_at`` an aware datetime or milliseconds since 1970, by default now, kept in
+    whole milliseconds, UTC; ``ttl`` for how many seconds from then it is kept, None as long as its collection
+    says. ``user_id`` is whose it is, once it has been read: "" of what everybody may read. Raises
+    ValidationError.
+
+    >>> Document("t-17", "Bought the breakout", {"symbol": "NQ", "won": True}).fields["symbol"]
+    'NQ'
+    """
+
+    id: str
+    text: str
+    fields: Mapping[str, Any] = attrs.field(hash=False)
+    updated_at: datetime
+    ttl: float | None
+    user_id: str | None = attrs.field(eq=False)
+    _dated: bool = attrs.field(eq=False)  # its time was given
+
+    def __init__(
+        self,
+        id: str,  # noqa: A002 - what it is called everywhere
+        text: str = "",
+        fields: Mapping[str, Any] = MappingProxyType({}),
+        updated_at: int | datetime | None = None,
+        ttl: float | None = None,
+    ) -> None:
+        time_ms = wall_clock.now_ms() if updated_at is None else check_time_ms(updated_at, "updated_at")
+        cast("Any", self).__attrs_init__(
+            check_user_id(id, "id"),
+            _check_document_text(text),
+            _check_fields(fields),
+            UNIX_EPOCH + timedelta(milliseconds=time_ms),
+            check_ttl(ttl),
+            None,
+            updated_at is not None,
+        )
+
+    @property
+    def updated_at_unix_ms(self) -> int:
+        """The time in milliseconds since 1970, UTC."""
+        return (self.updated_at - UNIX_EPOCH) // timedelta(milliseconds=1)
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= _SHOWN_TEXT else self.text[:_SHOWN_TEXT] + "…"
+        whose = {None: "", "": ", shared"}.get(self.user_id, f", user {short_id(self.user_id or '')!r}")
+        return (
+            f"Document({self.id!r}, {text!r}, {brief(dict(self.fields))}, {iso_time(self.updated_at)}{whose})"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        arguments = (
+            self.id,
+            self.text,
+            dict(self.fields),
+            self.updated_at,
+            self.ttl,
+            self.user_id,
+            self._dated,
+        )
+        return stored_document, arguments
+
+    def __copy__(self) -> Document:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Document:
+        return self
+
+
+def stored_document(  # noqa: PLR0917 - the fields of a document
+    id: str,  # noqa: A002
+    text: str,
+    fields: dict[str, Any],
+    updated_at: datetime,
+    ttl: float | None,
+    user_id: str | None,
+    dated: bool = True,  # noqa: FBT001, FBT002 - as pickle hands it on
+) -> Document:
+    """A document that is read back, which was checked when it was made."""
+    document = object.__new__(Document)
+    cast("Any", document).__attrs_init__(id, text, MappingProxyType(fields), updated_at, ttl, user_id, dated)
+    return document
+
+
+def text_hash(text: str) -> str:
+    """What tells whether a text is still the same: 128 bits of BLAKE2b."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@attrs.frozen
+class DocumentMatch:
+    """A result of a search: the document and its cosine similarity to the query, from -1 to 1."""
+
+    document: Document
+    score: float
+
+
+@attrs.frozen(kw_only=True)
+class UpsertReport:
+    """What became of documents that were written; each counts in one place.
+
+    ``embedded``: written with a new embedding, or, in a collection without an embedder, as a new text;
+    ``moved``: the text was the same, its fields or time were not; ``unchanged``: nothing was to be done;
+    ``failed``: the errors of those that were not written, by id.
+    """
+
+    embedded: int = 0
+    moved: int = 0
+    unchanged: int = 0
+    failed: Mapping[str, StoreError] = attrs.field(factory=dict[str, "StoreError"])
+
+
+@attrs.frozen(kw_only=True)
+class CollectionInfo:
+    """What a store says of one of its collections.
+
+    ``documents`` is how many there are, of all users, expired ones that are not yet removed included;
+    ``indexes`` the fields that are filtered by; ``embedder`` the name of what its texts were embedded with
+    and ``dimensions`` how long its vectors are, None without one.
+    """
+
+    name: str
+    documents: int
+    indexes: Mapping[str, str]
+    embedder: str | None
+    dimensions: int | None
+    ttl: float | None
+
+
+@attrs.frozen(kw_only=True)
+class ErasureReport:
+    """What a store held of a user, and holds no more.
+
+    ``states``: whether there were any; ``documents``: how many in each collection that had some.
+    """
+
+    states: bool
+    documents: Mapping[str, int]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.documents.points
+# Documents as points: what a point holds of one, and what a collection records of itself.
+# ------------------------------------------------------------------------------------------------------------
+
+
+DOCUMENTS_FORMAT = 1
+SHARED = ""  # the user of what everybody may read
+_EXPIRES_KEY, EMBEDDER_KEY, REVISION_KEY = "expires_at_unix_ms", "embedder", "revision"
+OWN_INDEXES: Mapping[str, IndexKind] = {
+    TIME_KEY: "integer",
+    _EXPIRES_KEY: "integer",
+    EMBEDDER_KEY: "keyword",
+}
+NO_VECTOR = (1.0,)  # of a document in a collection without an embedder, as every point has one
+
+
+def document_point_id(user_id: str, document_id: str) -> str:
+    """The id of a document's point. As it counts the characters of one id, no two pairs are joined alike."""
+    return make_uuid(DOCUMENTS_NAMESPACE, f"{len(user_id)}:{user_id}{document_id}")
+
+
+@attrs.frozen
+class CollectionSettings:
+    """What a collection was made with, as its metadata records it."""
+
+    indexes: Mapping[str, FieldKind]
+    embedder: str | None
+    vector_size: int
+    ttl: float | None
+    pending: Sequence[str] = ()  # indexes that documents written before may lack
+
+    def metadata(self) -> dict[str, Any]:
+        """See CollectionSpec."""
+        recorded = attrs.asdict(self, recurse=False)
+        return {"format_version": DOCUMENTS_FORMAT, "kind": "documents", **recorded}
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any], place: str) -> CollectionSettings:
+        """What metadata records, or SchemaMismatchError."""
+        version = metadata.get("format_version")
+        if metadata.get("kind") != "documents" or not isinstance(version, int):
+            raise SchemaMismatchError(f"{place} does not hold documents; choose another name")
+        if version > DOCUMENTS_FORMAT:
+            raise SchemaMismatchError(
+                f"{place} has format {version}; this version reads up to {DOCUMENTS_FORMAT}: "
+                "upgrade attuned-store"
+            )
+        return cls(
+            dict(metadata["indexes"]),
+            metadata.get("embedder"),
+            metadata["vector_size"],
+            metadata.get("ttl"),
+            tuple(metadata.get("pending") or ()),
+        )
+
+
+class OutdatedError(Exception):
+    """A collection was amended in this process since it was opened: it is opened again."""
+
+
+class OpenCollection(NamedTuple):
+    """A collection as it was found when it was opened."""
+
+    settings: CollectionSettings
+    amendments: int  # of its engine then
+
+    def alive(self, where: Filter) -> Filter:
+        """Those that match a filter and have not expired."""
+        now, ttl = wall_clock.now_ms(), self.settings.ttl
+        if ttl is None:
+            return where._replace(must_not=(*where.must_not, Range(_EXPIRES_KEY, lte=now)))
+        lasting = Filter((Range(_EXPIRES_KEY, gt=now),))
+        young = Filter((Range(TIME_KEY, gt=now - round(ttl * 1000)), Absent(_EXPIRES_KEY)))
+        return where._replace(must=(*where.must, Or([lasting, young])))
+
+    def expired(self) -> Filter:
+        """Those that have."""
+        now, ttl = wall_clock.now_ms(), self.settings.ttl
+        ended = Filter((Range(_EXPIRES_KEY, lte=now),))
+        if ttl is None:
+            return ended
+        old = Filter((Range(TIME_KEY, lte=now - round(ttl * 1000)), Absent(_EXPIRES_KEY)))
+        return Filter((Or([ended, old]),))
+
+
+class Draft(NamedTuple):
+    """A document to be written, and what its point holds of it."""
+
+    document: Document
+    payload: dict[str, Any]
+
+    @classmethod
+    def of(cls, document: object, settings: CollectionSettings, embedder: str | None) -> Draft:
+        """What is written of a document that a caller gave; raises ValidationError."""
+        if not isinstance(document, Document):
+            raise ValidationError(f"documents: a Document is needed, got {type_name(document)}")
+        payload: dict[str, Any] = {
+            "id": document.id,
+            "text": document.text,
+            "hash": text_hash(document.text),
+            "fields": fields_text(document.fields),
+            TIME_KEY: document.updated_at_unix_ms,
+            **indexed_values(document.fields, settings.indexes),
+        }
+        if document.ttl is not None:
+            payload["ttl_ms"] = round(document.ttl * 1000)
+            payload[_EXPIRES_KEY] = payload[TIME_KEY] + payload["ttl_ms"]
+        if embedder is not None:
+            payload[EMBEDDER_KEY] = embedder
+        return cls(document, payload)
+
+    def has_text_of(self, found: Mapping[str, Any]) -> bool:
+        """Whether a point holds the same text, with a vector of the same embedder."""
+        return all(self.payload.get(name) == found.get(name) for name in ("hash", EMBEDDER_KEY))
+
+    def is_kept_in(self, found: Mapping[str, Any], ttl: float | None) -> bool:
+        """Whether a point holds all of it; a time that was not given counts only where it prolongs a life."""
+        ignored = {REVISION_KEY, "user_id"}
+        if not self.document._dated and ttl is None and self.document.ttl is None:
+            ignored.add(TIME_KEY)
+        names = (self.payload.keys() | found.keys()) - ignored
+        return all(self.payload.get(name) == found.get(name) for name in names)
+
+    def point(self, user_id: str, vector: Sequence[float]) -> Point:
+        """The point of it."""
+        payload = {**self.payload, REVISION_KEY: new_revision()}
+        return Point(document_point_id(user_id, self.document.id), vector, payload, user_id)
+
+
+def new_revision() -> str:
+    """What tells whether a point is still the one that was read."""
+    return secrets.token_hex(8)
+
+
+def document_of(record: Record) -> Document:
+    """The document that a point holds, with whose it is; LookupError, TypeError or ValueError for none."""
+    payload = record.payload
+    user_id, document_id, ttl = payload["user_id"], payload["id"], payload.get("ttl_ms")
+    if str(record.id) != document_point_id(user_id, document_id):
+        raise ValueError("it has the id of another one")
+    return stored_document(
+        document_id,
+        payload["text"],
+        json.loads(payload["fields"]),
+        UNIX_EPOCH + timedelta(milliseconds=payload[TIME_KEY]),
+        None if ttl is None else ttl / 1000,
+        user_id,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.documents.handles
+# The handles of documents that callers use: each method is one line over documents/collections.py.
+# ------------------------------------------------------------------------------------------------------------
+
+
+class _Handle:
+    """Documents of a user, of all (None), or shared ones ("")."""
+
+    def __init__(self, operations: CollectionOperations, user_id: str | None) -> None:
+        self._operations = operations
+        self._user_id: Any = user_id
+
+    def __repr__(self) -> str:
+        whose = {None: "of all users", SHARED: "shared"}.get(
+            self._user_id
+        ) or f"of {short_id(self._user_id)!r}"
+        return f"<{type(self).__name__} {self._operations.name!r} {whose}>"
+
+
+class DocumentSet(_Handle):
+    """Documents to be read and deleted: those of all users, or, as UserDocuments, of one.
+
+    ``where`` is JSON: fields with an index, or ``updated_at``, with a value (equal; of a list of keywords:
+    holds it), a list (any of), None (absent) or a mapping of ``gt``, ``gte``, ``lt``, ``lte``, ``ne`` and
+    ``text`` (words, all of them, in any case); all must hold, and under ``"or"`` one of a list of such
+    mappings. Times are aware datetimes, their ISO 8601 texts, or milliseconds since 1970, UTC. Every method
+    raises ValidationError, for a field without an index too, and BackendError.
+    """
+
+    def documents(
+        self, where: Where | None = None, *, limit: int | None = 100, newest_first: bool = False
+    ) -> list[Document]:
+        """Those that match ``where``, at most ``limit`` of them (None: all).
+
+        In no particular order, or by their times with ``newest_first``.
+        """
+        return run(self._operations.documents(self._user_id, where, limit=limit, newest_first=newest_first))
+
+    def count(self, where: Where | None = None) -> int:
+        """How many match ``where``."""
+        return run(self._operations.count(self._user_id, where))
+
+    def search(
+        self,
+        query: str | Sequence[float],
+        where: Where | None = None,
+        *,
+        limit: int = 10,
+        score_threshold: float | None = None,
+    ) -> list[DocumentMatch]:
+        """Those most like a query, best first.
+
+        ``query`` is a text, which is embedded, or a vector. Only what the same embedder has made is
+        compared. At most ``limit``, which is 1 or more, that match ``where``, with a cosine of
+        ``score_threshold`` or more. Raises ValidationError where there is no embedder, EmbeddingError.
+        """
+        return run(
+            self._operations.search(self._user_id, query, where, limit=limit, score_threshold=score_threshold)
+        )
+
+    def delete_many(self, where: Where) -> int:
+        """Remove those that match ``where``, all with {}; returns how many that were."""
+        return run(self._operations.delete_many(self._user_id, where))
+
+
+class UserDocuments(DocumentSet):
+    """The documents of one user, or those that all share; it cannot be widened.
+
+    ``where`` is told at DocumentSet.
+    """
+
+    def upsert(self, document: Document) -> None:
+        """Write a document, in the place of one with the same id; embed its text where that is new.
+
+        Raises EmbeddingError, and ValidationError for a field that is not of the kind of its index.
+        """
+        run(self._operations.upsert(self._user_id, document))
+
+    def upsert_many(self, documents: Iterable[Document], *, progress: Progress | None = None) -> UpsertReport:
+        """Write many documents; the report says what became of them, and which could not be embedded.
+
+        A text that is there already, embedded by the same embedder, is not embedded again: what was
+        interrupted is completed by doing it again. A list or tuple of ``documents`` is checked whole before
+        the first write, any other iterable piece by piece. ``progress(done, total)`` is called after each
+        piece, ``total`` None where it is unknown. Raises EmbeddingError where the embedder cannot be reached
+        at all; an error carries in ``written`` how many had been written.
+        """
+        return run(self._operations.upsert_many(self._user_id, documents, progress))
+
+    def get(self, id: str) -> Document | None:  # noqa: A002 - what it is called everywhere
+        """The document of the user with this ``id``, else the shared one; None where there is neither."""
+        return next(iter(run(self._operations.get_many(self._user_id, (id,))).values()), None)
+
+    def get_many(self, ids: Iterable[str]) -> dict[str, Document]:
+        """Those of the documents with these ``ids`` that there are, as ``get`` finds them, by id."""
+        return run(self._operations.get_many(self._user_id, ids))
+
+    def search(
+        self,
+        query: str | Sequence[float],
+        where: Where | None = None,
+        *,
+        limit: int = 10,
+        score_threshold: float | None = None,
+        shared: bool = False,
+    ) -> list[DocumentMatch]:
+        """As DocumentSet.search; with ``shared`` also among what all share.
+
+        A shared document is left out where the user has one of the same id.
+        """
+        return run(
+            self._operations.search(
+                self._user_id, query, where, limit=limit, score_threshold=score_threshold, shared=shared
+            )
+        )
+
+    def delete(self, id: str) -> bool:  # noqa: A002
+        """Remove the document of the user with this ``id``; True if there was one."""
+        return run(self._operations.delete(self._user_id, id))
+
+
+class AsyncDocumentSet(_Handle):
+    """DocumentSet, to be awaited."""
+
+    async def documents(
+        self, where: Where | None = None, *, limit: int | None = 100, newest_first: bool = False
+    ) -> list[Document]:
+        """See DocumentSet.documents."""
+        return await self._operations.documents(self._user_id, where, limit=limit, newest_first=newest_first)
+
+    async def count(self, where: Where | None = None) -> int:
+        """See DocumentSet.count."""
+        return await self._operations.count(self._user_id, where)
+
+    async def search(
+        self,
+        query: str | Sequence[float],
+        where: Where | None = None,
+        *,
+        limit: int = 10,
+        score_threshold: float | None = None,
+    ) -> list[DocumentMatch]:
+        """See DocumentSet.search."""
+        return await self._operations.search(
+            self._user_id, query, where, limit=limit, score_threshold=score_threshold
+        )
+
+    async def delete_many(self, where: Where) -> int:
+        """See DocumentSet.delete_many."""
+        return await self._operations.delete_many(self._user_id, where)
+
+
+class AsyncUserDocuments(AsyncDocumentSet):
+    """UserDocuments, to be awaited."""
+
+    async def upsert(self, document: Document) -> None:
+        """See UserDocuments.upsert."""
+        await self._operations.upsert(self._user_id, document)
+
+    async def upsert_many(
+        self, documents: Iterable[Document], *, progress: Progress | None = None
+    ) -> UpsertReport:
+        """See UserDocuments.upsert_many."""
+        return await self._operations.upsert_many(self._user_id, documents, progress)
+
+    async def get(self, id: str) -> Document | None:  # noqa: A002
+        """See UserDocuments.get."""
+        return next(iter((await self._operations.get_many(self._user_id, (id,))).values()), None)
+
+    async def get_many(self, ids: Iterable[str]) -> dict[str, Document]:
+        """See UserDocuments.get_many."""
+        return await self._operations.get_many(self._user_id, ids)
+
+    async def search(
+        self,
+        query: str | Sequence[float],
+        where: Where | None = None,
+        *,
+        limit: int = 10,
+        score_threshold: float | None = None,
+        shared: bool = False,
+    ) -> list[DocumentMatch]:
+        """See UserDocuments.search."""
+        return await self._operations.search(
+            self._user_id, query, where, limit=limit, score_threshold=score_threshold, shared=shared
+        )
+
+    async def delete(self, id: str) -> bool:  # noqa: A002
+        """See UserDocuments.delete."""
+        return await self._operations.delete(self._user_id, id)
+
+
+class _CollectionBase:
+    """What both forms of a collection say of it without waiting for anything."""
+
+    def __init__(self, operations: CollectionOperations) -> None:
+        self._operations = operations
+
+    @property
+    def name(self) -> str:
+        """The name of the collection."""
+        return self._operations.name
+
+    def __repr__(self) -> str:
+        embedder = self._operations.embedder
+        return f"<{type(self).__name__} {self.name!r}{'' if embedder is None else f', {embedder.name}'}>"
+
+
+class Collection(_CollectionBase):
+    """A collection of documents; ``store.collection`` gives one, which opens or makes it when first used.
+
+    Documents are reached through a handle: of one user, of what all share, or, to be read and deleted, of
+    all users.
+    """
+
+    def for_user(self, user_id: str) -> UserDocuments:
+        """The documents of one user. Raises ValidationError for None or "" too."""
+        return UserDocuments(self._operations, check_user_id(user_id))
+
+    def shared(self) -> UserDocuments:
+        """The documents that everybody may read."""
+        return UserDocuments(self._operations, SHARED)
+
+    def all_users(self) -> DocumentSet:
+        """The documents of all users, and those that they share; ``document.user_id`` says whose one is."""
+        return DocumentSet(self._operations, None)
+
+    def refresh(self, *, progress: Progress | None = None) -> UpsertReport:
+        """Embed anew what another embedder has made, which is not found until then.
+
+        Writes only where the text is still the same. What was interrupted is completed by doing it again,
+        and nothing is embedded twice. ``progress(done, total)`` is called after each piece. Raises
+        ValidationError for a collection without an embedder, EmbeddingError as upsert_many, BackendError.
+        """
+        return run(self._operations.refresh(progress))
+
+    def info(self) -> CollectionInfo:
+        """How many documents there are, and what the collection was made with. Raises BackendError."""
+        return run(self._operations.info())
+
+    def drop(self) -> None:
+        """Remove the collection with all documents of all users. Used again it is made anew, empty."""
+        run(self._operations.drop())
+
+
+class AsyncCollection(_CollectionBase):
+    """Collection for asynchronous stores: its handles are awaited."""
+
+    def for_user(self, user_id: str) -> AsyncUserDocuments:
+        """See Collection.for_user."""
+        return AsyncUserDocuments(self._operations, check_user_id(user_id))
+
+    def shared(self) -> AsyncUserDocuments:
+        """See Collection.shared."""
+        return AsyncUserDocuments(self._operations, SHARED)
+
+    def all_users(self) -> AsyncDocumentSet:
+        """See Collection.all_users."""
+        return AsyncDocumentSet(self._operations, None)
+
+    async def refresh(self, *, progress: Progress | None = None) -> UpsertReport:
+        """See Collection.refresh."""
+        return await self._operations.refresh(progress)
+
+    async def info(self) -> CollectionInfo:
+        """See Collection.info."""
+        return await self._operations.info()
+
+    async def drop(self) -> None:
+        """See Collection.drop."""
+        await self._operations.drop()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.documents.opening
+# How a collection of documents is opened and reached: its settings, its points, pieces of work on it.
+# ------------------------------------------------------------------------------------------------------------
+
+
+PIECE = 64  # documents in one piece of work: some 5 ms
+
+
+class OpenableCollection:
+    """A collection over the engine of the place where a store is, opened when it is first used."""
+
+    def __init__(
+        self,
+        operations: Operations,
+        name: str,
+        embedder: Embedder | None,
+        indexes: Mapping[str, FieldKind],
+        ttl: float | None,
+    ) -> None:
+        self.name = check_collection_name("name", name)
+        if self.name == operations.collection:
+            raise ValidationError(f"name: {name!r} is the collection of the store's states")
+        self.operations = operations
+        self.asked = embedder, indexes, ttl
+        self._waits = operations.waits
+        self._opened: OpenCollection | None = None
+
+    @property
+    def embedder(self) -> Embedder | None:
+        """What the texts are embedded with."""
+        return self.asked[0]
+
+    # Opening
+
+    async def _drive(
+        self,
+        name: str,
+        work: Callable[[Engine, OpenCollection], Coroutine[Any, Any, T]],
+        user_id: str | None = None,
+    ) -> T:
+        """Run a piece of work on the open collection; one that was dropped or amended is opened again."""
+        lost = 0
+        while True:
+            opened = await self.open()
+
+            async def piece(engine: Engine, opened: OpenCollection = opened) -> T:
+                if engine.amendments != opened.amendments:
+                    raise OutdatedError
+                return await work(engine, opened)
+
+            try:
+                return await self.operations.with_engine(name, piece, user_id)
+            except OutdatedError:
+                pass
+            except CollectionNotFoundError as error:
+                lost += 1
+                if error.collection != self.name or lost > 1:
+                    raise
+            if self._opened is opened:
+                self._opened = None
+
+    async def open(self) -> OpenCollection:
+        """Open the collection, creating it where absent; index what was written before an index came."""
+        if self._opened is not None:
+            return self._opened
+        embedder, indexes, ttl = self.asked
+        if embedder is None:
+            fresh = CollectionSettings(indexes, None, len(NO_VECTOR), ttl)
+        else:
+            fresh = CollectionSettings(indexes, embedder.name, embedder.dimensions, ttl)
+
+        async def find(engine: Engine) -> OpenCollection:
+            metadata = await engine.open(self._spec(fresh))
+            return OpenCollection(CollectionSettings.of(metadata, self._location), engine.amendments)
+
+        found = await self.operations.with_engine("", find)
+        wanted = self._merged(found.settings)
+        opened = found if wanted == found.settings else await self._amend(wanted)
+        if wanted.pending:
+            await self._index(wanted)
+            opened = await self._amend(attrs.evolve(wanted, pending=()))
+        self._opened = opened
+        return opened
+
+    async def _amend(self, settings: CollectionSettings) -> OpenCollection:
+        async def amend(engine: Engine) -> OpenCollection:
+            await engine.amend(self._spec(settings))
+            return OpenCollection(settings, engine.amendments)
+
+        return await self.operations.with_engine("", amend)
+
+    @property
+    def _location(self) -> str:
+        return f"{self.operations.place.location}: collection {self.name!r}"
+
+    def _merged(self, found: CollectionSettings) -> CollectionSettings:
+        """What there is, with what is asked for; SchemaMismatchError where these do not go together."""
+        embedder, indexes, ttl = self.asked
+        if embedder is not None and found.embedder is None:
+            raise SchemaMismatchError(
+                f"{self._location} was made without an embedder, and its documents have no vectors: "
+                "write them to another collection"
+            )
+        if embedder is not None and embedder.dimensions != found.vector_size:
+            raise SchemaMismatchError(
+                f"{self._location} has vectors of {found.vector_size} dimensions ({found.embedder}), and "
+                f"{embedder.name} makes {embedder.dimensions}: refresh() goes over to an embedder of as many "
+                "alone; write the documents to another collection"
+            )
+        for name, kind in indexes.items():
+            if found.indexes.get(name, kind) != kind:
+                raise SchemaMismatchError(
+                    f"{self._location}: the index {name!r} is a {found.indexes[name]}, {kind} is asked for"
+                )
+        new = [name for name in indexes if name not in found.indexes]
+        return attrs.evolve(
+            found,
+            indexes={**found.indexes, **indexes},
+            ttl=found.ttl if ttl is None else ttl,
+            pending=(*found.pending, *new),
+        )
+
+    def _spec(self, settings: CollectionSettings) -> CollectionSpec:
+        return CollectionSpec(
+            self.name,
+            settings.vector_size,
+            {**OWN_INDEXES, **engine_indexes(settings.indexes)},
+            settings.metadata(),
+            lambda metadata: self._merged(CollectionSettings.of(metadata, self._location)),
+            tenant="user_id",
+        )
+
+    async def _index(self, settings: CollectionSettings) -> None:
+        """Give all points the values of new indexes; one of another kind than its index stays without."""
+
+        async def page(cursor: Any) -> tuple[int, Any]:
+            async def work(engine: Engine) -> tuple[int, Any]:
+                found = await engine.page(self.name, Filter(), limit=PIECE, cursor=cursor, payload=False)
+                ids = [str(record.id) for record in found.records]
+                records = await engine.retrieve(self.name, ids, vector=True) if ids else []
+                changes = [
+                    indexed_values(self._document(record).fields, settings.indexes, strict=False)
+                    for record in records
+                ]
+                await self._replace(engine, records, changes, [record.vector for record in records])
+                return len(ids), found.cursor
+
+            return await self.operations.with_engine("", work)
+
+        pages = Pager(page, self._waits)
+        while await pages.next() is not None:
+            pass
+
+    async def _replace(
+        self,
+        engine: Engine,
+        records: Sequence[Record],
+        changes: Sequence[Mapping[str, Any]],
+        vectors: Sequence[Sequence[float]],
+    ) -> None:
+        """Change points that were read, those that are still as they were then."""
+        points = list[Point]()
+        for record, change, vector in zip(records, changes, vectors, strict=True):
+            payload = {**record.payload, **change, REVISION_KEY: new_revision()}
+            points.append(Point(str(record.id), vector, payload, payload.pop("user_id")))
+        if points:
+            read = [str(record.payload[REVISION_KEY]) for record in records]
+            await engine.apply(self.name, [Put(points, "update", Filter((AnyOf(REVISION_KEY, read),)))])
+
+    # Reading
+
+    def _document(self, record: Record, users: Sequence[str] | None = None) -> Document:
+        """The document of a point, which must be of one of these users; None for whomever."""
+        try:
+            document = document_of(record)
+        except (LookupError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
+            raise self._wrong(f"a point does not hold a document: {one_line(str(error))[:200]}") from error
+        if users is not None and document.user_id not in users:
+            raise self._wrong("the engine answered with a document of another user; nothing is shown")
+        return document
+
+    def _wrong(self, message: str) -> BackendError:
+        engine = self.operations.place.engine
+        return BackendError(f"{self._location}: {message}", backend=engine, operation="decode")
+
+    async def _compiled(self, where: Where | None) -> Filter:
+        """The filter of what is asked for; an index may have been added since the collection was opened."""
+        opened = await self.open()
+        try:
+            return compile_filter(where, opened.settings.indexes)
+        except ValidationError:
+            self._opened = None
+            return compile_filter(where, (await self.open()).settings.indexes)
+
+    async def _find(self, ids: Sequence[str], where: Filter, *, vectors: bool = False) -> list[Record]:
+        """The points with these ids that are there and match, in this order."""
+        found: dict[str, Record] = {}
+        for start in range(0, len(ids), PIECE):
+            piece = ids[start : start + PIECE]
+
+            async def read(engine: Engine, opened: OpenCollection, piece: Sequence[str] = piece) -> None:
+                alive = opened.alive(where)
+                for record in await engine.retrieve(self.name, piece, vector=vectors):
+                    if str(record.id) not in piece:
+                        raise self._wrong("the engine answered with another document; nothing is shown")
+                    if matches(alive, record.payload):
+                        found[str(record.id)] = record
+
+            if start:
+                await self._waits.pause()
+            await self._drive("get_documents", read)
+        return [found[point_id] for point_id in ids if point_id in found]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attuned.documents.collections
+# What a collection of documents does, written once: synchronous handles run it, asynchronous ones await it.
+#
+# A document is one point: its vector, its text with the hash of it, its fields as JSON, and those that have
+# an index once more. All of that is written together, so that no text ever stands beside the vector of
+# another. Texts are embedded between two pieces of work on the engine, when nothing is held.
+# ------------------------------------------------------------------------------------------------------------
+
+
+_MOST_FOUND = 2**31 - 1
+
+
+@attrs.define
+class _Tally:
+    """What has become of documents so far."""
+
+    embedded: int = 0
+    moved: int = 0
+    unchanged: int = 0
+    failed: dict[str, StoreError] = attrs.field(factory=dict[str, "StoreError"])
+    outages: int = 0  # batches in a row of which nothing could be embedded
+
+    @property
+    def done(self) -> int:
+        return self.embedded + self.moved + self.unchanged + len(self.failed)
+
+    def report(self) -> UpsertReport:
+        return UpsertReport(
+            embedded=self.embedded, moved=self.moved, unchanged=self.unchanged, failed=self.failed
+        )
+
+
+class CollectionOperations(OpenableCollection):
+    """What a collection does."""
+
+    SWEEP_EVERY_MS = 60_000  # writes look for expired documents so often
+    MOST_OUTAGES = 2  # in a row, before a bulk operation gives up
+    CACHED_QUERIES = 1_024
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._queries: LRUCache[str, Sequence[float]] = LRUCache(self.CACHED_QUERIES)
+        self._queries_lock = threading.Lock()
+        self._next_sweep = 0
+
+    # Reading
+
+    async def get_many(self, user_id: str, document_ids: Iterable[str]) -> dict[str, Document]:
+        """See UserDocuments.get_many."""
+        if isinstance(document_ids, str) or not isinstance(document_ids, Iterable):
+            raise ValidationError(f"ids: an iterable of ids is needed, got {type_name(document_ids)}")
+        asked = list(dict.fromkeys(check_user_id(each, "id") for each in document_ids))
+        users = tuple(dict.fromkeys((SHARED, user_id)))  # of equal ids the later one wins
+        ids = [document_point_id(user, each) for user in users for each in asked]
+        documents = [self._document(record, users) for record in await self._find(ids, Filter())]
+        found = {document.id: document for document in documents}
+        return {each: found[each] for each in asked if each in found}
+
+    async def documents(
+        self, user_id: str | None, where: Where | None, *, limit: int | None, newest_first: bool
+    ) -> list[Document]:
+        """See DocumentSet.documents."""
+        most = _MOST_FOUND if limit is None else check_integer("limit", limit, 0, MAX_INTEGER)
+        most = min(most, _MOST_FOUND)
+        compiled = await self._compiled(where)
+        users = None if user_id is None else [user_id]
+        records = list[Record]()
+        if most and check_flag("newest_first", newest_first):
+            records = await self._newest(user_id, compiled, most)
+        elif most:
+            pages = Pager(lambda cursor: self._page(user_id, compiled, cursor, most), self._waits)
+            while len(records) < most and (page := await pages.next()) is not None:
+                records += page
+        return [self._document(record, users) for record in records[:most]]
+
+    async def _page(
+        self, user_id: str | None, where: Filter, cursor: Any, most: int = PIECE
+    ) -> tuple[list[Record], Any]:
+        async def read(engine: Engine, opened: OpenCollection) -> tuple[list[Record], Any]:
+            limit = min(most, PIECE)
+            page = await engine.page(
+                self.name, opened.alive(where), limit=limit, tenant=user_id, cursor=cursor
+            )
+            return page.records, page.cursor
+
+        return await self._drive("list_documents", read, user_id)
+
+    async def _newest(self, user_id: str | None, where: Filter, most: int) -> list[Record]:
+        """The newest first; where they are more than one piece of work, their ids come before them."""
+
+        async def read(engine: Engine, opened: OpenCollection) -> list[Record]:
+            page = await engine.page(
+                self.name,
+                opened.alive(where),
+                limit=most,
+                tenant=user_id,
+                newest_by=TIME_KEY,
+                payload=most <= PIECE,
+            )
+            return page.records
+
+        records = await self._drive("list_documents", read, user_id)
+        if most <= PIECE:
+            return records
+        return await self._find([str(record.id) for record in records], where)
+
+    async def count(self, user_id: str | None, where: Where | None) -> int:
+        """See DocumentSet.count."""
+        compiled = await self._compiled(where)
+
+        async def count(engine: Engine, opened: OpenCollection) -> int:
+            return await engine.count(self.name, opened.alive(compiled), tenant=user_id)
+
+        return await self._drive("count_documents", count, user_id)
+
+    async def search(
+        self,
+        user_id: str | None,
+        query: str | Sequence[float],
+        where: Where | None,
+        *,
+        limit: int,
+        score_threshold: float | None,
+        shared: bool = False,
+    ) -> list[DocumentMatch]:
+        """See UserDocuments.search."""
+        limit = check_integer("limit", limit, 1, MAX_INTEGER)
+        least = -math.inf if score_threshold is None else check_number("score_threshold", score_threshold)
+        check_flag("shared", shared)
+        opened, compiled = await self.open(), await self._compiled(where)
+        vector = await self._query_vector(opened.settings, query)
+        maker = opened.settings.embedder if self.embedder is None else self.embedder.name
+        compiled = compiled._replace(must=(Equal(EMBEDDER_KEY, str(maker)), *compiled.must))
+        matches = await self._nearest(user_id, vector, compiled, min(limit, _MOST_FOUND))
+        if shared and user_id:
+            matches += await self._nearest_shared(user_id, vector, compiled, min(limit, _MOST_FOUND))
+            matches.sort(key=attrgetter("score"), reverse=True)
+        return [match for match in matches[:limit] if match.score >= least]
+
+    async def _nearest(
+        self, user_id: str | None, vector: Sequence[float], where: Filter, limit: int
+    ) -> list[DocumentMatch]:
+        """The nearest; where they are more than one piece of work, their ids come before them."""
+
+        async def read(engine: Engine, opened: OpenCollection) -> list[Record]:
+            return await engine.search(
+                self.name, vector, opened.alive(where), limit, tenant=user_id, payload=limit <= PIECE
+            )
+
+        records = await self._drive("search_documents", read, user_id)
+        if limit > PIECE:  # one may have been replaced since: what is told is what it is now
+            records = [
+                record._replace(score=math.fsum(a * b for a, b in zip(vector, record.vector, strict=True)))
+                for record in await self._find([str(each.id) for each in records], where, vectors=True)
+            ]
+            records.sort(key=attrgetter("score"), reverse=True)
+        users = None if user_id is None else [user_id]
+        return [DocumentMatch(self._document(record, users), clamp_score(record.score)) for record in records]
+
+    async def _nearest_shared(
+        self, user_id: str, vector: Sequence[float], where: Filter, limit: int
+    ) -> list[DocumentMatch]:
+        """The nearest shared ones without those in whose place the user has one, whatever that holds."""
+        asked = limit
+        while True:
+            found = await self._nearest(SHARED, vector, where, asked)
+            ids = [document_point_id(user_id, match.document.id) for match in found]
+            own = {self._document(record, [user_id]).id for record in await self._find(ids, Filter())}
+            shown = [match for match in found if match.document.id not in own]
+            if len(shown) >= limit or len(found) < asked:
+                return shown[:limit]
+            asked = min(4 * asked, _MOST_FOUND)
+
+    async def _query_vector(
+        self, settings: CollectionSettings, query: str | Sequence[float]
+    ) -> Sequence[float]:
+        """The direction of what is searched with."""
+        if settings.embedder is None:
+            raise ValidationError(f"{self._location} has no embedder: its documents cannot be searched")
+        if not isinstance(query, str):
+            return _direction_of(query, settings.vector_size)
+        with self._queries_lock:
+            known = self._queries.get(query)
+        if known is not None:
+            return known
+        if self.embedder is None:
+            raise ValidationError(
+                f"query: to search by a text, open {self._location} with its embedder, {settings.embedder}"
+            )
+        found = await self.embedder.embed_query_text(self._waits, query)
+        direction = _direction_of(found, settings.vector_size)
+        with self._queries_lock:
+            self._queries[query] = direction
+        return direction
+
+    # Writing
+
+    async def upsert(self, user_id: str, document: Document) -> None:
+        """See UserDocuments.upsert."""
+        report = await self.upsert_many(user_id, (document,), None)
+        for error in report.failed.values():
+            raise error
+
+    async def upsert_many(
+        self, user_id: str, documents: Iterable[Document], progress: Progress | None
+    ) -> UpsertReport:
+        """See UserDocuments.upsert_many.
+
+        What is to be embedded is gathered until a batch of the embedder is full.
+        """
+        self.operations.check_open()
+        progress = check_progress(progress)
+        if isinstance(documents, Document) or not isinstance(documents, Iterable):
+            raise ValidationError(f"documents: an iterable of Document is needed, got {type_name(documents)}")
+        opened = await self.open()
+        if self.embedder is None and opened.settings.embedder is not None:
+            raise ValidationError(
+                f"to write, open {self._location} with its embedder, {opened.settings.embedder}"
+            )
+        maker = None if self.embedder is None else self.embedder.name
+        total = len(cast("Any", documents)) if hasattr(documents, "__len__") else None
+        if isinstance(documents, list | tuple):
+            documents = tuple(documents)  # of this moment, whatever the caller does to it between two pieces
+            for position, document in enumerate(documents):
+                if position % PIECE == 0:
+                    await self._waits.pause_if_due()
+                Draft.of(document, opened.settings, maker)
+        tally, batch = _Tally(), dict[str, Draft]()
+        full = PIECE if self.embedder is None else self.embedder.batch_size
+        try:
+            for piece in self._pieces(documents, opened.settings, maker):
+                if not batch.keys().isdisjoint(piece):  # one comes again: the later one counts
+                    await self._embed(user_id, batch, tally)
+                batch |= await self._compare(user_id, piece, tally)
+                while len(batch) >= full:
+                    await self._embed(user_id, _first(batch, full), tally)
+                progress(tally.done, total)
+                await self._waits.pause()
+            await self._embed(user_id, batch, tally)
+            progress(tally.done, total)
+        except StoreError as error:
+            error.written = tally.embedded + tally.moved
+            raise
+        return tally.report()
+
+    @staticmethod
+    def _pieces(
+        documents: Iterable[Document], settings: CollectionSettings, maker: str | None
+    ) -> Iterator[dict[str, Draft]]:
+        """What is compared in one piece of work: documents by their ids, each once."""
+        piece: dict[str, Draft] = {}
+        for document in documents:
+            draft = Draft.of(document, settings, maker)
+            if len(piece) == PIECE or draft.document.id in piece:
+                yield piece
+                piece = {}
+            piece[draft.document.id] = draft
+        if piece:
+            yield piece
+
+    async def _compare(self, user_id: str, piece: Mapping[str, Draft], tally: _Tally) -> dict[str, Draft]:
+        """What of this has a new text; what has the same as before is written, and keeps its vector."""
+
+        async def compare(engine: Engine, opened: OpenCollection) -> tuple[list[str], int, int]:
+            ids = {document_point_id(user_id, each): each for each in piece}
+            same = await self._with_same_text(engine, opened, user_id, ids, piece, vectors=False)
+            unchanged = [
+                each for each in same if piece[ids[each]].is_kept_in(same[each].payload, opened.settings.ttl)
+            ]
+            moved = {point_id: ids[point_id] for point_id in same if point_id not in unchanged}
+            if self.embedder is not None and moved:
+                same = await self._with_same_text(engine, opened, user_id, moved, piece, vectors=True)
+            points = [
+                piece[each].point(user_id, same[point_id].vector or NO_VECTOR)
+                for point_id, each in moved.items()
+                if point_id in same
+            ]
+            if points:
+                await engine.apply(self.name, [Put(points)])
+            written = {*unchanged, *(point.id for point in points)}
+            new = [each for point_id, each in ids.items() if point_id not in written]
+            return new, len(unchanged), len(points)
+
+        new, unchanged, moved = await self._drive("", compare, user_id)
+        tally.unchanged += unchanged
+        tally.moved += moved
+        return {each: piece[each] for each in new}
+
+    async def _with_same_text(
+        self,
+        engine: Engine,
+        opened: OpenCollection,
+        user_id: str,
+        ids: Mapping[str, str],
+        piece: Mapping[str, Draft],
+        *,
+        vectors: bool,
+    ) -> dict[str, Record]:
+        """Those of these points that hold the text of their draft, with a vector of the same embedder."""
+        found, alive = dict[str, Record](), opened.alive(Filter())
+        for record in await engine.retrieve(self.name, list(ids), vector=vectors):
+            point_id = str(record.id)
+            if record.payload.get("user_id") != user_id or point_id not in ids:
+                raise self._wrong("the engine answered with a document of another user; nothing is written")
+            if piece[ids[point_id]].has_text_of(record.payload) and matches(alive, record.payload):
+                found[point_id] = record
+        return found
+
+    async def _embed(self, user_id: str, batch: dict[str, Draft], tally: _Tally) -> None:
+        """Embed and write a batch, and empty it; nothing is held while it is embedded."""
+        drafts = list(batch.values())
+        batch.clear()
+        vectors = await self._vectors([draft.document.text for draft in drafts], tally)
+        points = list[Point]()
+        for draft, vector in zip(drafts, vectors, strict=True):
+            if isinstance(vector, StoreError):
+                tally.failed[draft.document.id] = vector
+            else:
+                points.append(draft.point(user_id, vector))
+        for start in range(0, len(points), PIECE):
+            piece = points[start : start + PIECE]
+            await self._write(piece)
+            tally.embedded += len(piece)
+            await self._waits.pause()
+        await self._sweep()
+
+    async def _write(self, points: Sequence[Point]) -> None:
+        await self._drive("", lambda engine, _: engine.apply(self.name, [Put(points)]))
+
+    async def _vectors(self, texts: Sequence[str], tally: _Tally) -> Sequence[Sequence[float] | StoreError]:
+        """A vector or what is wrong for each text; raises where nothing could be embedded twice in a row."""
+        if self.embedder is None or not texts:
+            return [NO_VECTOR] * len(texts)
+        vectors = await self.embedder.embed_texts(self._waits, texts)
+        tally.outages = tally.outages + 1 if all(isinstance(each, BackendError) for each in vectors) else 0
+        if tally.outages == self.MOST_OUTAGES:
+            raise cast("BackendError", vectors[-1])
+        return vectors
+
+    async def _sweep(self) -> None:
+        """Now and then, remove some of what has expired."""
+        now = wall_clock.now_ms()
+        if now < self._next_sweep:
+            return
+        self._next_sweep = now + self.SWEEP_EVERY_MS
+
+        async def sweep(engine: Engine, opened: OpenCollection) -> bool:
+            return (await self._delete_page(engine, opened.expired(), None, None))[1] is not None
+
+        try:
+            if await self._drive("", sweep):
+                self._next_sweep = 0  # there are more: the next write goes on
+        except BackendError as error:  # what was to be written has been
+            LOGGER.warning("removing expired documents failed: %s", error)
+
+    # Removing
+
+    async def delete(self, user_id: str, document_id: str) -> bool:
+        """See UserDocuments.delete."""
+        point_id = document_point_id(user_id, check_user_id(document_id, "id"))
+
+        async def delete(engine: Engine, opened: OpenCollection) -> bool:
+            found = [
+                self._document(record, [user_id])
+                for record in await engine.retrieve(self.name, [point_id])
+                if matches(opened.alive(Filter()), record.payload)
+            ]
+            await engine.apply(self.name, deletes=[point_id])
+            return bool(found)
+
+        return await self._drive("delete_document", delete, user_id)
+
+    async def delete_many(self, user_id: str | None, where: Where) -> int:
+        """See DocumentSet.delete_many."""
+        if not isinstance(where, Mapping):
+            raise ValidationError(
+                f"where: a mapping from field to value is needed, {{}} for all; got {type_name(where)}"
+            )
+        return await self._delete(user_id, await self._compiled(where), expired=False)
+
+    async def erase(self, user_id: str) -> int:
+        """Remove all that there is of a user; how many documents that was."""
+        return await self._delete(user_id, Filter(), expired=True)
+
+    async def _delete(self, user_id: str | None, where: Filter, *, expired: bool) -> int:
+        async def page(cursor: Any) -> tuple[int, Any]:
+            async def work(engine: Engine, opened: OpenCollection) -> tuple[int, Any]:
+                narrowed = where if expired else opened.alive(where)
+                return await self._delete_page(engine, narrowed, user_id, cursor)
+
+            return await self._drive("", work, user_id)
+
+        pages, total = Pager(page, self._waits), 0
+        while (number := await pages.next()) is not None:
+            total += number
+        return total
+
+    async def _delete_page(
+        self, engine: Engine, where: Filter, user_id: str | None, cursor: Any
+    ) -> tuple[int, Any]:
+        """Remove some of what matches; all at once where others might write between a look and a removal."""
+        if engine.shared:
+            number = await engine.count(self.name, where, tenant=user_id)
+            if number:
+                await engine.apply(self.name, deletes=Matching(where, user_id))
+            return number, None
+        page = await engine.page(self.name, where, limit=PIECE, tenant=user_id, cursor=cursor, payload=False)
+        if page.records:
+            await engine.apply(self.name, deletes=[str(record.id) for record in page.records])
+        return len(page.records), page.cursor
+
+    # The collection itself
+
+    async def refresh(self, progress: Progress | None) -> UpsertReport:
+        """See Collection.refresh."""
+        progress, tally, embedder = check_progress(progress), _Tally(), self.embedder
+        if embedder is None:
+            raise ValidationError(f"to refresh {self._location}, open it with an embedder")
+        stale = Filter(must_not=(Equal(EMBEDDER_KEY, embedder.name),))
+        before = -1
+        while tally.embedded > before:  # what was written to meanwhile is looked at once more
+            before, tally.failed = tally.embedded, {}
+            total = tally.done + await self._count_points(stale)
+            pages = Pager(lambda cursor: self._page(None, stale, cursor), self._waits)
+            while (records := await pages.next()) is not None:
+                for start in range(0, len(records), embedder.batch_size):  # each is kept before the next
+                    batch = records[start : start + embedder.batch_size]
+                    await self._embed_anew(batch, embedder.name, tally)
+                    progress(tally.done, max(total, tally.done))
+        opened = await self.open()
+        if opened.settings.embedder != embedder.name and not tally.failed:
+            self._opened = await self._amend(attrs.evolve(opened.settings, embedder=embedder.name))
+        return tally.report()
+
+    async def _embed_anew(self, records: Sequence[Record], maker: str, tally: _Tally) -> None:
+        documents = [self._document(record) for record in records]
+        found = await self._vectors([document.text for document in documents], tally)
+        read, vectors = list[Record](), list[Sequence[float]]()
+        for record, document, vector in zip(records, documents, found, strict=True):
+            if isinstance(vector, StoreError):
+                tally.failed[document.id] = vector
+            else:
+                read.append(record)
+                vectors.append(vector)
+        changes = [{EMBEDDER_KEY: maker}] * len(read)
+        await self._drive("", lambda engine, _: self._replace(engine, read, changes, vectors))
+        tally.embedded += len(read)
+
+    async def _count_points(self, where: Filter) -> int:
+        return await self._drive("", lambda engine, _: engine.count(self.name, where))
+
+    async def info(self) -> CollectionInfo:
+        """See Collection.info."""
+        number = await self._count_points(Filter())
+        settings = (await self.open()).settings
+        return CollectionInfo(
+            name=self.name,
+            documents=number,
+            indexes=dict(settings.indexes),
+            embedder=settings.embedder,
+            dimensions=None if settings.embedder is None else settings.vector_size,
+            ttl=settings.ttl,
+        )
+
+    async def drop(self) -> None:
+        """See Collection.drop."""
+        await self._drive("drop_collection", lambda engine, _: engine.drop(self.name))
+        self._opened = None
+
+
+def _first(batch: dict[str, Draft], number: int) -> dict[str, Draft]:
+    """Take the first of a batch out of it."""
+    return {document_id: batch.pop(document_id) for document_id in list(itertools.islice(batch, number))}
+
+
+def _direction_of(vector: Sequence[float], dimensions: int) -> Sequence[float]:
+    """A vector of length 1, or ValidationError for what has no direction or another number of dimensions."""
+    try:
+        numbers = list(vector)
+        if {*map(type, numbers)} != {float}:
+            numbers = [check_number("query", value) for value in numbers]
+    except TypeError:
+        raise ValidationError(f"query: a text or a vector is needed, got {type_name(vector)}") from None
+    if len(numbers) != dimensions:
+        raise ValidationError(f"query: {dimensions} dimensions are needed, got {len(numbers)}")
+    length = math.hypot(*numbers)
+    if not 0 < length < math.inf:
+        raise ValidationError(f"query: a vector with a direction is needed, got {brief(numbers)}")
+    return [value / length for value in numbers]
+
+
+def collection_operations(
+    operations: Operations,
+    name: str,
+    embedder: Embedder | None = None,
+    indexes: Mapping[str, str] | None = None,
+    ttl: float | None = None,
+) -> CollectionOperations:
+    """What a store does with a collection; the same for the same arguments, so that it is opened once."""
+    operations.check_open()
+    if embedder is not None and not isinstance(embedder, Embedder):
+        raise ValidationError(f"embedder: an Embedder or None is needed, got {type_name(embedder)}")
+    asked = embedder, check_indexes({} if indexes is None else indexes), check_ttl(ttl)
+    known: CollectionOperations | None = operations.documents.get(name) if isinstance(name, str) else None
+    if known is None or known.asked != asked:
+        known = operations.documents[name] = CollectionOperations(operations, name, *asked)
+    return known
+
+
+async def list_collections(operations: Operations) -> list[CollectionInfo]:
+    """See StateStore.collections."""
+    found = await operations.with_engine("list_collections", lambda engine: engine.collections())
+    names = sorted(name for name, metadata in found.items() if metadata.get("kind") == "documents")
+    return [await CollectionOperations(operations, name, None, {}, None).info() for name in names]
+
+
+async def erase_user(operations: Operations, user_id: str) -> ErasureReport:
+    """See StateStore.erase."""
+    user_id = check_user_id(user_id)
+    states, erased = await operations.delete(user_id), dict[str, int]()
+    for each in await list_collections(operations):
+        number = await CollectionOperations(operations, each.name, None, {}, None).erase(user_id)
+        if number:
+            erased[each.name] = number
+    return ErasureReport(states=states, documents=erased)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -12013,7 +14376,7 @@ class StoreBase:
     """What both forms of a store say of it without waiting for anything."""
 
     _operations: Operations
-    _reports: Collection[str] = SPANS.keys()  # the methods that are reported
+    _reports: Iterable[str] = SPANS.keys()  # the methods that are reported
     _always_on = ""  # the name of the engine, where all stores of a class have the same
 
     def __init__(self, config: Any = None, **options: Any) -> None:  # noqa: ARG002 - those of a store
@@ -12254,6 +14617,36 @@ class StateStore(StoreBase):
         """Remove the history that the bounds hide already; returns how many snapshots were removed."""
         return run(self._operations.prune())
 
+    def collection(
+        self,
+        name: str,
+        embedder: Embedder | None = None,
+        *,
+        indexes: Mapping[str, FieldKind] | None = None,
+        ttl: float | None = None,
+    ) -> Collection:
+        """A collection of documents, which is opened, or made where absent, when it is first used.
+
+        It belongs to the directory, server or memory, whatever the collection of states is called; ``name``
+        must be another. With an ``embedder`` its texts are searched; without one a new collection is a keyed
+        store. ``indexes`` says which fields of documents are filtered by: keyword, integer, float, bool,
+        datetime or text each. Those that there are stay, more may be added. ``ttl`` is for how many seconds
+        from their time documents are kept that do not say it themselves. Raises ValidationError; at the first
+        use SchemaMismatchError where the collection was made otherwise, BackendError.
+        """
+        return Collection(collection_operations(self._operations, name, embedder, indexes, ttl))
+
+    def collections(self) -> list[CollectionInfo]:
+        """The collections of documents that there are, by name, with their sizes. Raises BackendError."""
+        return run(list_collections(self._operations))
+
+    def erase(self, user_id: str) -> ErasureReport:
+        """Remove all of a user: states, and the documents in every collection; the report says what went.
+
+        What others share stays. Raises ValidationError, BackendError.
+        """
+        return run(erase_user(self._operations, user_id))
+
     def create_snapshot(
         self,
         directory: str | os.PathLike[str] | None = None,
@@ -12272,7 +14665,8 @@ class StateStore(StoreBase):
         afterwards unless ``keep_remote``, and is refused where no node has all shards; "auto" native on a
         server where it can be, portable elsewhere. With ``keep``, the new file is read back, then all but the
         newest so many of this collection and kind are removed: give stores whose collections are of one name
-        directories of their own. ``reason`` goes into the report.
+        directories of their own. ``reason`` goes into the report. Documents are in none of them so far; the
+        report names their collections in its ``message``.
         ``progress(done, None)`` is called with the number of states written. Raises SnapshotError,
         ValidationError, BackendError; then there is no new file, and none was removed.
         """
@@ -12502,6 +14896,25 @@ class AsyncStateStore(StoreBase):
     async def prune(self) -> int:
         """See StateStore.prune."""
         return await self._operations.prune()
+
+    def collection(
+        self,
+        name: str,
+        embedder: Embedder | None = None,
+        *,
+        indexes: Mapping[str, FieldKind] | None = None,
+        ttl: float | None = None,
+    ) -> AsyncCollection:
+        """See StateStore.collection; not to be awaited."""
+        return AsyncCollection(collection_operations(self._operations, name, embedder, indexes, ttl))
+
+    async def collections(self) -> list[CollectionInfo]:
+        """See StateStore.collections."""
+        return await list_collections(self._operations)
+
+    async def erase(self, user_id: str) -> ErasureReport:
+        """See StateStore.erase."""
+        return await erase_user(self._operations, user_id)
 
     async def create_snapshot(
         self,

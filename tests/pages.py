@@ -200,10 +200,12 @@ class Reader:
 
     def _run_doctest(self, block: Block) -> None:
         test = doctest.DocTestParser().get_doctest(
-            block.text, {}, self._page.name, self._page.name, block.line - 1
+            block.text, self._names, self._page.name, self._page.name, block.line - 1
         )
-        output = io.StringIO()
-        failed, _ = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=output.write)
+        output, runner = io.StringIO(), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+        failed, tried = runner.run(test, out=output.write, clear_globs=False)
+        self._names = test.globs
+        assert tried
         assert not failed, output.getvalue()
 
     def _run_script(self, block: Block) -> None:

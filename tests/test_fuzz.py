@@ -345,10 +345,51 @@ def fields_of(user_id: Any, axes: Any, fields: dict[str, Any]) -> dict[str, Any]
     return {"user_id": user_id, "axes": axes, **fields}
 
 
+EMBEDDER = {
+    "name": often("words"),
+    "dimensions": often(2),
+    "embed_query": often(None),
+    "batch_size": often(50),
+    "max_characters": often(10),
+    "windows": often("mean"),
+    "retry": often(RetryPolicy()),
+}
+WORDS = attuned_store.HashingEmbedder(4)
+TEXTS = often(st.lists(ODD_TEXT | GARBAGE, max_size=5))
+
+
+TRADES = attuned_store.MemoryStore().collection(
+    "trades", WORDS, indexes={"symbol": "keyword", "size": "float", "note": "text", "closed": "datetime"}
+)
+MINE = TRADES.for_user("ann")
+FIELD_NAMES = st.sampled_from(["symbol", "size", "note", "closed", "else"])
+ODD_FIELDS = st.dictionaries(FIELD_NAMES, GARBAGE, max_size=4)
+DOCUMENTS = st.builds(lambda text: attuned_store.Document("d", text), st.sampled_from(["a word", "b"]))
+OPERATOR_NAMES = st.sampled_from(["gt", "gte", "lt", "lte", "ne", "text", "?"])
+OPERATORS = st.dictionaries(OPERATOR_NAMES, GARBAGE, max_size=3)
+WHERE = often(
+    st.dictionaries(
+        st.sampled_from(["symbol", "size", "note", "closed", "updated_at", "or", "user_id"]),
+        GARBAGE | OPERATORS | st.lists(GARBAGE | ODD_FIELDS, max_size=3),
+        max_size=3,
+    )
+)
+VECTORS = ODD_TEXT | GARBAGE | st.lists(st.floats(), min_size=4, max_size=4)
+SEARCH = {"limit": often(3), "score_threshold": often(0.1)}
+LISTING = {"limit": often(3), "newest_first": often(st.booleans())}
+
 VARIABLES_OF_TARGETS = st.dictionaries(
     st.sampled_from(["ATTUNED_STORE", "QDRANT_URL", "ATTUNED_STORE_PATH"]),
     ODD_TEXT.filter(lambda text: "\0" not in text and "\ud800" not in text),
 )
+
+
+def fields_kept(fields: dict[str, Any]) -> Any:
+    """A document with these fields, if it may have them."""
+    try:
+        return attuned_store.Document("d", "a word", fields)
+    except ValidationError:
+        return None
 
 
 def default_target_of(variables: dict[str, str]) -> None:
@@ -382,6 +423,44 @@ FUNCTIONS: dict[str, st.SearchStrategy[Callable[[], Any]]] = {
     # With a url that no store is made with, whatever else is right.
     "QdrantStore": calls(partial(QdrantStore, url=BAD_URL), often(QdrantStoreConfig()), **NO_URL),
     "AsyncQdrantStore": calls(partial(AsyncQdrantStore, url=BAD_URL), often(QdrantStoreConfig()), **NO_URL),
+    "Embedder": calls(partial(attuned_store.Embedder, name="words", dimensions=2), often(len), **EMBEDDER),
+    "Embedder.embed_texts": calls(WORDS.embed_texts, st.just(attuned_store.BLOCKING), TEXTS),
+    "Embedder.embed_query_text": calls(
+        WORDS.embed_query_text, st.just(attuned_store.BLOCKING), ODD_TEXT | GARBAGE
+    ),
+    "HashingEmbedder": calls(attuned_store.HashingEmbedder, often(4)),
+    "HashingEmbedder.embed_texts": calls(WORDS.embed_texts, st.just(attuned_store.BLOCKING), TEXTS),
+    "HashingEmbedder.embed_query_text": calls(
+        WORDS.embed_query_text, st.just(attuned_store.BLOCKING), ODD_TEXT | GARBAGE
+    ),
+    "Document": st.builds(
+        lambda name, text, fields, time, ttl: lambda: attuned_store.Document(name, text, fields, time, ttl),
+        USER_IDS,
+        ODD_TEXT | GARBAGE,
+        often(ODD_FIELDS),
+        TIMES,
+        often(1.0),
+    ),
+    "Collection.for_user": calls(TRADES.for_user, USER_IDS),
+    "Collection.refresh": calls(TRADES.refresh, progress=PROGRESS),
+    "DocumentSet.documents": calls(TRADES.all_users().documents, WHERE, **LISTING),
+    "DocumentSet.count": calls(TRADES.all_users().count, WHERE),
+    "DocumentSet.search": calls(TRADES.all_users().search, VECTORS, WHERE, **SEARCH),
+    "DocumentSet.delete_many": calls(TRADES.all_users().delete_many, WHERE),
+    "UserDocuments.documents": calls(MINE.documents, WHERE, **LISTING),
+    "UserDocuments.count": calls(MINE.count, WHERE),
+    "UserDocuments.search": calls(MINE.search, VECTORS, WHERE, shared=often(st.booleans()), **SEARCH),
+    "UserDocuments.delete_many": calls(MINE.delete_many, WHERE),
+    "UserDocuments.delete": calls(MINE.delete, USER_IDS),
+    "UserDocuments.get": calls(MINE.get, USER_IDS),
+    "UserDocuments.get_many": calls(MINE.get_many, often(st.lists(USER_IDS, max_size=4))),
+    "UserDocuments.upsert": st.builds(
+        lambda document: lambda: MINE.upsert(document),
+        DOCUMENTS | GARBAGE | st.builds(fields_kept, ODD_FIELDS),
+    ),
+    "UserDocuments.upsert_many": calls(
+        MINE.upsert_many, often(st.lists(often(DOCUMENTS), max_size=4)), progress=PROGRESS
+    ),
     "open_store": calls(attuned_store.open_store, TARGETS, **MEMORY_OPTIONS),
     "open_async_store": calls(attuned_store.open_async_store, TARGETS, **MEMORY_OPTIONS),
     "store_exists": calls(attuned_store.store_exists, TARGETS),
@@ -440,8 +519,14 @@ def files() -> set[Path]:
     return set(Path().rglob("*"))
 
 
-GIVEN_OUT = {
+GIVEN_OUT = {  # made by a store, not by who calls it; the asynchronous handles are checked alike
+    "AsyncCollection",
+    "AsyncDocumentSet",
+    "AsyncUserDocuments",
     "BadRow",
+    "CollectionInfo",
+    "DocumentMatch",
+    "ErasureReport",
     "Health",
     "History",
     "Match",
@@ -449,7 +534,9 @@ GIVEN_OUT = {
     "SnapshotReport",
     "StateTable",
     "TableReport",
-}  # made by a store, not by who calls it
+    "UpsertReport",
+}
+HANDLES = {"Collection", "DocumentSet", "UserDocuments"}  # too, but their methods are called
 
 
 def callable_names() -> Iterator[str]:
@@ -464,7 +551,8 @@ def callable_names() -> Iterator[str]:
             or issubclass(thing, Exception | enum.Enum)
             or typing.is_typeddict(thing)
         ):
-            yield name
+            if name not in HANDLES:
+                yield name
             if not issubclass(thing, StateStore | AsyncStateStore):
                 yield from (f"{name}.{method}" for method in public_methods(thing, methods_of(thing)))
 
@@ -610,6 +698,14 @@ ARGUMENTS: dict[str, st.SearchStrategy[Call]] = {
     ),
     "count": method("count", history=often(st.booleans())),
     "delete": method("delete", USER_IDS),
+    "collection": method(
+        "collection",
+        ODD_TEXT | GARBAGE | st.just("attuned_state"),
+        often(WORDS),
+        indexes=often(st.dictionaries(ODD_TEXT, st.sampled_from(["keyword", "?"]), max_size=2)),
+        ttl=often(1.0),
+    ),
+    "erase": method("erase", USER_IDS),
     "create_snapshot": method(
         "create_snapshot",
         DIRECTORIES,
@@ -636,6 +732,7 @@ CHANGING = {
     "patch",
     "update",
     "delete",
+    "erase",
     "restore_snapshot",
     "restore",
     "copy",

@@ -103,12 +103,12 @@ def test_both_forms_have_the_same_parameters(sync: type, asynchronous: type) -> 
 
 @pytest.mark.parametrize(("sync", "asynchronous"), PAIRS, ids=names)
 def test_every_async_method_is_awaited_but_iterators(sync: type, asynchronous: type) -> None:
-    """Every method of the async form is awaited, but users() and items(), used with `async for`."""
+    """Every method of the async form is awaited, but the iterators and collection()."""
     plain = {
         name for name in methods(asynchronous) if not inspect.iscoroutinefunction(getattr(asynchronous, name))
     }
 
-    assert plain == {"users", "items"}
+    assert plain == {"collection", "items", "users"}
     assert not any(inspect.iscoroutinefunction(getattr(sync, name)) for name in methods(sync))
 
 

@@ -17,7 +17,15 @@ from attuned_store import (
     AsyncStateStore,
     BackendError,
     BreakerPolicy,
+    Collection,
+    CollectionInfo,
     ConflictError,
+    Document,
+    DocumentMatch,
+    DocumentSet,
+    Embedder,
+    EmbeddingError,
+    HashingEmbedder,
     Health,
     History,
     Match,
@@ -33,10 +41,12 @@ from attuned_store import (
     StateSnapshot,
     StateStore,
     StoreError,
+    UpsertReport,
+    UserDocuments,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
     from starlette.requests import Request
 
@@ -218,6 +228,60 @@ def catching(store: StateStore, snapshot: StateSnapshot) -> None:
         assert_type(error.status, int | None)
     except StoreError as error:
         assert_type(error.written, int | None)
+
+
+def vectors_of(texts: list[str]) -> list[list[float]]:
+    return [[float(len(text))] for text in texts]
+
+
+async def vectors_awaited(texts: Sequence[str]) -> list[tuple[float, ...]]:
+    return [(float(len(text)),) for text in texts]
+
+
+def embedding(client: Any) -> None:
+    once = RetryPolicy(attempts=1)
+    Embedder(vectors_of, name="lengths", dimensions=1)
+    Embedder(vectors_awaited, name="lengths", dimensions=1, batch_size=10, max_characters=8_000, retry=once)
+    assert_type(
+        Embedder(lambda texts: client.embed(input=texts), name="n", dimensions=3, embed_query=client.query),
+        Embedder,
+    )
+    embedder: Embedder = HashingEmbedder(256)
+    assert_type((embedder.name, embedder.dimensions, embedder.windows), tuple[str, int, Literal["mean"]])
+    error = EmbeddingError("failed", backend="embedder", operation="embed", retryable=True)
+    assert_type(error.retryable, bool)
+
+
+def documents(store: StateStore, when: datetime) -> None:
+    trades = store.collection("trades", HashingEmbedder(8), indexes={"symbol": "keyword"}, ttl=60)
+    assert_type(trades, Collection)
+    mine = trades.for_user("ann")
+    assert_type(mine, UserDocuments)
+    assert_type(trades.shared(), UserDocuments)
+    assert_type(trades.all_users(), DocumentSet)
+    document = Document("a", "text", {"symbol": ["NQ"], "at": when}, updated_at=when, ttl=1.5)
+    assert_type(document.fields, "Mapping[str, Any]")
+    assert_type(document.updated_at, datetime)
+    mine.upsert(document)
+    assert_type(mine.upsert_many([document], progress=report), UpsertReport)
+    assert_type(mine.get("a"), Document | None)
+    assert_type(mine.get_many(["a"]), dict[str, Document])
+    assert_type(mine.documents({"symbol": "NQ"}, limit=5, newest_first=True), list[Document])
+    assert_type(mine.search("text", {"symbol": ["NQ"]}, limit=5, shared=True)[0].score, float)
+    assert_type(mine.count(), int)
+    assert_type(mine.delete("a"), bool)
+    assert_type(mine.delete_many({}), int)
+    assert_type(trades.refresh(), UpsertReport)
+    assert_type(store.collections(), list[CollectionInfo])
+    assert_type(store.erase("ann").documents, "Mapping[str, int]")
+
+
+async def documents_async(store: AsyncStateStore) -> None:
+    mine = store.collection("trades").for_user("ann")
+    assert_type(await mine.get("a"), Document | None)
+    assert_type(await mine.search([0.1, 0.2]), list[DocumentMatch])
+    assert_type(await store.collection("trades").all_users().documents(), list[Document])
+    assert_type(await store.collections(), list[CollectionInfo])
 
 
 async def asynchronous(store: AsyncStateStore, snapshot: StateSnapshot) -> None:

@@ -18,6 +18,8 @@ from attuned.base.html import MAX_PLOTTED, plot_states, store_html
 from attuned.base.telemetry import REPORTING, SPANS, observe, reporting_class
 from attuned.base.values import ANY, Expected, Health, Match, SnapshotFields, Source, StateSnapshot
 from attuned.connections.runtime import BLOCKING, Suspending, Waits, run
+from attuned.documents.collections import collection_operations, erase_user, list_collections
+from attuned.documents.handles import AsyncCollection, Collection
 from attuned.states.contract import UNOPENED, check_expected, check_state
 from attuned.states.memory import MemoryBackend, MemoryPlace
 from attuned.states.operations import MemoryOperations, Operations, PagedIterator
@@ -26,11 +28,14 @@ from attuned.tables.states import states_dataframe
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
     from datetime import datetime
     from types import TracebackType
 
     from attuned.base.values import SnapshotReason, SnapshotReport
+    from attuned.documents.embedding import Embedder
+    from attuned.documents.filters import FieldKind
+    from attuned.documents.values import CollectionInfo, ErasureReport
     from attuned.snapshots.archive import Progress, RestoreMode
 
 
@@ -38,7 +43,7 @@ class StoreBase:
     """What both forms of a store say of it without waiting for anything."""
 
     _operations: Operations
-    _reports: Collection[str] = SPANS.keys()  # the methods that are reported
+    _reports: Iterable[str] = SPANS.keys()  # the methods that are reported
     _always_on = ""  # the name of the engine, where all stores of a class have the same
 
     def __init__(self, config: Any = None, **options: Any) -> None:  # noqa: ARG002 - those of a store
@@ -279,6 +284,36 @@ class StateStore(StoreBase):
         """Remove the history that the bounds hide already; returns how many snapshots were removed."""
         return run(self._operations.prune())
 
+    def collection(
+        self,
+        name: str,
+        embedder: Embedder | None = None,
+        *,
+        indexes: Mapping[str, FieldKind] | None = None,
+        ttl: float | None = None,
+    ) -> Collection:
+        """A collection of documents, which is opened, or made where absent, when it is first used.
+
+        It belongs to the directory, server or memory, whatever the collection of states is called; ``name``
+        must be another. With an ``embedder`` its texts are searched; without one a new collection is a keyed
+        store. ``indexes`` says which fields of documents are filtered by: keyword, integer, float, bool,
+        datetime or text each. Those that there are stay, more may be added. ``ttl`` is for how many seconds
+        from their time documents are kept that do not say it themselves. Raises ValidationError; at the first
+        use SchemaMismatchError where the collection was made otherwise, BackendError.
+        """
+        return Collection(collection_operations(self._operations, name, embedder, indexes, ttl))
+
+    def collections(self) -> list[CollectionInfo]:
+        """The collections of documents that there are, by name, with their sizes. Raises BackendError."""
+        return run(list_collections(self._operations))
+
+    def erase(self, user_id: str) -> ErasureReport:
+        """Remove all of a user: states, and the documents in every collection; the report says what went.
+
+        What others share stays. Raises ValidationError, BackendError.
+        """
+        return run(erase_user(self._operations, user_id))
+
     def create_snapshot(
         self,
         directory: str | os.PathLike[str] | None = None,
@@ -297,7 +332,8 @@ class StateStore(StoreBase):
         afterwards unless ``keep_remote``, and is refused where no node has all shards; "auto" native on a
         server where it can be, portable elsewhere. With ``keep``, the new file is read back, then all but the
         newest so many of this collection and kind are removed: give stores whose collections are of one name
-        directories of their own. ``reason`` goes into the report.
+        directories of their own. ``reason`` goes into the report. Documents are in none of them so far; the
+        report names their collections in its ``message``.
         ``progress(done, None)`` is called with the number of states written. Raises SnapshotError,
         ValidationError, BackendError; then there is no new file, and none was removed.
         """
@@ -527,6 +563,25 @@ class AsyncStateStore(StoreBase):
     async def prune(self) -> int:
         """See StateStore.prune."""
         return await self._operations.prune()
+
+    def collection(
+        self,
+        name: str,
+        embedder: Embedder | None = None,
+        *,
+        indexes: Mapping[str, FieldKind] | None = None,
+        ttl: float | None = None,
+    ) -> AsyncCollection:
+        """See StateStore.collection; not to be awaited."""
+        return AsyncCollection(collection_operations(self._operations, name, embedder, indexes, ttl))
+
+    async def collections(self) -> list[CollectionInfo]:
+        """See StateStore.collections."""
+        return await list_collections(self._operations)
+
+    async def erase(self, user_id: str) -> ErasureReport:
+        """See StateStore.erase."""
+        return await erase_user(self._operations, user_id)
 
     async def create_snapshot(
         self,

@@ -124,6 +124,15 @@ def check_flag(field: str, value: object) -> bool:
     raise ValidationError(f"{field}: True or False is needed, got {brief(value)}")
 
 
+def check_collection_name(field: str, value: object) -> str:
+    """The name of a collection, which also names its files, as a plain string."""
+    if isinstance(value, str) and _COLLECTION_NAME.fullmatch(value):
+        return str.__str__(value)
+    raise ValidationError(
+        f"{field}: 1 to 200 of letters, digits and _ - . (not in front) are needed, got {brief(value)}"
+    )
+
+
 def check_callable(field: str, value: object) -> None:
     """Raise ValidationError unless a value can be called."""
     if not callable(value):
@@ -321,12 +330,7 @@ class QdrantStoreConfig(MemoryStoreConfig):
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
-        name = self.collection_name
-        if not (isinstance(name, str) and _COLLECTION_NAME.fullmatch(name)):
-            raise ValidationError(
-                "collection_name: 1 to 200 of letters, digits and _ - . (not in front) are needed, "
-                f"got {brief(self.collection_name)}"
-            )
+        check_collection_name("collection_name", self.collection_name)
         check_choice("engine", self.engine, ("auto", "edge", "local"))
         check_choice("durability", self.durability, ("process", "power"))
         check_positive("lock_timeout", self.lock_timeout, zero=True)

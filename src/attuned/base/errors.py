@@ -79,7 +79,8 @@ class StoreError(Exception):
         ├── BackendTimeoutError
         ├── RateLimitedError
         ├── BackendRejectedError
-        └── CircuitOpenError
+        ├── CircuitOpenError
+        └── EmbeddingError
 
     ``written`` is how many snapshots of an ``upsert_many`` had been written when it failed, else None.
     """
@@ -192,6 +193,13 @@ class CollectionNotFoundError(BackendRejectedError):
     ) -> None:
         super().__init__(message, backend=backend, operation=operation, status=status)
         self.collection = collection
+
+
+class EmbeddingError(BackendError):
+    """A text was not embedded: the embedder's function failed, or what it returned is no vector of it.
+
+    ``retryable`` says that the function failed for a reason that passes, as where a server was busy.
+    """
 
 
 class WaitError(BackendError):

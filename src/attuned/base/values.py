@@ -311,10 +311,10 @@ def check_integer(field: str, value: object, lowest: int, highest: int) -> int:
     raise ValidationError(f"{field}: an integer {bounds} is needed, got {brief(value)}")
 
 
-def check_user_id(value: object) -> str:
-    """An id of a user, as a plain string."""
+def check_user_id(value: object, field: str = "user_id") -> str:
+    """An id of a user, or what follows the same rules, as a plain string."""
     if not isinstance(value, str):
-        raise ValidationError(f"user_id: a string is needed, got {type_name(value)}")
+        raise ValidationError(f"{field}: a string is needed, got {type_name(value)}")
     if value.__class__ is not str:
         value = str.__str__(value)
     if value.isascii() and value.isprintable() and 1 <= len(value) <= MAX_USER_ID_BYTES:
@@ -323,13 +323,13 @@ def check_user_id(value: object) -> str:
     try:
         size = len(value.encode())
     except UnicodeEncodeError:
-        raise ValidationError(f"user_id: a lone surrogate is not valid text, got {shown}") from None
+        raise ValidationError(f"{field}: a lone surrogate is not valid text, got {shown}") from None
     if not 1 <= size <= MAX_USER_ID_BYTES:
         raise ValidationError(
-            f"user_id: 1 to {MAX_USER_ID_BYTES} bytes of UTF-8 are needed, got {size} in {shown}"
+            f"{field}: 1 to {MAX_USER_ID_BYTES} bytes of UTF-8 are needed, got {size} in {shown}"
         )
     if any(unicodedata.category(character) == "Cc" for character in value):
-        raise ValidationError(f"user_id: no control characters, got {shown}")
+        raise ValidationError(f"{field}: no control characters, got {shown}")
     return value
 
 

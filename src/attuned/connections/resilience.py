@@ -17,7 +17,9 @@ from attuned.base.telemetry import REPORTING, report_request
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from attuned.base.config import BreakerPolicy, QdrantStoreConfig
+    from attuned.base.config import BreakerPolicy, QdrantStoreConfig, RetryPolicy
+
+MAX_WAIT_S = 10**9  # that a server may ask for; more is as good as for ever
 
 
 class CircuitBreaker:
@@ -90,6 +92,25 @@ class CircuitBreaker:
         """Say that a request was let through and cancelled: nothing was learnt."""
         with self._lock:
             self._probing = self._probing and not probe
+
+
+def jittered_pause(policy: RetryPolicy, attempt: int, least: float = 0.0) -> float:
+    """Seconds to wait after an attempt that failed, counted from 0, and at least what was asked for."""
+    return max(least, random.uniform(0.0, min(policy.cap_s, policy.base_s * 2.0**attempt)))
+
+
+def parse_retry_after(text: str) -> float | None:
+    """The seconds that Retry-After asks to wait, a number of them or a date; None where it is neither."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        from email.utils import parsedate_to_datetime
+
+        try:
+            seconds = parsedate_to_datetime(text).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError, LookupError, OSError):
+            return None
+    return max(0.0, min(seconds, MAX_WAIT_S)) if math.isfinite(seconds) else None
 
 
 class Resilience:
@@ -211,5 +232,5 @@ class Resilience:
         """Seconds to wait after a failed attempt, counted from 0; None where it was the last."""
         if not error.retryable or attempt + 1 >= self._policy.attempts:
             return None
-        jitter = random.uniform(0.0, min(self._policy.cap_s, self._policy.base_s * 2.0**attempt))
-        return max(jitter, error.retry_after_s) if isinstance(error, RateLimitedError) else jitter
+        asked = error.retry_after_s if isinstance(error, RateLimitedError) else 0.0
+        return jittered_pause(self._policy, attempt, asked)

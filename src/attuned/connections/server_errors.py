@@ -6,7 +6,6 @@ import base64
 import json
 import os
 import re
-import time
 import traceback
 from http import HTTPStatus
 from typing import TYPE_CHECKING, TypedDict
@@ -25,6 +24,7 @@ from attuned.base.errors import (
     ValidationError,
     one_line,
 )
+from attuned.connections.resilience import MAX_WAIT_S, parse_retry_after
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,7 +39,6 @@ class ErrorOrigin(TypedDict):
 
 
 _SAID_CHARACTERS = 200  # of what a server says, in an error message
-_MAX_WAIT_S = 10**9  # that a server may ask for; more is as good as for ever
 _LEAST_SECRET = 4  # characters; a shorter one would be found in any text
 _HINTS = {401: "; is api_key right?", 403: "; may this api_key do that?"}
 FULL_DISK = "the disk of the server is full"
@@ -203,17 +202,12 @@ def _written_forms(secret: str) -> list[str]:
 
 
 def _retry_after(error: Exception) -> float:
-    """The seconds that a server asks to wait: a whole number of them, or a date, which comes as a refusal."""
-    from email.utils import parsedate_to_datetime
-
+    """The seconds that a server asks to wait: a whole number of them, or else what the refusal quotes."""
     seconds = getattr(error, "retry_after_s", None)
     if isinstance(seconds, int):
-        return float(max(0, min(seconds, _MAX_WAIT_S)))
-    try:
-        until = parsedate_to_datetime(str(error).rpartition("integer: ")[2])
-        return max(0.0, min(until.timestamp() - time.time(), _MAX_WAIT_S))
-    except (ValueError, TypeError, OverflowError, LookupError, OSError):
-        return 1.0
+        return float(max(0, min(seconds, MAX_WAIT_S)))
+    wait = parse_retry_after(str(error).rpartition("integer: ")[2])
+    return 1.0 if wait is None else wait
 
 
 def _without_secrets(url: str) -> str:

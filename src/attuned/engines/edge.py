@@ -115,6 +115,10 @@ class EdgeEngine(EngineOnDisk):
     async def open(self, collection: CollectionSpec) -> Mapping[str, Any]:
         """See Engine.open."""
         manifest = self._manifest(collection.name)
+        if collection.name in self._shards:
+            metadata = read_manifest(manifest)
+            collection.accept(metadata)
+            return metadata
         if self._recorded(collection.name).get("dropped"):
             await self.drop(collection.name)  # which a process began that was killed
         with backend_errors(self, "open"):
@@ -131,6 +135,18 @@ class EdgeEngine(EngineOnDisk):
         vector_size = metadata.get("vector_size", collection.vector_size)
         self._open[collection.name] = Opened(vector_size, collection.tenant)
         return metadata
+
+    async def amend(self, collection: CollectionSpec) -> None:
+        """See Engine.amend."""
+        self._opened(collection.name)
+        manifest = self._manifest(collection.name)
+        with backend_errors(self, "amend"):
+            self.check_room("amend")
+            self._create_indexes(self._shards[collection.name], collection)
+            write_atomically(manifest, json.dumps({**read_manifest(manifest), **collection.metadata}))
+        self.amendments += 1
+        self._done[collection.name] += 1
+        self.writes += 1
 
     async def collections(self) -> Mapping[str, Mapping[str, Any]]:
         """See Engine.collections."""
@@ -206,15 +222,18 @@ class EdgeEngine(EngineOnDisk):
         if collection.tenant is not None:
             tenants = api.KeywordIndexParams(is_tenant=True)
             shard.update(api.UpdateOperation.create_field_index(collection.tenant, tenants))
-        for key, kind in collection.indexes.items():
-            index = getattr(api.PayloadSchemaType, kind.capitalize())
-            shard.update(api.UpdateOperation.create_field_index(key, index))
+        self._create_indexes(shard, collection)
         shard.close()
         if self._power:
             fsync(beside, *beside.rglob("*"))
         beside.rename(directory)
         if self._power:
             fsync(self._path, self._path.parent, self._path.parent.parent)
+
+    def _create_indexes(self, shard: Any, collection: CollectionSpec) -> None:
+        for key, kind in collection.indexes.items():
+            index = getattr(self._api.PayloadSchemaType, kind.capitalize())
+            shard.update(self._api.UpdateOperation.create_field_index(key, index))
 
     async def apply(
         self, collection: str, puts: Sequence[Put] = (), deletes: Sequence[str] | Matching = ()

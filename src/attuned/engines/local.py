@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import heapq
+import itertools
 import json
 import sqlite3
 import sys
@@ -13,7 +15,7 @@ from attuned.base.config import MIN_FREE_BYTES
 from attuned.base.disk import fsync, read_manifest, write_atomically
 from attuned.base.errors import BackendError, MissingDependencyError, locked_error
 from attuned.engines.client_models import ClientModels, client_page, client_records
-from attuned.engines.filters import Filter
+from attuned.engines.filters import Filter, matches
 from attuned.engines.waist import (
     CollectionSpec,
     EngineOnDisk,
@@ -28,7 +30,7 @@ from attuned.engines.waist import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -167,6 +169,17 @@ class LocalCollection:
         held = self._held
         return cast("dict[str, Any]", held.payload[held.ids[point_id]])
 
+    def scores(self, point_ids: Sequence[str], vector: Sequence[float]) -> Sequence[float]:
+        """The cosines of a vector with those of points."""
+        import numpy as np
+
+        (matrix,) = self._held.vectors.values()
+        rows = matrix[[self._held.ids[point_id] for point_id in point_ids]]
+        asked = np.asarray(vector, dtype=np.float32)
+        lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(asked)
+        cosines = rows @ asked / np.where(lengths == 0, 1, lengths)
+        return cast("Sequence[float]", np.clip(cosines, -1, 1).tolist())
+
     def close(self) -> None:
         """Close its file."""
         self._held.close()
@@ -182,6 +195,42 @@ def _note_replaced(listed: dict[str, Any], collection: str, by: str) -> None:
     entry = copied(listed[by])
     entry["metadata"][_REPLACED_BY] = by
     listed[collection] = entry
+
+
+class _TenantIds:
+    """The ids of a collection's points by their tenants, which local mode would look for one by one."""
+
+    def __init__(self, held: LocalCollection, key: str) -> None:
+        self._key = key
+        self._tenants: dict[str, str] = {}  # by id
+        self._members: dict[str, dict[str, None]] = {}
+        self._sorted: dict[str, list[str]] = {}
+        for point_id in held.ids():
+            self.put(point_id, held.payload(point_id))
+
+    def put(self, point_id: str, payload: Mapping[str, Any]) -> None:
+        tenant = payload.get(self._key)
+        if self._tenants.get(point_id) != tenant:
+            self.remove(point_id)
+            if isinstance(tenant, str):
+                self._tenants[point_id] = tenant
+                self._members.setdefault(tenant, {})[point_id] = None
+                self._sorted.pop(tenant, None)
+
+    def remove(self, point_id: str) -> None:
+        tenant = self._tenants.pop(point_id, None)
+        if tenant is not None:
+            del self._members[tenant][point_id]
+            self._sorted.pop(tenant, None)
+            if not self._members[tenant]:
+                del self._members[tenant]
+
+    def of(self, tenant: str) -> list[str]:
+        """Those of a tenant, in their order."""
+        found = self._sorted.get(tenant)
+        if found is None:
+            found = self._sorted[tenant] = sorted(self._members.get(tenant, ()))
+        return found
 
 
 class LocalEngine(EngineOnDisk):
@@ -215,6 +264,7 @@ class LocalEngine(EngineOnDisk):
         self._power = durability == "power"
         self.writes = 0
         self._removed: dict[str, int] = {}
+        self._tenants: dict[str, _TenantIds] = {}  # of the collections that were read by tenant
         self._sorted: dict[str, list[str]] = {}  # ids, for pages of everything, until the next write
         self._connected: Any = None
         self._connect()
@@ -282,6 +332,10 @@ class LocalEngine(EngineOnDisk):
         """See Engine.open."""
         client = self._client
         with backend_errors(self, f"open {self._path}"):
+            if collection.name in self._open:
+                metadata = dict(client.get_collection(collection.name).config.metadata or {})
+                collection.accept(metadata)
+                return metadata
             if not client.collection_exists(collection.name):
                 self.check_room("open")  # the list of collections is written in place
                 # No payload indexes: local mode has none and warns.
@@ -299,6 +353,15 @@ class LocalEngine(EngineOnDisk):
         self._open[collection.name] = Opened(config.params.vectors.size, collection.tenant)
         self._removed[collection.name] = 0
         return metadata
+
+    async def amend(self, collection: CollectionSpec) -> None:
+        """See Engine.amend; there are no indexes."""
+        self._opened(collection.name)
+        with backend_errors(self, "amend"):
+            self.check_room("amend")  # the list of collections is written in place
+            self._client.update_collection(collection.name, metadata=dict(collection.metadata))
+        self.amendments += 1
+        self.writes += 1
 
     async def collections(self) -> Mapping[str, Mapping[str, Any]]:
         """See Engine.collections."""
@@ -331,9 +394,16 @@ class LocalEngine(EngineOnDisk):
         self._sorted.pop(collection, None)
         with backend_errors(self, "write"):
             self.check_room_for(written, deleted)
+            tenants = self._tenants.pop(collection, None)  # read anew after a failure
             try:
                 held.persist(structs, deleted)
                 held.take_in(structs, deleted)
+                if tenants is not None:
+                    for point in written:
+                        tenants.put(point.id, point.payload)
+                    for point_id in deleted:
+                        tenants.remove(point_id)
+                    self._tenants[collection] = tenants
             except sqlite3.Error:
                 raise  # nothing was written
             except BaseException:
@@ -362,6 +432,7 @@ class LocalEngine(EngineOnDisk):
                 self.check_room("drop")  # the list of collections is written in place
             self._open.pop(collection, None)
             self._sorted.pop(collection, None)
+            self._tenants.pop(collection, None)
             if listed:
                 LocalCollection(self._client, collection).close()
             # One that is not listed was being created by a process that was killed.
@@ -410,6 +481,7 @@ class LocalEngine(EngineOnDisk):
 
     def _disconnect(self) -> None:
         client, self._connected = self._connected, None
+        self._tenants.clear()
         if client is not None:
             close_local(client)
 
@@ -435,6 +507,12 @@ class LocalEngine(EngineOnDisk):
         payload: bool = True,
     ) -> Page:
         """See Engine.page."""
+        if tenant is not None:
+            self._opened(collection)
+            matching = self._matching(collection, tenant, where, cursor or "")
+            if newest_by is None:
+                return self._tenant_page(collection, matching, limit, payload=payload)
+            return self._newest(collection, matching, limit, newest_by, payload=payload)
         narrowed = self._narrowed(collection, where, tenant)
         if newest_by is None and narrowed == Filter():  # which scroll() would sort anew for every page
             held, ids = LocalCollection(self._client, collection), self._sorted.get(collection)
@@ -450,6 +528,38 @@ class LocalEngine(EngineOnDisk):
             )
             return client_page(self._client.scroll(collection, **asked))
 
+    def _matching(self, collection: str, tenant: str, where: Filter, least: str = "") -> Iterator[str]:
+        """The ids of a tenant's points that match, in their order, from one on."""
+        key, held = self._opened(collection).tenant, LocalCollection(self._client, collection)
+        if key is None:
+            raise ValueError("the collection has no tenants")
+        tenants = self._tenants.get(collection)
+        if tenants is None:
+            tenants = self._tenants[collection] = _TenantIds(held, key)
+        ids = tenants.of(tenant)
+        for position in range(bisect_left(ids, least), len(ids)):
+            if matches(where, held.payload(ids[position])):
+                yield ids[position]
+
+    def _tenant_page(self, collection: str, ids: Iterator[str], limit: int, *, payload: bool) -> Page:
+        held, found = LocalCollection(self._client, collection), list(itertools.islice(ids, limit + 1))
+        following = found.pop() if len(found) > limit else None
+        return Page(
+            [Record(each, copied(held.payload(each)) if payload else {}) for each in found], following
+        )
+
+    def _newest(self, collection: str, ids: Iterator[str], limit: int, key: str, *, payload: bool) -> Page:
+        held = LocalCollection(self._client, collection)
+        numbers = ((held.payload(each).get(key), each) for each in ids)
+        ordered = (found for found in numbers if type(found[0]) in (int, float))
+        return Page(
+            [
+                Record(each, copied(held.payload(each)) if payload else {key: number})
+                for number, each in heapq.nlargest(limit, ordered)
+            ],
+            None,
+        )
+
     async def search(
         self,
         collection: str,
@@ -462,6 +572,14 @@ class LocalEngine(EngineOnDisk):
     ) -> list[Record]:
         """See Engine.search."""
         narrowed = self._narrowed(collection, where, tenant)
+        if tenant is not None:
+            held = LocalCollection(self._client, collection)
+            ids = list(self._matching(collection, tenant, where))
+            scored = zip(held.scores(ids, vector), ids, strict=True) if ids else ()
+            return [
+                Record(point_id, copied(held.payload(point_id)) if payload else {}, score)
+                for score, point_id in heapq.nlargest(limit, scored)
+            ]
         with backend_errors(self, "search"):
             arguments = self._models.search(vector, self._models.filter(narrowed), limit, payload=payload)
             return client_records(self._client.query_points(collection, **arguments).points)
@@ -469,6 +587,8 @@ class LocalEngine(EngineOnDisk):
     async def count(self, collection: str, where: Filter, *, tenant: str | None = None) -> int:
         """See Engine.count."""
         narrowed = self._narrowed(collection, where, tenant)
+        if tenant is not None:
+            return sum(1 for _ in self._matching(collection, tenant, where))
         if narrowed == Filter():
             return LocalCollection(self._client, collection).count()
         with backend_errors(self, "count"):

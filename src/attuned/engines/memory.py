@@ -106,6 +106,13 @@ class MemoryEngine(EngineInProcess):
         self._open[collection.name] = Opened(held.vector_size, collection.tenant)
         return held.metadata
 
+    async def amend(self, collection: CollectionSpec) -> None:
+        """See Engine.amend; there are no indexes."""
+        self._opened(collection.name)
+        held = self._collections[collection.name]
+        held.metadata = {**held.metadata, **copied(collection.metadata)}
+        self.amendments += 1
+
     async def collections(self) -> Mapping[str, Mapping[str, Any]]:
         """See Engine.collections."""
         return {name: held.metadata for name, held in self._collections.items()}

@@ -91,11 +91,13 @@ class ServerEngine:
     indexed = True
     compact = False
     rounds_floats = True
+    shared = True
     PAGE = 10_000  # points on a page that are only counted
     REQUEST_BYTES = 16 << 20  # of a request; a server refuses those above 32 MiB
 
     def __init__(self, config: QdrantStoreConfig, waits: Waits) -> None:
         self._models = ClientModels(import_qdrant_client().models)
+        self.amendments = 0
         self.runs: ExecutionMode = "in place" if waits.blocking else "on loop"
         self._waits = waits
         self._config = config
@@ -177,6 +179,19 @@ class ServerEngine:
         limits = Limits.of(info.config)
         self._opened[collection.name] = _OpenCollection(collection.tenant, is_spread, limits)
         return metadata
+
+    async def amend(self, collection: CollectionSpec) -> None:
+        """See Engine.amend."""
+        info, metadata = await self._describe(collection.name), dict(collection.metadata)
+        if info is None:
+            raise not_open(self.name, collection.name)
+        await self._create_indexes(collection, info.payload_schema)
+        await self._send(
+            "amend",
+            lambda: self._client.update_collection(collection.name, metadata=metadata),
+            writes=True,
+        )
+        self.amendments += 1
 
     async def collections(self) -> Mapping[str, Mapping[str, Any]]:
         """See Engine.collections; each is asked for its metadata, and left out where it goes meanwhile."""

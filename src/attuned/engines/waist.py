@@ -115,8 +115,9 @@ class CollectionSpec:
     """What a collection is opened with.
 
     ``tenant`` is the key of the payload that holds a point's tenant. ``indexes`` are the keys that are
-    filtered on or ordered by, with what they hold. ``metadata`` is recorded when the collection is created;
-    ``accept`` raises where that of one that exists will not do, and is asked before anything is touched.
+    filtered on or ordered by, with what they hold. ``metadata`` is recorded when the collection is created,
+    or amended; ``accept`` raises where that of one that exists will not do, and is asked before anything is
+    touched.
     """
 
     name: str
@@ -156,6 +157,8 @@ class Engine(Protocol):
     ``compact``: nested values in a payload cost more than one string of the same content.
     ``rounds_floats``: a float in a payload may come back changed in its last bit.
     ``reporter``: what requests are reported to, None for nothing.
+    ``shared``: others may write between two calls, so that what must hold is said by guards.
+    ``amendments``: how often a collection has been amended here. It alone changes.
     """
 
     name: str
@@ -163,10 +166,16 @@ class Engine(Protocol):
     indexed: bool
     compact: bool
     rounds_floats: bool
+    shared: bool
     reporter: Telemetry | None
+    amendments: int
 
     async def open(self, collection: CollectionSpec) -> Mapping[str, Any]:
-        """Open a collection, creating it where absent; returns the metadata that it was created with."""
+        """Open a collection, creating it where absent; returns its metadata. Harmless when repeated."""
+        ...
+
+    async def amend(self, collection: CollectionSpec) -> None:
+        """Put the metadata of a collection that is open over its own, key by key, and add indexes."""
         ...
 
     async def collections(self) -> Mapping[str, Mapping[str, Any]]:
@@ -372,9 +381,11 @@ class Opened(NamedTuple):
 class EngineInProcess(Engine):
     """What the engines in this process do alike: they judge guards here, and count value by value."""
 
+    shared = False
     reporter: Telemetry | None = None
 
     def __init__(self) -> None:
+        self.amendments = 0
         self._open: dict[str, Opened] = {}
 
     def _opened(self, collection: str) -> Opened:

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from attuned.base.values import Health, Match, SnapshotReport
+    from attuned.engines.waist import Engine
     from attuned.snapshots.directory import SnapshotRequest
 
 BATCH_SIZE = 64  # snapshots or users in one step of a long operation: about 5 ms on the slowest engine
@@ -290,6 +291,10 @@ class Place(Protocol):
 
     async def drive(self, body: Coroutine[Any, Any, T], *, long: bool = False) -> T:
         """Run one piece of an operation; ``long``: where it holds up nobody, such as in a worker thread."""
+        ...
+
+    async def with_engine(self, operation: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
+        """Run one piece of work on the engine of points here, as ``drive`` would."""
         ...
 
     async def close(self) -> None:

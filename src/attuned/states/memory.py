@@ -17,6 +17,8 @@ from attuned.base.codec import Schema
 from attuned.base.errors import ReenteredError, closed_error
 from attuned.base.values import ANY, Expected, Health, Match, StateSnapshot, check_user_id, time_of
 from attuned.connections.files import OPEN
+from attuned.connections.runtime import run
+from attuned.engines.memory import MemoryEngine
 from attuned.engines.vectors import Vectors, make_vectors
 from attuned.states.contract import (
     BATCH_SIZE,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from attuned.base.config import MemoryStoreConfig
     from attuned.base.errors import T
     from attuned.connections.runtime import Waits
+    from attuned.engines.waist import Engine
 
 
 class VectorIndex:
@@ -373,6 +376,14 @@ class MemoryPlace:
 
     def __init__(self, backend: MemoryBackend) -> None:
         self._backend = backend
+        self._points = MemoryEngine()
+        self._points_lock: Any = threading.RLock()  # knows whether the thread has it
+        self._closed = False
+        OPEN.others.add(self)
+
+    def abandon(self) -> None:
+        """Go on in a forked child, as MemoryBackend.abandon does."""
+        self._points_lock = threading.RLock()
 
     async def open(self) -> MemoryBackend:
         """See Place.open."""
@@ -382,9 +393,20 @@ class MemoryPlace:
         """See Place.drive."""
         return await body
 
+    async def with_engine(self, operation: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
+        """See Place.with_engine; alone, as threads may share the store."""
+        if self._points_lock._is_owned():
+            raise ReenteredError(self.location)
+        with self._points_lock:
+            if self._closed:
+                raise closed_error()
+            return run(operation(self._points))
+
     async def close(self) -> None:
         """See Place.close."""
         await self._backend.close()
+        self._closed = True
+        await self._points.close()
 
     def signs(self, latency_ms: float) -> list[str]:  # noqa: ARG002 - there is no trouble
         """See Place.signs."""

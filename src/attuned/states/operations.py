@@ -23,6 +23,7 @@ from attuned.base.errors import (
     T,
     ValidationError,
     closed_error,
+    plural,
     short_id,
     type_name,
     unknown_user_error,
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
     from datetime import datetime
 
+    from attuned.engines.waist import Engine
     from attuned.snapshots.archive import Progress
     from attuned.states.memory import MemoryBackend
 
@@ -93,6 +95,7 @@ class Operations:
         self._failed_close: StoreError | None = None  # which every further close tells again
         self.reporter: Telemetry | None = None  # of what is slow
         self.slow_ms: float | None = None  # a piece that takes longer is logged
+        self.documents: dict[str, Any] = {}  # its collections of them, by name
 
     # The life of a store
 
@@ -156,9 +159,21 @@ class Operations:
         """
         if self.backend is UNOPENED:
             await self.open()
+        return await self._timed(name, self.place.drive(self.backend.begin(operation), long=long), about)
+
+    async def with_engine(
+        self, name: str, operation: Callable[[Engine], Coroutine[Any, Any, T]], about: object = None
+    ) -> T:
+        """Run a piece of work on the engine of points, as ``_drive`` does on the backend."""
+        self.check_open()
+        if self.backend is UNOPENED:
+            await self.open()
+        return await self._timed(name, self.place.with_engine(operation), about)
+
+    async def _timed(self, name: str, piece: Awaitable[T], about: object) -> T:
         began = time.perf_counter()
         try:
-            return await self.place.drive(self.backend.begin(operation), long=long)
+            return await piece
         finally:
             seconds = time.perf_counter() - began
             if name and self.slow_ms and seconds * 1000 > self.slow_ms:
@@ -491,13 +506,32 @@ class Operations:
             backend = cast("NativeBackend", self.backend)
             report = await self.place.drive(backend.create_native(request, self.place.location))
             if report is not None:
-                return report
+                return await self._told(report)
             request = attrs.evolve(request, kind="portable")
         with PortableSnapshotWriter(request, self.origin(), self.axes()) as writer:
             pages = self.states()
             while (page := await pages.next()) is not None:
                 progress(writer.add(page.states, page.unsettled), None)
-            return await self.waits.call(writer.finish)
+            return await self._told(await self.waits.call(writer.finish))
+
+    async def _told(self, report: SnapshotReport) -> SnapshotReport:
+        """The report of a backup of states, with the collections of documents that it does not hold.
+
+        On a server, where each would be a request more, they are those that this store has used.
+        """
+
+        async def names(engine: Engine) -> list[str]:
+            if engine.shared:
+                return sorted(self.documents)
+            found = await engine.collections()
+            return sorted(name for name, metadata in found.items() if metadata.get("kind") == "documents")
+
+        left_out = await self.place.with_engine(names)
+        if not left_out:
+            return report
+        shown = ", ".join(left_out[:5]) + (", and others" if left_out[5:] else "")
+        said = f"the documents of {plural(len(left_out), 'collection')} are not in it: {shown}"
+        return attrs.evolve(report, message="; ".join(filter(None, [report.message, said])))
 
     async def restore_snapshot(
         self, path: Any, mode: str, progress: Progress | None, *, unchecked: bool

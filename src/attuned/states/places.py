@@ -40,9 +40,9 @@ from attuned.states.owned import OwnedBackend
 from attuned.states.shared import SharedBackend
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
-    from attuned.engines.waist import EmbeddedEngine
+    from attuned.engines.waist import EmbeddedEngine, Engine
 
 
 class DirectoryPlace:
@@ -123,6 +123,10 @@ class DirectoryPlace:
             settle = functools.partial(directory.settle, written)
             await self._waits.call(settle, directory.flusher, lambda: written.ended)
         return answer
+
+    async def with_engine(self, operation: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
+        """See Place.with_engine."""
+        return await self.drive(operation(cast("Engine", cast("Directory", self.directory).engine)))
 
     async def close(self) -> None:
         """See Place.close; also while being cancelled, as nobody would do it later."""
@@ -287,6 +291,10 @@ class ServerPlace:
             raise
         finally:
             body.close()
+
+    async def with_engine(self, operation: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
+        """See Place.with_engine."""
+        return await self.drive(operation(self.connection.engine))
 
     async def close(self) -> None:
         """See Place.close."""

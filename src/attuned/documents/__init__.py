@@ -1,0 +1,1 @@
+"""Documents of users: texts with fields and embeddings."""
