@@ -686,6 +686,7 @@ def test_what_fails_whatever_the_texts_is_not_halved(status: int) -> None:
     found = embed(embedder_of(function, batch_size=10), [f"text {number}" for number in range(50)])
     assert [*map(len, recorder.calls)] == [10, 10]
     assert all(f"HTTP {status}" in str(failed(outcome)) for outcome in found)
+    assert {failed(outcome).status for outcome in found} == {status}
     assert ["not tried" in str(outcome) for outcome in found] == [False] * 20 + [True] * 30
 
 

@@ -185,7 +185,11 @@ class Embedder:
                 found.update(dict.fromkeys(batch, error))
                 in_a_row[refused] += 1
                 if in_a_row[refused] == (self.MAX_REFUSED if refused else self.MAX_FAILED):
-                    untried = self._error(f"not tried, as others failed: {error}", retryable=error.retryable)
+                    untried = self._error(
+                        f"not tried, as others failed: {error}",
+                        retryable=error.retryable,
+                        status=error.status,
+                    )
                     found.update(dict.fromkeys(itertools.chain(*waiting), untried))
                     break
         return found
@@ -204,7 +208,8 @@ class Embedder:
             late = self._clock() + wait > begun + self.retry.deadline_s
             if not passing or late or attempt + 1 >= self.retry.attempts:
                 texts = 1 if isinstance(asked, str) else len(asked)
-                raise self._error(f"{plural(texts, 'text')}: {_said(answer)}", retryable=passing) from answer
+                message = f"{plural(texts, 'text')}: {_said(answer)}"
+                raise self._error(message, retryable=passing, status=_status(answer)) from answer
             await waits.sleep(wait)
         raise AssertionError("unreachable")  # pragma: no cover - count() does not end
 
@@ -292,9 +297,14 @@ class Embedder:
             return self._error("the vectors of the windows of a text cancel each other out")
         return [value / strength for value in total]
 
-    def _error(self, message: str, *, retryable: bool = False) -> EmbeddingError:
-        message = f"embedder {self.name!r}: {message}"
-        return EmbeddingError(message, backend="embedder", operation="embed", retryable=retryable)
+    def _error(self, message: str, *, retryable: bool = False, status: int | None = None) -> EmbeddingError:
+        return EmbeddingError(
+            f"embedder {self.name!r}: {message}",
+            backend="embedder",
+            operation="embed",
+            retryable=retryable,
+            status=status,
+        )
 
 
 class HashingEmbedder(Embedder):
