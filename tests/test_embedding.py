@@ -371,6 +371,8 @@ def test_windows_end_at_spaces_and_are_about_even() -> None:
     assert " ".join(windows).split() == words
     assert all(len(window) > 25 for window in windows)
     assert len(windows) in (12, 13, 14)
+    early = embedder_of(Recorder(), max_characters=100)._cut("a " + "x" * 150)
+    assert [*map(len, early)] == [76, 76]  # a space so early would leave a window of a letter
 
 
 def test_cutting_a_long_text_takes_no_time() -> None:
