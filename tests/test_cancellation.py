@@ -39,7 +39,7 @@ MANY = 150  # snapshots of a batch: three steps
 BATCH = [state(f"batch-{number % 3}", number) for number in range(MANY)]
 Shown = dict[str, tuple[StateSnapshot | None, list[StateSnapshot]]]
 
-pytestmark = [pytest.mark.once, pytest.mark.usefixtures("clock")]
+pytestmark = [pytest.mark.faults, pytest.mark.once, pytest.mark.usefixtures("clock")]
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 pytestmark = [
+    pytest.mark.faults,
     pytest.mark.skipif(not hasattr(os, "fork"), reason="the children that are killed are forked"),
     pytest.mark.timeout(3_600),
 ]

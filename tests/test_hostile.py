@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
     from pathlib import Path
 
-pytestmark = [pytest.mark.once, pytest.mark.anyio, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.faults, pytest.mark.once, pytest.mark.anyio, pytest.mark.timeout(600)]
 
 KEY = "s3cret/k+y=<with>all&sorts"
 ONCE = RetryPolicy(attempts=1)

@@ -55,7 +55,7 @@ HISTORIES = 10_000 if os.environ.get("ATTUNED_TEST_LONG") else 300
 # The checker
 # ------------------------------------------------------------------------------
 
-pytestmark = [pytest.mark.usefixtures("clock"), pytest.mark.once]
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("clock"), pytest.mark.once]
 
 ONE, TWO, THREE = (state("ann", at, {"warmth": at / 10}) for at in (1, 2, 3))
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
 # A failure takes minutes to shrink, a success seconds.
-pytestmark = [pytest.mark.once, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.faults, pytest.mark.once, pytest.mark.timeout(900)]
 
 # ------------------------------------------------------------------------------
 # The model

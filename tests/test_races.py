@@ -36,7 +36,7 @@ from attuned_store import (
     StateSnapshot,
 )
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.faults]
 
 T = TypeVar("T")
 Ready = Callable[[], bool]

@@ -33,7 +33,7 @@ THREADS, TASKS, USERS = 8, 64, 4
 OPTIONS: dict[str, Any] = {"max_history_per_user": 5}
 LONG = 60.0
 
-pytestmark = [pytest.mark.once, pytest.mark.timeout(1_200)]
+pytestmark = [pytest.mark.faults, pytest.mark.once, pytest.mark.timeout(1_200)]
 
 
 def users_of(worker: int) -> list[str]:
