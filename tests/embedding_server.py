@@ -10,6 +10,8 @@ import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
+from attuned_store import HashingEmbedder
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -21,6 +23,10 @@ def vector_of(text: str) -> Vector:
     """The vector of a text: numbers that single precision holds exactly, some of them not 0."""
     seed = zlib.crc32(text.encode("utf-8", "surrogatepass"))
     return [((seed >> 4 * place & 15) + 1) / 16 for place in range(DIMENSIONS)]
+
+
+def vectors_of(texts: list[str]) -> list[Vector]:
+    return [vector_of(text) for text in texts]
 
 
 class Exchange:
@@ -99,7 +105,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.batches.append(exchange.texts)
         fault = self.server.faults.pop(0) if self.server.faults else self.server.when(exchange.texts)
         if fault is None:
-            exchange.answer([vector_of(text) for text in exchange.texts])
+            embed = HashingEmbedder(asked["dimensions"]).embed if "dimensions" in asked else vectors_of
+            exchange.answer(embed(exchange.texts))
         else:
             fault(exchange)
 

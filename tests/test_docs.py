@@ -11,17 +11,21 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
 from command import main
 from conformance import needs
+from embedding_server import EmbeddingServer
 from packaging.requirements import Requirement
 from pages import NAMES, ROOT, SERVER, Page, Reader, headings, links, rows
 
 import attuned_store
 from attuned_store import MemoryStoreConfig, QdrantStoreConfig, StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 SAMPLE = Path("tests", "data", "film_mood.csv")
 
@@ -79,6 +83,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def embedding_server() -> Iterator[EmbeddingServer]:
+    server = EmbeddingServer()
+    yield server
+    server.close()
+
+
 def reading(name: str) -> Any:
     """A page to be read; a recipe, or one with programs of its own, on one Python alone."""
     page = Page(name)
@@ -98,6 +109,9 @@ def test_what_a_page_shows_happens(
 ) -> None:
     """Every block of a page, from above to below, runs without a warning and prints what is shown."""
     server = request.getfixturevalue("server").url if SERVER in page.text else SERVER
+    if "OPENAI_API_KEY" in page.text:
+        monkeypatch.setenv("OPENAI_BASE_URL", request.getfixturevalue("embedding_server").url)
+        monkeypatch.setenv("OPENAI_API_KEY", "a key")
     Reader(page, monkeypatch, tmp_path_factory.mktemp("programs"), server).read()
 
 
