@@ -933,7 +933,7 @@ def test_a_store_that_fails(caplog: pytest.LogCaptureFixture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    few = {"retry": RetryPolicy(attempts=1), "breaker": BreakerPolicy(failures=2, open_s=30.0)}
+    few = {"retry": RetryPolicy(attempts=1), "breaker": BreakerPolicy(failures=2, first_open_s=30.0)}
     absent = AsyncQdrantStore(url=url, **few)
     with Service(service_app(absent, authorize=says(True))) as service:
         waits = []

@@ -554,7 +554,7 @@ def test_what_could_not_be_restored_is_not_written(tmp_path: Path, monkeypatch: 
 
     async def wrong_page(cursor: Any) -> Any:
         number = cursor or 0
-        return pages[number], number + 1 if number + 1 < len(pages) else None
+        return attuned_store.StatesPage(pages[number], number + 1 if number + 1 < len(pages) else None)
 
     store = MemoryStore()
     monkeypatch.setattr(store._backend, "states", wrong_page)

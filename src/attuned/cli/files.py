@@ -19,7 +19,6 @@ from attuned_store import (
     StateSnapshot,
     StateTable,
     TableReport,
-    open_store,
     read_table,
     store_exists,
 )
@@ -255,7 +254,7 @@ def _restore(args: Namespace) -> int:
             progress=progress.count,
             options=options,
         )
-    with open_store(target) as store:
+    with open_target(args) as store:
         now = f"{plural(store.count(), 'user')}, {plural(store.count(history=True), 'snapshot')}"
     text = f"restored {args.file} ({args.mode}: {_described(report)}); {target} has {now}"
     return show(args, report.to_dict(), text)
