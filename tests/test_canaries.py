@@ -102,6 +102,13 @@ def test_local_mode_commits_each_point_by_leaving_its_connection(
     assert rows(tmp_path) == 2
 
 
+def test_a_client_of_local_mode_says_whether_it_is_closed(local: Any) -> None:
+    """A client that an interrupt has left closed is made anew."""
+    assert not local.closed
+    local.close()
+    assert local.closed
+
+
 def test_local_mode_without_storage_writes_to_memory_alone(local: Any, models: Any, tmp_path: Path) -> None:
     """What is on disk can be taken into memory without being written twice, into lists that are known."""
     held = LocalCollection(local, "things")

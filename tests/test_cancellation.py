@@ -81,6 +81,7 @@ READING: dict[str, Callable[[Any], Any]] = {
     "count of history": lambda store: store.count(history=True),
     "health": lambda store: store.health(),
 }
+ADDED = itertools.count()  # an axis that was added cannot be added again
 WRITING: dict[str, Callable[[Any], Any]] = {
     "write": lambda store: store.upsert_latest(state("ann", 9)),
     "older write": lambda store: store.upsert_latest(state("ann", 0)),
@@ -91,7 +92,7 @@ WRITING: dict[str, Callable[[Any], Any]] = {
     "update": lambda store: store.update("ann", newer),
     "delete": lambda store: store.delete("ann"),
     "prune": lambda store: store.prune(),
-    "alter axes": lambda store: store.alter_axes(add=["mood"]),
+    "alter axes": lambda store: store.alter_axes(add=[f"mood_{next(ADDED)}"]),
 }
 ASYNC: dict[str, Callable[[Any], Any]] = {
     **READING,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import types
-from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from random import Random
 from typing import Any, TypeVar, cast
 
@@ -125,6 +125,10 @@ class Points(MemoryEngine):
     ) -> None:
         async with self.call():
             await super().apply(collection, puts, deletes)
+
+    async def once(self, work: Callable[[], Awaitable[object]]) -> None:
+        """Opening is harmless when repeated here: nobody waits for another."""
+        await work()
 
     async def _judge(self, *arguments: Any) -> Any:
         """Judge guards without a turn for others, who would come between the judging and the writing."""
@@ -330,15 +334,17 @@ class SharedAndUnconditional(Shared):
     backend_class = Unconditional
 
 
-class AlwaysNewest(SharedBackend):
-    """Puts the latest point without looking whether it is the newest."""
+class Timeless(Points):
+    """A server that puts the latest point without looking whether it is the newest."""
 
-    def _puts(self, newest: Any, history: list[Point]) -> list[Put]:
-        return [put._replace(over=None) for put in super()._puts(newest, history)]
+    async def apply(
+        self, collection: str, puts: Sequence[Put] = (), deletes: Sequence[str] | Matching = ()
+    ) -> None:
+        await super().apply(collection, [put._replace(newest_by=None) for put in puts], deletes)
 
 
 class SharedWithoutNewest(Shared):
-    backend_class = AlwaysNewest
+    engine_class = Timeless
 
 
 # ------------------------------------------------------------------------------

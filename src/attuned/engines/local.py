@@ -271,8 +271,8 @@ class LocalEngine(EngineOnDisk):
 
     @property
     def _client(self) -> Any:
-        """The client, made anew after a failure has closed it."""
-        if self._connected is None:
+        """The client, made anew after a failure, or an interrupt, has closed it."""
+        if self._connected is None or self._connected.closed:
             self._connect()
         return self._connected
 
@@ -285,10 +285,10 @@ class LocalEngine(EngineOnDisk):
                 for name in self._open:
                     LocalCollection(client, name).adopt()
                     self._removed[name] = 0
+                self._connected = client
             except BaseException:
                 close_local(client)
                 raise
-        self._connected = client
 
     def _mend_list(self) -> None:
         """Bring to its end what a process was killed at: making the list of collections, or replacing one."""
@@ -480,10 +480,12 @@ class LocalEngine(EngineOnDisk):
         self.housekeep("rebuilding", reload)
 
     def _disconnect(self) -> None:
-        client, self._connected = self._connected, None
         self._tenants.clear()
-        if client is not None:
-            close_local(client)
+        if self._connected is not None:
+            try:
+                close_local(self._connected)
+            finally:
+                self._connected = None
 
     async def retrieve(
         self, collection: str, ids: Sequence[str], *, payload: bool = True, vector: bool = False
