@@ -29,7 +29,6 @@ import base64
 import codecs
 import contextlib
 import csv
-import difflib
 import enum
 import functools
 import gzip
@@ -11541,6 +11540,8 @@ def _range(key: str, kind: FieldKind, **bounds: float) -> Range:
 
 
 def _unknown_field(field: object, known: Mapping[str, FieldKind]) -> ValidationError:
+    import difflib
+
     near = difflib.get_close_matches(field, known, 1) if isinstance(field, str) else []
     hint = f", did you mean {near[0]!r}?" if near else ";"
     names = ", ".join(sorted(known))
@@ -12269,7 +12270,7 @@ class OpenableCollection:
             try:
                 return await self.operations.with_engine(name, piece, user_id)
             except OutdatedError:
-                pass
+                pass  # others have changed its settings: it is opened anew below
             except CollectionNotFoundError as error:
                 lost += 1
                 if error.collection != self.name or lost > 1:

@@ -6,7 +6,6 @@ or 1, a datetime as milliseconds, a float with the 15 digits that every engine r
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -242,6 +241,8 @@ def _range(key: str, kind: FieldKind, **bounds: float) -> Range:
 
 
 def _unknown_field(field: object, known: Mapping[str, FieldKind]) -> ValidationError:
+    import difflib
+
     near = difflib.get_close_matches(field, known, 1) if isinstance(field, str) else []
     hint = f", did you mean {near[0]!r}?" if near else ";"
     names = ", ".join(sorted(known))

@@ -86,7 +86,7 @@ class OpenableCollection:
             try:
                 return await self.operations.with_engine(name, piece, user_id)
             except OutdatedError:
-                pass
+                pass  # others have changed its settings: it is opened anew below
             except CollectionNotFoundError as error:
                 lost += 1
                 if error.collection != self.name or lost > 1:
